@@ -1,0 +1,218 @@
+"""Gate math: what one step of each recurrent cell computes, and the weights it wants.
+
+Everything here is an ordinary function of tensor-like values and calls a small closed set of torch
+functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
+`transpose`), never in place. Given tensors it computes; given values of a graph it writes nodes.
+
+Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Value = Any
+"""A tensor, or anything with `__torch_function__` that stands for one."""
+
+State = tuple[Value, ...]
+"""`(h,)` or `(h, c)`, each `[B, size]`; an entry is None while it is still the zeros it began with."""
+
+Label = Callable[[Value, str], Value]
+"""Names a value (`label(value, "forget")`) and returns it."""
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction, as torch holds them: rows stacked by gate."""
+
+    w_ih: Value
+    """`[gates * H, F]`"""
+    w_hh: Value
+    """`[gates * H, H]`, or `[gates * H, P]` with a projection"""
+    b_ih: Value | None = None
+    """`[gates * H]`"""
+    b_hh: Value | None = None
+    """`[gates * H]`"""
+    w_hr: Value | None = None
+    """`[P, H]`, the projection of an LSTM with `proj_size`"""
+
+
+class Affine(NamedTuple):
+    """The map `x @ weight + bias`; None stands for an `x` of zeros."""
+
+    weight: Value
+    """`[in, out]`"""
+    bias: Value | None
+    """`[out]`, or None"""
+
+    def __call__(self, x: Value | None) -> Value | None:
+        if x is None:
+            return self.bias
+        if self.bias is None:
+            return torch.matmul(x, self.weight)
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Precision(NamedTuple):
+    """For float16 and bfloat16: products and `h` in one type, gates and `c` in a wider one, as in fused kernels."""
+
+    products: torch.dtype
+    gates: torch.dtype
+
+
+class Prepared(NamedTuple):
+    """The parameters of one layer in one direction, as a step wants them: one product after another."""
+
+    inputs: tuple[Affine, ...]
+    """Applied to all time steps at once; step `t` gets one `x` from each."""
+    hidden: tuple[Affine, ...]
+    """Applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
+    projection: Value | None
+    """`[H, P]`, or None"""
+    hidden_size: int
+    precision: Precision | None = None
+
+    def widen(self, value: Value) -> Value:
+        """A result of products, for the gates to work on."""
+        return value if self.precision is None else value.to(self.precision.gates)
+
+    def narrow(self, value: Value) -> Value:
+        """A result of gates, for products to work on."""
+        return value if self.precision is None else value.to(self.precision.products)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of recurrent cell."""
+
+    gates: tuple[str, ...]
+    """In the order in which torch stacks them in the rows of a weight."""
+    sigmoid: tuple[str, ...]
+    """Gates under a sigmoid. The last gate is the candidate, under the cell's other activation."""
+    states: tuple[str, ...]
+    folds: bool
+    """Whether the candidate's `b_hh` may be added to its `b_ih` (not in a GRU: reset scales it)."""
+    step: Callable[[tuple[Value, ...], State, Prepared, Label], State]
+    """`step(x, state, weights, label) -> state`, for `x` already projected, one `[B, n]` a product."""
+
+    @property
+    def candidate(self) -> str:
+        return next(gate for gate in self.gates if gate not in self.sigmoid)
+
+    def products(self, layout: str) -> tuple[tuple[str, ...], ...]:
+        """Which gates share a product: `merged`, `paired` (sigmoid gates, candidate) or `split`."""
+        if layout == "split":
+            return tuple((gate,) for gate in (*self.sigmoid, self.candidate))
+        pair = (self.sigmoid, (self.candidate,))
+        groups = ((*self.sigmoid, self.candidate),) if layout == "merged" else pair
+        return tuple(group for group in groups if group)
+
+    def prepare(
+        self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None
+    ) -> Prepared:
+        """Reorder, transpose and add up the parameters once, outside the loop over time."""
+        hidden = self.products(layout)
+        # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
+        inputs = hidden if self.folds or layout == "split" else self.products("paired")
+        # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
+        apart = () if self.folds else next(group for group in hidden if self.candidate in group)
+
+        def by_gate(rows: Value) -> dict[str, Value]:
+            parts = torch.chunk(rows, len(self.gates)) if len(self.gates) > 1 else (rows,)
+            return dict(zip(self.gates, parts, strict=True))
+
+        def maps(rows: Value, groups: tuple[tuple[str, ...], ...], biases: dict[str, Value]) -> tuple[Affine, ...]:
+            rows = by_gate(rows)
+            return tuple(
+                Affine(
+                    torch.cat([torch.transpose(rows[gate], 0, 1) for gate in group], 1),
+                    torch.cat([biases[gate] for gate in group]) if group[0] in biases else None,
+                )
+                for group in groups
+            )
+
+        x_bias, h_bias = {}, {}
+        if weights.b_ih is not None:
+            x_bias = by_gate(torch.add(weights.b_ih, weights.b_hh))
+            if apart:
+                x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}
+                h_bias = {gate: b for gate, b in by_gate(weights.b_hh).items() if gate in apart}
+        return Prepared(
+            maps(weights.w_ih, inputs, x_bias),
+            maps(weights.w_hh, hidden, h_bias),
+            None if weights.w_hr is None else torch.transpose(weights.w_hr, 0, 1),
+            hidden_size,
+            precision,
+        )
+
+
+def _sigmoid_gates(parts: Sequence[Value], names: tuple[str, ...], label: Label) -> list[Value]:
+    """The gates `names` out of one pre-activation that holds them all, or out of one each."""
+    activated = [torch.sigmoid(part) for part in parts]
+    gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), 1)
+    return [label(gate, name) for gate, name in zip(gates, names, strict=True)]
+
+
+def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+    h, c = state
+    size = weights.hidden_size
+    products = x if h is None else [torch.addmm(xi, h, w.weight) for xi, w in zip(x, weights.hidden, strict=True)]
+    pre = [weights.widen(product) for product in products]
+    if len(pre) == 1:
+        pre = torch.split(pre[0], [3 * size, size], 1)
+    i, f, o = _sigmoid_gates(pre[:-1], ("input", "forget", "output"), label)
+    g = label(torch.tanh(pre[-1]), "cell")
+    c = torch.mul(i, g) if c is None else torch.add(torch.mul(f, c), torch.mul(i, g))
+    c = label(c, "c")
+    h = weights.narrow(torch.mul(o, torch.tanh(c)))
+    if weights.projection is not None:
+        h = torch.matmul(h, weights.projection)
+    return label(h, "h"), c
+
+
+def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+    (h,) = state
+    size = weights.hidden_size
+    *x_sigmoid, x_new = x
+    *hidden, last = weights.hidden
+    h_new = last(h)  # reset scales this product, its bias included
+    h_new = h_new if h_new is None else weights.widen(h_new)
+    if hidden and h is not None:
+        x_sigmoid = [torch.addmm(xi, h, w.weight) for xi, w in zip(x_sigmoid, hidden, strict=True)]
+    pre = [weights.widen(xi) for xi in x_sigmoid]
+    if not hidden and h_new is not None:
+        h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
+        pre = [torch.add(pre[0], h_sigmoid)]
+    r, z = _sigmoid_gates(pre, ("reset", "update"), label)
+    n = weights.widen(x_new)
+    n = n if h_new is None else torch.add(n, torch.mul(r, h_new))
+    n = label(torch.tanh(n), "new")
+    h = torch.sub(n, torch.mul(z, n)) if h is None else torch.add(n, torch.mul(z, torch.sub(weights.widen(h), n)))
+    return (label(weights.narrow(h), "h"),)
+
+
+def _rnn(activation: Callable[[Value], Value]) -> Callable[..., State]:
+    # One rounding before the activation and one after: a wider type between them would change nothing.
+    def step(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+        (h,) = state
+        pre = x[0] if h is None else torch.addmm(x[0], h, weights.hidden[0].weight)
+        return (label(activation(pre), "h"),)
+
+    return step
+
+
+CELLS = {
+    # i = σ(W_ii x + b_ii + W_hi h + b_hi), f and o likewise, g = tanh(W_ig x + b_ig + W_hg h + b_hg),
+    # c' = f * c + i * g, h' = o * tanh(c'), and with a projection h' = W_hr (o * tanh(c'))
+    "LSTM": Cell(("input", "forget", "cell", "output"), ("input", "forget", "output"), ("h", "c"), True, _lstm),
+    # r = σ(W_ir x + b_ir + W_hr h + b_hr), z likewise, n = tanh(W_in x + b_in + r * (W_hn h + b_hn)),
+    # h' = (1 - z) * n + z * h, computed as n + z * (h - n)
+    "GRU": Cell(("reset", "update", "new"), ("reset", "update"), ("h",), False, _gru),
+    # h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu of the same
+    "RNN_TANH": Cell(("hidden",), (), ("h",), True, _rnn(torch.tanh)),
+    "RNN_RELU": Cell(("hidden",), (), ("h",), True, _rnn(torch.relu)),
+}
+"""The cells by torch's name of the mode (`nn.RNNBase.mode`)."""

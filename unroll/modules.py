@@ -1,0 +1,187 @@
+"""The drop-in modules that stand where recurrent layers stood, and their swap into a module tree."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll import schedule
+from unroll.plan import Plan
+from unroll.recurrence import Recurrence, check_arguments, read_cell, read_layer
+
+
+class Unrolled(nn.Module):
+    """What stands where a recurrent layer stood: the same parameters and attributes, explicit steps.
+
+    Made by `unroll.unroll`, never by hand. Options such as `dropout` and `batch_first` are read at
+    every call, as torch's layers read theirs, and so are the weights.
+
+    Attributes:
+        plan: how the steps are laid out.
+        place: the layer's name in the model, for messages.
+    """
+
+    plan: Plan
+    place: str
+
+    @property
+    def recurrence(self) -> Recurrence:
+        raise NotImplementedError
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The weights, a list for each layer and direction, in torch's order."""
+        return [[getattr(self, name) for name in names] for names in self.recurrence.weight_names]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, from torch's distribution for recurrent layers."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    def _run(
+        self, rows: Tensor, state: tuple[Tensor, ...] | None, steps: int, sizes: list[int] | None = None
+    ) -> schedule.Result:
+        """All steps over `rows`, `[T * B, F]`."""
+        recurrence = self.recurrence
+        flat = [weight for group in self.all_weights for weight in group]
+        promoting = False
+        if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            flat = [weight.to(dtype) for weight in flat]
+            promoting = not _casts_all(recurrence, rows)
+            if not promoting:
+                rows = rows.to(dtype)
+                state = state and tuple(s.to(dtype) for s in state)
+        # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
+        # steps, or where the only step has to give the weights that meet them a gradient.
+        if state is None and (promoting or sizes or (steps == 1 and torch.is_grad_enabled())):
+            batch = sizes[0] if sizes else rows.shape[0] // steps
+            state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
+        drop = self.training and recurrence.dropout
+        return schedule.run(
+            recurrence,
+            schedule.prepare(recurrence, recurrence.weights(flat), self.plan, None if promoting else rows.dtype),
+            rows,
+            state,
+            steps=steps,
+            sizes=sizes,
+            dropout=partial(functional.dropout, p=drop) if drop else None,
+        )
+
+
+def _casts_all(recurrence: Recurrence, rows: Tensor) -> bool:
+    """Whether torch, under autocast, runs this layer in the lower precision throughout.
+
+    So do cuDNN and, for an LSTM without projection, oneDNN. Elsewhere only the products are cast.
+    """
+    if rows.device.type == "cpu":
+        return recurrence.mode == "LSTM" and not recurrence.is_cell and not recurrence.proj_size and rows.numel() > 0
+    return True
+
+
+class UnrolledLayer(Unrolled):
+    """Runs an `nn.LSTM`, `nn.GRU` or `nn.RNN` as explicit steps, with the same arguments and results.
+
+    Shapes:
+        input: `[T, B, F]`, `[B, T, F]` with `batch_first`, `[T, F]` unbatched, or a `PackedSequence`.
+        hx: None for zeros, or `h_0` of `[layers * directions, B, H]`; for an LSTM the pair `(h_0, c_0)`.
+        returns: the output `[T, B, directions * H]` and the last state, as the torch layer does.
+
+    Raises:
+        UnrollError: for input that torch refuses.
+
+    Example:
+        >>> layer = unroll(nn.GRU(3, 5))
+        >>> [tuple(t.shape) for t in layer(torch.zeros(7, 2, 3))]
+        [(7, 2, 5), (1, 2, 5)]
+    """
+
+    mode: str
+    extra_repr = nn.RNNBase.extra_repr
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return read_layer(self)
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        """Torch's name for the weights in one list; models that drop or tie weights reach for it."""
+        return [weight for group in self.all_weights for weight in group]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor]) -> None:
+        names = [name for group in self.recurrence.weight_names for name in group]
+        for name, weight in zip(names, weights, strict=True):
+            setattr(self, name, weight)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no fused kernel that wants the parameters in one piece of memory."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        recurrence = self.recurrence
+        check_arguments(recurrence, self.place, input, hx, weight=self.all_weights[0][0])
+        batched = input.dim() == 3
+        steps = input.shape[1 if batched and recurrence.batch_first else 0]
+        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), steps)
+        output = schedule.joined_output(recurrence, result.outputs, batched=batched)
+        return output, _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        recurrence = self.recurrence
+        sizes = input.batch_sizes.tolist()
+        check_arguments(recurrence, self.place, input.data, hx, weight=self.all_weights[0][0], rows=sizes[0])
+        state = _tuple(hx)
+        if state and input.sorted_indices is not None:
+            state = tuple(s.index_select(1, input.sorted_indices) for s in state)
+        result = self._run(input.data, state, len(sizes), sizes)
+        states = schedule.joined_states(recurrence, result.finals)
+        if input.unsorted_indices is not None:
+            states = [state.index_select(1, input.unsorted_indices) for state in states]
+        return input._replace(data=schedule.joined_rows(result.outputs)), _untuple(states)
+
+
+class UnrolledCell(Unrolled):
+    """Runs an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell` as explicit operations.
+
+    Shapes:
+        input: `[B, F]`, or `[F]` unbatched.
+        hx: None for zeros, or `h` of `[B, H]`; for an LSTM the pair `(h, c)`.
+        returns: the next `h`, for an LSTM the pair `(h, c)`.
+
+    Raises:
+        UnrollError: for input that torch refuses.
+
+    Example:
+        >>> unroll(nn.LSTMCell(3, 5))(torch.zeros(2, 3))[1].shape
+        torch.Size([2, 5])
+    """
+
+    mode: str
+    extra_repr = nn.RNNCellBase.extra_repr
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return read_cell(self, self.mode)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        recurrence = self.recurrence
+        check_arguments(recurrence, self.place, input, hx, weight=self.weight_ih)
+        result = self._run(schedule.flat_rows(recurrence, input), _tuple(hx), 1)
+        return _untuple(schedule.joined_states(recurrence, result.finals, batched=input.dim() == 2))
+
+
+def _tuple(hx: Any) -> tuple[Tensor, ...] | None:
+    return hx if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def _untuple(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return states[0] if len(states) == 1 else tuple(states)

@@ -1,0 +1,208 @@
+"""What a recurrent layer is, apart from its tensors, and how to read it from where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from unroll.cells import CELLS, Cell, Value, Weights
+
+
+class Problem(NamedTuple):
+    """One reason why something cannot be unrolled or run."""
+
+    place: str
+    """Module path, node or argument"""
+    finding: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.finding}; {self.mend}"
+
+
+class UnrollError(RuntimeError):
+    """Something that cannot be honoured, with every place where it was met.
+
+    Attributes:
+        problems: the reasons, each with `place`, `finding` and `mend`.
+
+    Example:
+        >>> str(UnrollError(Problem("encoder.rnn", "3 gates found", "give 4")))
+        'encoder.rnn: 3 gates found; give 4'
+    """
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        lines = [str(problem) for problem in problems]
+        super().__init__(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), self.problems)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A recurrent layer without its tensors; the fields are the constructor arguments of `torch.nn.LSTM`.
+
+    `mode` is torch's: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`. A cell (`nn.LSTMCell` ...) is the
+    same with `is_cell`: one layer, one direction, one step.
+    """
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+    is_cell: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        return CELLS[self.mode]
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("", "reverse") if self.bidirectional else ("",)
+
+    @property
+    def output_size(self) -> int:
+        """Features of `h`, and of the output in one direction."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """Features of each state: of `h`, and for an LSTM of `c`."""
+        return (self.output_size, self.hidden_size)[: len(self.cell.states)]
+
+    @property
+    def passes(self) -> int:
+        """Sweeps over the sequence: layers times directions, the leading size of a state."""
+        return self.num_layers * len(self.directions)
+
+    @property
+    def weight_names(self) -> list[list[str]]:
+        """Names of the parameters in torch's order, a list for each layer and direction."""
+        kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * self.bias + ["weight_hr"] * bool(self.proj_size)
+        if self.is_cell:
+            return [kinds]
+        suffixes = ("", "_reverse")[: len(self.directions)]
+        return [[f"{kind}_l{layer}{s}" for kind in kinds] for layer in range(self.num_layers) for s in suffixes]
+
+    def weights(self, flat: Sequence[Value]) -> list[Weights]:
+        """Group tensors given in the order of `weight_names` (that of torch's flat weights)."""
+        groups, size = [], len(self.weight_names[0])
+        for start in range(0, len(flat), size):
+            w_ih, w_hh, *rest = flat[start : start + size]
+            w_hr = rest.pop() if self.proj_size else None
+            groups.append(Weights(w_ih, w_hh, *(rest or (None, None)), w_hr))
+        return groups
+
+
+LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+CELL_MODES: dict[type[nn.Module], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
+
+
+def read_layer(layer: nn.Module) -> Recurrence:
+    """The recurrence of an `nn.LSTM`, `nn.GRU`, `nn.RNN`, or of anything with their attributes.
+
+    Example:
+        >>> read_layer(nn.GRU(3, 5, bidirectional=True)).passes
+        2
+    """
+    names = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first")
+    names += ("dropout", "bidirectional", "proj_size")
+    return Recurrence(**{name: getattr(layer, name) for name in names})
+
+
+def read_cell(layer: nn.Module, mode: str) -> Recurrence:
+    """The recurrence of an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`, given its mode from `CELL_MODES`.
+
+    Example:
+        >>> read_cell(nn.GRUCell(3, 5), "GRU").weight_names
+        [['weight_ih', 'weight_hh', 'bias_ih', 'bias_hh']]
+    """
+    if mode == "RNN":
+        mode = f"RNN_{layer.nonlinearity.upper()}"
+    return Recurrence(mode, layer.input_size, layer.hidden_size, bias=layer.bias, is_cell=True)
+
+
+def check_arguments(
+    recurrence: Recurrence,
+    place: str,
+    input: Any,
+    state: Any,
+    *,
+    weight: Any = None,
+    rows: int | None = None,
+) -> None:
+    """Refuse what torch refuses, before anything is computed.
+
+    Args:
+        recurrence: what the layer is.
+        place: its name, for the message.
+        input: anything with `shape` (and `dtype` and `device`, if `weight` is given).
+        state: None, a tensor, or for an LSTM the pair `(h_0, c_0)`.
+        weight: a weight that dtype and device must match; None where they cannot be told.
+        rows: of a packed input, its largest batch size.
+
+    Raises:
+        UnrollError: with every mismatch found.
+    """
+    problems: list[Problem] = []
+    shape = tuple(input.shape)
+
+    def expect(good: bool, argument: str, finding: str, mend: str) -> bool:
+        if not good:
+            problems.append(Problem(f"{place}: {argument}", finding, mend))
+        return good
+
+    features = recurrence.input_size
+    ranks = (2,) if rows is not None else (1, 2) if recurrence.is_cell else (2, 3)
+    wanted = " or ".join(f"{rank}-D" for rank in ranks)
+    known = expect(len(shape) in ranks, "input", f"is {len(shape)}-D, {list(shape)}", f"give a {wanted} tensor")
+    if known:
+        mend = f"its last size must be input_size={features}"
+        known = expect(shape[-1] == features, "input", f"has shape {list(shape)}", mend)
+    batched = rows is not None or len(shape) == ranks[-1]
+    time, batch = (1, 0) if recurrence.batch_first else (0, 1)
+    if known and rows is None and not recurrence.is_cell:
+        length = shape[time if batched else 0]
+        expect(length > 0, "input", f"has no time steps, {list(shape)}", "give a sequence of at least one step")
+
+    checked = [("input", input)]
+    if state is not None:
+        names = tuple(f"{name}_0" for name in recurrence.cell.states)
+        if len(names) == 1:
+            tensors = (state,)
+            whole = hasattr(state, "shape")
+        else:
+            whole = isinstance(state, (tuple, list)) and len(state) == len(names)
+            tensors = tuple(state) if whole else ()
+            whole = whole and all(hasattr(s, "shape") for s in tensors)
+        form = "a tensor" if len(names) == 1 else f"a pair ({', '.join(names)})"
+        if expect(whole, "state", f"is {type(state).__name__}", f"give {form}, or None for zeros"):
+            for name, tensor, size in zip(names, tensors, recurrence.state_sizes, strict=True):
+                checked.append((name, tensor))
+                if known:
+                    lead = () if recurrence.is_cell else (recurrence.passes,)
+                    count = shape[0 if recurrence.is_cell else batch] if rows is None and batched else rows
+                    form = (*lead, count, size) if batched else (*lead, size)
+                    good = tuple(tensor.shape) == form
+                    expect(good, name, f"has shape {list(tensor.shape)}", f"it must be {list(form)}")
+
+    if weight is not None:
+        for name, tensor in checked:
+            mend = f"give {weight.device}, or move the module"
+            expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", mend)
+            good = tensor.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
+            mend = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
+            expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", mend)
+    if problems:
+        raise UnrollError(*problems)

@@ -1,0 +1,108 @@
+"""Which class stands in for a recurrent layer, also for subclasses of the user's own.
+
+A subclass that prepares its arguments and calls `super().forward` keeps its code: the class is built
+once more on top of `Unrolled`, and the `super()` in its methods bound to the new class.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
+from unroll.recurrence import CELL_MODES, LAYERS, Problem, UnrollError
+
+TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
+
+# What a subclass may define without changing what the layer computes. `forward` is looked at more closely.
+HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
+
+# Names that a method can only need to reach the fused kernel past `super()`.
+KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}
+
+
+def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
+    """The class that stands in for a recurrent layer's.
+
+    Raises:
+        UnrollError: for a class that does something of its own that cannot be honoured.
+    """
+    kind = parametrize.type_before_parametrizations(layer)
+    objection = next((o for base in kind.__mro__ if (o := _objection(base))), None)
+    if objection is None and not issubclass(kind, (*LAYERS, *CELL_MODES)):
+        objection = "is no subclass of torch.nn.LSTM, GRU, RNN or their cells"
+    if objection:
+        mend = f"give a rule, unroll(model, rules={{{kind.__name__}: function from the layer to a module}}), or leave it out by where="
+        raise UnrollError(Problem(name or kind.__name__, f"{kind.__module__}.{kind.__qualname__} {objection}", mend))
+    return rebased(kind)
+
+
+def _objection(kind: type) -> str | None:
+    """Why methods of this class cannot run on top of `Unrolled`, if so."""
+    if kind in TORCH_CLASSES or not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    own = {name for name in vars(kind) if name in vars(nn.RNNBase) or name in vars(nn.LSTM)} - HARMLESS
+    own -= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
+    if own:
+        return f"overrides {', '.join(sorted(own))}"
+    for name, method in vars(kind).items():
+        code = getattr(method, "__code__", None)
+        if code is None or name == "__init__":
+            continue
+        names = {n for part in _codes(code) for n in part.co_names}
+        if name == "forward" and not ("__class__" in code.co_freevars and "forward" in names):
+            return "overrides forward without calling super().forward"
+        if found := names & (KERNEL_NAMES | {kind.__name__}):
+            return f"reaches past super() in {name}, by {', '.join(sorted(found))}"
+    return None
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+@functools.cache
+def rebased(kind: type) -> type:
+    """The class as it would be with `Unrolled` layers for bases in place of torch's."""
+    if not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+        return kind
+    if kind in TORCH_CLASSES:
+        return UnrolledLayer if issubclass(kind, nn.RNNBase) else UnrolledCell
+    cell = types.CellType()
+    namespace = {
+        name: _rebound(value, cell)
+        for name, value in vars(kind).items()
+        if name not in ("__dict__", "__weakref__")
+    }
+    new = type(kind)(kind.__name__, tuple(map(rebased, kind.__bases__)), namespace | {"__reduce_ex__": _reduce, "_origin": kind})
+    cell.cell_contents = new
+    return new
+
+
+def _rebound(value: Any, cell: types.CellType) -> Any:
+    """A function with the cell that `super()` reads replaced."""
+    if not isinstance(value, types.FunctionType) or "__class__" not in value.__code__.co_freevars:
+        return value
+    free = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    closure = tuple(cell if name == "__class__" else old for name, old in free)
+    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    new.__kwdefaults__ = value.__kwdefaults__
+    return functools.update_wrapper(new, value)
+
+
+def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
+    return _empty, (self._origin,), self.__dict__
+
+
+def _empty(origin: type) -> Unrolled:
+    """An instance without contents of the class that stands in for `origin`, for unpickling."""
+    kind = rebased(origin)
+    return kind.__new__(kind)
