@@ -44,8 +44,18 @@ class Result(NamedTuple):
     """For `h`, and for an LSTM `c`: the last state of each layer and direction, `[B, size]`"""
 
 
+def scope(recurrence: Recurrence, k: int) -> str:
+    """What pass number `k` is called: `l1`, `l1.reverse`."""
+    layer, direction = divmod(k, len(recurrence.directions))
+    return f"l{layer}.reverse" if recurrence.directions[direction] else f"l{layer}"
+
+
 def prepare(
-    recurrence: Recurrence, weights: Sequence[Weights], plan: Plan, dtype: torch.dtype | None = None
+    recurrence: Recurrence,
+    weights: Sequence[Weights],
+    plan: Plan,
+    dtype: torch.dtype | None = None,
+    names: Names = UNNAMED,
 ) -> list[Prepared]:
     """Lay out the parameters for the steps, for each layer and direction.
 
@@ -53,7 +63,17 @@ def prepare(
     """
     low = dtype in (torch.float16, torch.bfloat16)
     precision = Precision(dtype, torch.float32) if low else None
-    return [recurrence.cell.prepare(w, plan.gates, recurrence.hidden_size, precision) for w in weights]
+    prepared = []
+    for k, w in enumerate(weights):
+        names.enter(scope(recurrence, k))
+        layout = recurrence.cell.prepare(w, plan.gates, recurrence.hidden_size, precision)
+        for kind, maps in (("ih", layout.inputs), ("hh", layout.hidden)):
+            for weight, bias in maps:
+                names(weight, f"weight_{kind}")
+                if bias is not None:
+                    names(bias, f"bias_{kind}")
+        prepared.append(layout)
+    return prepared
 
 
 def sweep(step: Step, xs: Sequence[Any], state: State, *, reverse: bool = False) -> tuple[list[Value], State]:
@@ -145,18 +165,18 @@ def run(
             rows = dropout(rows) if dropout else rows
         outputs = []
         for direction in recurrence.directions:
-            weights, start = prepared[len(finals)], starts[len(finals)]
-            scope = ".".join(filter(None, (f"l{layer}", direction)))
-            names.enter(scope)
+            k = len(finals)
+            weights, here = prepared[k], scope(recurrence, k)
+            names.enter(here)
             projected = [_pieces(inputs(rows), steps, sizes) for inputs in weights.inputs]
 
-            def step(t: int, x: tuple[Value, ...], state: State, scope=scope, weights=weights) -> State:
-                names.enter(f"{scope}.t{t}")
+            def step(t: int, x: tuple[Value, ...], state: State, here=here, weights=weights) -> State:
+                names.enter(f"{here}.t{t}")
                 return recurrence.cell.step(x, state, weights, names)
 
             xs = [tuple(names(x, f"t{t}.x") for x in pieces) for t, pieces in enumerate(zip(*projected, strict=True))]
             over = partial(sweep_packed, sizes=sizes) if sizes else sweep
-            hs, final = over(step, xs, start, reverse=direction == "reverse")
+            hs, final = over(step, xs, starts[k], reverse=direction == "reverse")
             outputs.append(hs)
             finals.append((final[0], *(weights.narrow(c) for c in final[1:])))
     return Result(outputs, [list(parts) for parts in zip(*finals, strict=True)])

@@ -6,7 +6,9 @@ of its graph, which adds a node and returns the stand-in of its result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,28 +17,43 @@ from unroll.schedule import Names
 
 
 class Value:
-    """A tensor of a graph under construction."""
+    """A tensor of a graph under construction.
 
-    __slots__ = ("node", "writer")
+    Its node is written when it is first named or read, so that what nobody reads costs nothing.
+    """
 
-    def __init__(self, node: Any, writer: Writer) -> None:
-        self.node = node
+    __slots__ = ("_node", "_write", "writer")
+
+    def __init__(self, writer: Writer, write: Callable[[str | None], Any] | None = None, node: Any = None) -> None:
         self.writer = writer
+        self._write = write
+        self._node = node
+
+    @property
+    def node(self) -> Any:
+        return self._node if self._node is not None else self.named(None)._node
+
+    def named(self, name: str | None) -> Value:
+        """Write the node, if it is not there yet."""
+        if self._node is None and self._write is not None:
+            self._node = self._write(name)
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _writer(args).write(func, args, kwargs or {})
+        return _first(args).writer.call(func, args, kwargs or {})
 
     def to(self, dtype: torch.dtype) -> Value:
-        return self.writer.write(torch.Tensor.to, (self, dtype), {})
+        return self.writer.call(torch.Tensor.to, (self, dtype), {})
 
 
-def _writer(args: Any) -> Writer:
+def _first(args: Any) -> Value:
+    """The first value among arguments, which may be lists."""
     for arg in args:
-        if isinstance(arg, Value):
-            return arg.writer
         if isinstance(arg, (list, tuple)):
-            return _writer(arg)
+            arg = _first(arg)
+        if isinstance(arg, Value):
+            return arg
     raise TypeError("no value of a graph among the arguments")
 
 
@@ -50,10 +67,25 @@ class Writer(Names):
     def enter(self, scope: str) -> None:
         self.scope = scope
 
+    def __call__(self, value: Value, name: str) -> Value:
+        return value.named(self.name(name))
+
     def name(self, what: str) -> str:
         """Such as `encoder.lstm.l1.reverse.t7.forget`."""
         return f"{self.layer}.{self.scope}.{what}"
 
-    def write(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Add a node that calls `func`; return its value, or the list of its values."""
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """The value of a torch function, or the list of its values."""
         raise NotImplementedError
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Hold back the garbage collector while a graph grows: nothing is garbage, and looking is a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
