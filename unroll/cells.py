@@ -110,9 +110,7 @@ class Cell:
         groups = ((*self.sigmoid, self.candidate),) if layout == "merged" else pair
         return tuple(group for group in groups if group)
 
-    def prepare(
-        self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None
-    ) -> Prepared:
+    def prepare(self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None) -> Prepared:
         """Reorder, transpose and add up the parameters once, outside the loop over time."""
         hidden = self.products(layout)
         # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
@@ -135,7 +133,7 @@ class Cell:
             )
 
         x_bias, h_bias = {}, {}
-        if weights.b_ih is not None:
+        if weights.b_ih is not None and weights.b_hh is not None:
             x_bias = by_gate(torch.add(weights.b_ih, weights.b_hh))
             if apart:
                 x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
@@ -18,7 +19,7 @@ from unroll import schedule, trees
 from unroll.cells import Prepared
 from unroll.modules import Unrolled
 from unroll.plan import Plan
-from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments
+from unroll.recurrence import Problem, UnrollError, check_arguments
 from unroll.trees import Rules, Where
 from unroll.values import Value, Writer, many_objects
 
@@ -46,7 +47,7 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
     try:
         tracer = _Tracer()
         graph = tracer.trace(model, concrete_args)
-    except (torch.fx.proxy.TraceError, TypeError) as error:
+    except (TraceError, TypeError) as error:
         mend = "use unroll(module), which needs no trace, or the graph of torch.export"
         raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", mend)) from error
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
@@ -65,13 +66,15 @@ def unroll_graph(
     module: fx.GraphModule, args: Any, *, where: Where, rules: Rules | None, plan: Plan, steps: Steps
 ) -> fx.GraphModule:
     """A copy of the graph module with explicit gate operations in place of recurrent layers."""
-    copied = trees.replace(module, plan, where, rules)
-    sites = [node for node in copied.graph.nodes if _layer(copied, node) and trees.chooses(where, [node.target], _layer(copied, node))]
+    copied: Any = trees.replace(module, plan, where, rules)
+    layers = {node: copied.get_submodule(node.target) for node in copied.graph.find_nodes(op="call_module")}
+    sites = [node for node, layer in layers.items() if isinstance(layer, Unrolled)]
+    sites = [node for node in sites if trees.chooses(where, [node.target], layers[node])]
     shapes = _Shapes(copied).of(args) if args is not None else {}
     calls, problems = [], []
     for node in sites:
         try:
-            calls.append(_Call(node, copied.get_submodule(node.target), shapes.get(node), steps))
+            calls.append(_Call(node, layers[node], shapes.get(node), steps))
         except UnrollError as error:
             problems += error.problems
     if problems:
@@ -83,11 +86,6 @@ def unroll_graph(
         _erase_dead(node for call in calls for node in call.writer.made)
         copied.recompile()
     return copied
-
-
-def _layer(module: fx.GraphModule, node: fx.Node) -> Unrolled | None:
-    layer = module.get_submodule(node.target) if node.op == "call_module" else None
-    return layer if isinstance(layer, Unrolled) else None
 
 
 class _Shapes(fx.Interpreter):
@@ -144,12 +142,14 @@ class _GraphWriter(Writer):
     """Writes nodes into an FX graph, at its current point of insertion."""
 
     def __init__(self, call: fx.Node) -> None:
-        super().__init__(call.target)
+        super().__init__(str(call.target))
         self.graph = call.graph
         self.meta = {key: call.meta[key] for key in ("stack_trace", "nn_module_stack") if key in call.meta}
         self.made: list[fx.Node] = []
 
-    def node(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None) -> fx.Node:
+    def node(
+        self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None
+    ) -> fx.Node:
         name = name or self.name(target.rpartition(".")[2] if isinstance(target, str) else target.__name__)
         node = self.graph.create_node(op, target, args, kwargs, name=name.replace(".", "_"))
         node.meta.update(self.meta)
@@ -192,17 +192,18 @@ class _Call:
         self.node = node
         self.layer = layer
         self.recurrence = layer.recurrence
+        self.name = str(node.target)
         self.writer = _GraphWriter(node)
         input, _ = _arguments(node.args, node.kwargs)
         shape = shape or _known_shape(input)
         problems = []
         if isinstance(input, fx.Node) and input.target is rnn.pack_padded_sequence:
             mend = "use unroll(module) for models that pack"
-            problems.append(Problem(node.target, "is called with a PackedSequence in an FX graph", mend))
+            problems.append(Problem(self.name, "is called with a PackedSequence in an FX graph", mend))
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(layer, hook) for hook in hooks):
             mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
-            problems.append(Problem(node.target, "has hooks, which no graph would call", mend))
+            problems.append(Problem(self.name, "has hooks, which no graph would call", mend))
         self.batched = shape is None or len(shape) == (2 if self.recurrence.is_cell else 3)
         try:
             self.steps = 1 if self.recurrence.is_cell else self._steps(shape, steps)
@@ -212,7 +213,7 @@ class _Call:
             raise UnrollError(*problems)
 
     def _steps(self, shape: tuple[int, ...] | None, steps: Steps) -> int:
-        name = self.node.target
+        name = self.name
         asked = steps.get(name) if isinstance(steps, Mapping) else steps
         known = shape[1 if self.batched and self.recurrence.batch_first else 0] if shape else None
         if not isinstance(known, int):  # a symbol says nothing
@@ -235,22 +236,26 @@ class _Call:
             input, state = _arguments(node.args, node.kwargs)
             if isinstance(state, fx.Node):
                 count = len(recurrence.state_sizes)
-                state = [writer.node("call_function", operator.getitem, (state, k)) for k in range(count)] if count > 1 else [state]
+                state = (
+                    [writer.node("call_function", operator.getitem, (state, k)) for k in range(count)]
+                    if count > 1
+                    else [state]
+                )
             self._assert_shapes(input, state)
-            if node.target not in prepared:
-                prepared[node.target] = self._prepare()
+            if self.name not in prepared:
+                prepared[self.name] = self._prepare()
             result = schedule.run(
                 recurrence,
-                prepared[node.target],
+                prepared[self.name],
                 schedule.flat_rows(recurrence, Value(writer, node=input), batched=self.batched),
-                state and tuple(Value(writer, node=s) for s in state),
+                None if state is None else tuple(Value(writer, node=s) for s in state),
                 steps=self.steps,
                 dropout=self._dropout(),
                 names=writer,
             )
             writer.enter("results")
             finals = schedule.joined_states(recurrence, result.finals, batched=self.batched)
-            final = tuple(_Result(whole, partial(self._read_state, result, k)) for k, whole in enumerate(finals))
+            final: Any = tuple(_Result(whole, partial(self._read_state, result, k)) for k, whole in enumerate(finals))
             final = final if len(final) > 1 else final[0]
             if recurrence.is_cell:
                 self._hand_over(node, final)
@@ -310,12 +315,13 @@ class _Call:
     def _hand_over(self, node: fx.Node, result: Any) -> None:
         """Give the users of `node` the results, through `getitem` chains of any depth."""
         for user in list(node.users):
+            index: Any = user.args[-1]
             if user.target is operator.getitem and user.args[0] is node:
                 if isinstance(result, tuple) and not isinstance(result, _Result):
-                    self._hand_over(user, result[user.args[1]])
+                    self._hand_over(user, result[index])
                     node.graph.erase_node(user)
                     continue
-                part = result.read(user.args[1])
+                part = result.read(index)
                 if part is not None:
                     user.replace_all_uses_with(part.node)
                     node.graph.erase_node(user)
@@ -323,7 +329,7 @@ class _Call:
             whole = pytree.tree_map(lambda r: r.whole.node, result, is_leaf=lambda r: isinstance(r, _Result))
             user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: whole if n is node else n)
 
-    def _read_state(self, result: schedule.Result, k: int, index: Any) -> Value | None:
+    def _read_state(self, result: schedule.Result, k: int, index: Any) -> Any:
         """`h_n[-1]`, and the like: the state of one layer and direction."""
         first, *rest = index if isinstance(index, tuple) else (index,)
         parts = result.finals[k]
@@ -339,7 +345,9 @@ class _Call:
         if index.count(...) == 1:
             at = index.index(...)
             index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
-        if len(index) > rank or not all(isinstance(part, (int, slice)) and not isinstance(part, bool) for part in index):
+        if len(index) > rank or not all(
+            isinstance(part, (int, slice)) and not isinstance(part, bool) for part in index
+        ):
             return None
         index += (slice(None),) * (rank - len(index))
         time = 1 if self.batched and self.recurrence.batch_first else 0
@@ -362,7 +370,7 @@ class _Call:
         output = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
         return self._item(output, (*index[:-1], features))
 
-    def _item(self, value: Value, index: tuple[Any, ...]) -> Value:
+    def _item(self, value: Any, index: tuple[Any, ...]) -> Value:
         """`value[index]`, or the value where that is all of it."""
         if all(part in (slice(None), slice(0, math.inf)) for part in index):
             return value

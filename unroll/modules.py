@@ -29,6 +29,7 @@ class Unrolled(nn.Module):
 
     plan: Plan
     place: str
+    hidden_size: int
 
     @property
     def recurrence(self) -> Recurrence:

@@ -100,8 +100,8 @@ class Recurrence:
         groups, size = [], len(self.weight_names[0])
         for start in range(0, len(flat), size):
             w_ih, w_hh, *rest = flat[start : start + size]
-            w_hr = rest.pop() if self.proj_size else None
-            groups.append(Weights(w_ih, w_hh, *(rest or (None, None)), w_hr))
+            b_ih, b_hh = rest[:2] if self.bias else (None, None)
+            groups.append(Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if self.proj_size else None))
         return groups
 
 
@@ -109,7 +109,7 @@ LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 CELL_MODES: dict[type[nn.Module], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
 
 
-def read_layer(layer: nn.Module) -> Recurrence:
+def read_layer(layer: Any) -> Recurrence:
     """The recurrence of an `nn.LSTM`, `nn.GRU`, `nn.RNN`, or of anything with their attributes.
 
     Example:
@@ -121,7 +121,7 @@ def read_layer(layer: nn.Module) -> Recurrence:
     return Recurrence(**{name: getattr(layer, name) for name in names})
 
 
-def read_cell(layer: nn.Module, mode: str) -> Recurrence:
+def read_cell(layer: Any, mode: str) -> Recurrence:
     """The recurrence of an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`, given its mode from `CELL_MODES`.
 
     Example:

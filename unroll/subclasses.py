@@ -37,7 +37,8 @@ def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
     if objection is None and not issubclass(kind, (*LAYERS, *CELL_MODES)):
         objection = "is no subclass of torch.nn.LSTM, GRU, RNN or their cells"
     if objection:
-        mend = f"give a rule, unroll(model, rules={{{kind.__name__}: function from the layer to a module}}), or leave it out by where="
+        rule = f"unroll(model, rules={{{kind.__name__}: function from the layer to a module}})"
+        mend = f"give a rule, {rule}, or leave it out by where="
         raise UnrollError(Problem(name or kind.__name__, f"{kind.__module__}.{kind.__qualname__} {objection}", mend))
     return rebased(kind)
 
@@ -78,11 +79,10 @@ def rebased(kind: type) -> type:
         return UnrolledLayer if issubclass(kind, nn.RNNBase) else UnrolledCell
     cell = types.CellType()
     namespace = {
-        name: _rebound(value, cell)
-        for name, value in vars(kind).items()
-        if name not in ("__dict__", "__weakref__")
+        name: _rebound(value, cell) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
     }
-    new = type(kind)(kind.__name__, tuple(map(rebased, kind.__bases__)), namespace | {"__reduce_ex__": _reduce, "_origin": kind})
+    namespace |= {"__reduce_ex__": _reduce, "_origin": kind}
+    new = types.new_class(kind.__name__, tuple(map(rebased, kind.__bases__)), {}, lambda body: body.update(namespace))
     cell.cell_contents = new
     return new
 
@@ -104,5 +104,5 @@ def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
 
 def _empty(origin: type) -> Unrolled:
     """An instance without contents of the class that stands in for `origin`, for unpickling."""
-    kind = rebased(origin)
+    kind: Any = rebased(origin)
     return kind.__new__(kind)

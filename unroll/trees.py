@@ -21,6 +21,7 @@ from unroll.plan import Plan
 from unroll.recurrence import CELL_MODES, Problem, UnrollError
 from unroll.subclasses import counterpart
 
+
 class Found(NamedTuple):
     """A recurrent layer in a module tree."""
 
@@ -76,7 +77,9 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))
     elif isinstance(value, types.FunctionType):
         free = value.__code__.co_freevars
-        yield from ((f"{name}.<{key}>", cell.cell_contents) for key, cell in zip(free, value.__closure__ or ()) if _filled(cell))
+        yield from (
+            (f"{name}.<{key}>", cell.cell_contents) for key, cell in zip(free, value.__closure__ or ()) if _filled(cell)
+        )
     elif isinstance(value, types.MethodType):
         yield f"{name}.__self__", value.__self__
     elif isinstance(value, functools.partial):
@@ -87,10 +90,9 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _filled(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not None
     except ValueError:
         return False
-    return True
 
 
 def find(root: nn.Module, where: Where = None, rules: Rules | None = None) -> list[Found]:
@@ -112,14 +114,20 @@ def find(root: nn.Module, where: Where = None, rules: Rules | None = None) -> li
         if isinstance(value, nn.Module) and ".<" in name and any(map(is_recurrent, value.modules())):
             mend = "hold it in an attribute, a bound method or a functools.partial"
             problems.append(Problem(name, "a function has captured a recurrent layer, out of reach of a copy", mend))
-        if isinstance(value, types.MethodType) and is_recurrent(value.__self__) and not hasattr(nn.Module, value.__name__):
+        if (
+            isinstance(value, types.MethodType)
+            and is_recurrent(value.__self__)
+            and not hasattr(nn.Module, value.__name__)
+        ):
             finding = f"a stored method of a recurrent layer, {value.__name__}, would go on running the fused kernel"
             problems.append(Problem(name, finding, "store the layer and call it"))
     if where is not None and not callable(where):
         for pattern in [where] if isinstance(where, str) else where:
             if not any(chooses(pattern, *entry) for entry in (*found.values(), *done)):
                 names = ", ".join(name for entry in found.values() for name in entry.names) or "none"
-                problems.append(Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {names}"))
+                problems.append(
+                    Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {names}")
+                )
     if problems:
         raise UnrollError(*problems)
     return [entry for entry in found.values() if chooses(where, *entry)]
@@ -177,24 +185,28 @@ def replace(root: nn.Module, plan: Plan, where: Where = None, rules: Rules | Non
         raise
     except Exception as error:
         finding = f"cannot be copied ({type(error).__name__}: {error})"
-        raise UnrollError(Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")) from error
+        raise UnrollError(
+            Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
+        ) from error
     left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
     if left:
         raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))
     return copied
 
 
-def _furnish(shell: Unrolled, layer: nn.Module, name: str, plan: Plan, memo: dict[int, Any]) -> None:
+def _furnish(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]) -> None:
     """Give the empty replacement everything that the layer has."""
     gone = ("_flat_weights", "_flat_weight_refs")
-    vars(shell).update(copy.deepcopy({key: value for key, value in vars(layer).items() if key not in gone}, memo))
+    shell.__dict__.update(copy.deepcopy({key: value for key, value in vars(layer).items() if key not in gone}, memo))
     shell.place, shell.plan = name or type(layer).__name__, plan
     if isinstance(shell, UnrolledCell):
         shell.mode = next(mode for kind, mode in CELL_MODES.items() if isinstance(layer, kind))
     if shell.recurrence.mode not in CELLS:
         known = ", ".join(CELLS)
-        raise UnrollError(Problem(shell.place, f"has the unknown mode {shell.recurrence.mode}", f"the modes are {known}"))
+        raise UnrollError(
+            Problem(shell.place, f"has the unknown mode {shell.recurrence.mode}", f"the modes are {known}")
+        )
     if parametrize.is_parametrized(layer):
         parametrize._inject_new_class(shell)
-        for parameter in layer.parametrizations:
+        for parameter in layer._modules["parametrizations"]:
             parametrize._inject_property(shell, parameter)

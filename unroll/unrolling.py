@@ -22,6 +22,34 @@ def unroll(
     plan: Plan | None = None,
     steps: Steps = None,
 ) -> Any:
+    """Replace the recurrent layers of a model by explicit unrolled operations.
+
+    The result is of the same kind as the model, computes the same, and shares every parameter with it; the
+    model itself is not changed. Whatever cannot be honoured is refused, all of it at once.
+
+    Args:
+        model: an `nn.Module` (also a single layer), or a `torch.fx.GraphModule`.
+        args: for a graph, example inputs, from which the number of time steps is read where the graph's
+            metadata does not tell it.
+        where: which layers: a name or shell pattern such as `"encoder.*"`, several of them, or a function
+            of name and layer; all by default.
+        rules: for classes of your own that cannot be unrolled as they are, a function from the layer to
+            a module that does the same and can.
+        plan: how the steps are laid out.
+        steps: for a graph, the number of time steps, for all layers or by layer name.
+
+    Returns:
+        A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
+
+    Raises:
+        UnrollError: with every layer that cannot be unrolled, why, and what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.LSTM(3, 5, num_layers=2, bidirectional=True))
+        >>> x = torch.randn(7, 2, 3)
+        >>> torch.allclose(model(x)[0], unroll(model)(x)[0], atol=1e-6)
+        True
+    """
     plan = plan or Plan()
     if isinstance(model, fx.GraphModule):
         return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps)
