@@ -208,5 +208,5 @@ def _furnish(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]
         )
     if parametrize.is_parametrized(layer):
         parametrize._inject_new_class(shell)
-        for parameter in layer._modules["parametrizations"]:
+        for parameter in vars(layer)["_modules"]["parametrizations"]:
             parametrize._inject_property(shell, parameter)
