@@ -1,4 +1,4 @@
-"""Names that the examples in docstrings take for granted."""
+"""What every test and docstring example takes for granted."""
 
 import pytest
 import torch
@@ -6,7 +6,19 @@ from torch import nn
 
 import unroll
 
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # Said once by the original, of the kernel it chooses.
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+
 
 @pytest.fixture(autouse=True)
 def _names(doctest_namespace):
     doctest_namespace |= {"torch": torch, "nn": nn, "unroll": unroll.unroll}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
