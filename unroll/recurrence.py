@@ -133,6 +133,46 @@ def read_cell(layer: Any, mode: str) -> Recurrence:
     return Recurrence(mode, layer.input_size, layer.hidden_size, bias=layer.bias, is_cell=True)
 
 
+def read_call(
+    kind: str,
+    shapes: Sequence[Sequence[int]],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    is_cell: bool = False,
+) -> Recurrence:
+    """The recurrence of a call of `torch.lstm`, `torch.gru_cell` and the like, from its arguments.
+
+    Args:
+        kind: `lstm`, `gru`, `rnn_tanh` or `rnn_relu`.
+        shapes: of the weights, in torch's order.
+        has_biases: and the following, as torch's functions take them.
+        is_cell: whether one step is called.
+
+    Example:
+        >>> read_call("lstm", [(20, 3), (20, 2), (2, 5)], has_biases=False).proj_size
+        2
+    """
+    mode = kind.upper()
+    (rows, input_size), (_, output_size) = shapes[:2]
+    hidden_size = rows // len(CELLS[mode].gates)
+    return Recurrence(
+        mode,
+        input_size,
+        hidden_size,
+        num_layers,
+        has_biases,
+        batch_first,
+        dropout,
+        bidirectional,
+        output_size if output_size != hidden_size else 0,
+        is_cell,
+    )
+
+
 def check_arguments(
     recurrence: Recurrence,
     place: str,

@@ -139,6 +139,7 @@ def run(
     *,
     steps: int,
     sizes: Sequence[int] | None = None,
+    masks: Sequence[Value] | None = None,
     dropout: Callable[[Value], Value] | None = None,
     names: Names = UNNAMED,
 ) -> Result:
@@ -151,6 +152,8 @@ def run(
         state: initial `h` (and `c`), each `[layers * directions, B, size]`, or flat, or None for zeros.
         steps: T.
         sizes: for packed rows, how many there are in each step; `rows` is then `[sum(sizes), F]`.
+        masks: for padded rows, which of them have a step `t`, boolean `[B, 1]` each; the others keep
+            their state. Needs an initial state.
         dropout: applied to the rows between layers, or None.
         names: told the scope of what is computed, `l1.reverse.t7`.
     """
@@ -172,7 +175,8 @@ def run(
 
             def step(t: int, x: tuple[Value, ...], state: State, here=here, weights=weights) -> State:
                 names.enter(f"{here}.t{t}")
-                return recurrence.cell.step(x, state, weights, names)
+                new = recurrence.cell.step(x, state, weights, names)
+                return new if masks is None else tuple(torch.where(masks[t], n, s) for n, s in zip(new, state))
 
             xs = [tuple(names(x, f"t{t}.x") for x in pieces) for t, pieces in enumerate(zip(*projected, strict=True))]
             over = partial(sweep_packed, sizes=sizes) if sizes else sweep
