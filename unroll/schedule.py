@@ -198,6 +198,8 @@ def _starts(recurrence: Recurrence, prepared: Sequence[Prepared], state: tuple[V
 def _pieces(rows: Value, count: int, sizes: Sequence[int] | None = None) -> Sequence[Value]:
     if sizes is not None:
         return torch.split(rows, list(sizes))
+    if count > 1 and isinstance(rows, torch.Tensor):  # sizes given, torch.export keeps a symbolic batch; chunk fixes it
+        return torch.split(rows, [rows.shape[0] // count] * count)
     return torch.chunk(rows, count) if count > 1 else (rows,)
 
 
