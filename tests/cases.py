@@ -16,11 +16,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from unroll import Plan
 
 # Sizes differ from each other, so that no two axes can be mistaken for one another.
 FEATURES, HIDDEN, PROJECTION = 6, 5, 2
@@ -191,6 +193,10 @@ def grid() -> list[Case]:
 
 GRID = grid()
 
+CHOICES = {field: get_args(choices) for field, choices in get_type_hints(Plan).items()}
+PLANS = [Plan(**dict(zip(CHOICES, values, strict=True))) for values in itertools.product(*CHOICES.values())]
+"""Every plan there is."""
+
 CHOSEN = [
     Case("LSTM"),
     Case("LSTM", state=True),
@@ -242,4 +248,4 @@ DROPOUT = [
 ]
 """Dropout between layers, for training mode."""
 
-__all__ = ["CHOSEN", "DROPOUT", "EMPTY", "GRID", "KINDS", "PACKED", "Case", "Holder", "flat", "replace"]
+__all__ = ["CHOSEN", "DROPOUT", "EMPTY", "GRID", "KINDS", "PACKED", "PLANS", "Case", "Holder", "flat", "replace"]
