@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll import schedule
 from unroll.plan import Plan
-from unroll.recurrence import Recurrence, check_arguments, read_cell, read_layer
+from unroll.recurrence import AUTOCAST, Recurrence, autocast_dtype, check_arguments, read_cell, read_layer
 
 
 class Unrolled(nn.Module):
@@ -53,8 +53,8 @@ class Unrolled(nn.Module):
         recurrence = self.recurrence
         flat = [weight for group in self.all_weights for weight in group]
         promoting = False
-        if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        dtype = autocast_dtype(rows)
+        if dtype and rows.dtype in AUTOCAST:
             flat = [weight.to(dtype) for weight in flat]
             promoting = not _casts_all(recurrence, rows)
             if not promoting:

@@ -173,6 +173,18 @@ def read_call(
     )
 
 
+AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
+"""What autocast casts; it leaves float64 and integers alone."""
+
+
+def autocast_dtype(tensor: Any) -> torch.dtype | None:
+    """What autocast computes in on the tensor's device, or None where it is off."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_arguments(
     recurrence: Recurrence,
     place: str,
@@ -241,7 +253,8 @@ def check_arguments(
         for name, tensor in checked:
             mend = f"give {weight.device}, or move the module"
             expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", mend)
-            good = tensor.dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
+            cast = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
+            good = tensor.dtype == weight.dtype or cast
             mend = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
             expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", mend)
     if problems:
