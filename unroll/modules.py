@@ -56,7 +56,7 @@ class Unrolled(nn.Module):
         dtype = autocast_dtype(rows)
         if dtype and rows.dtype in AUTOCAST:
             flat = [weight.to(dtype) for weight in flat]
-            promoting = not _casts_all(recurrence, rows)
+            promoting = not _casts_all(recurrence, rows, packed=sizes is not None)
             if not promoting:
                 rows = rows.to(dtype)
                 state = state and tuple(s.to(dtype) for s in state)
@@ -77,13 +77,14 @@ class Unrolled(nn.Module):
         )
 
 
-def _casts_all(recurrence: Recurrence, rows: Tensor) -> bool:
+def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
     """Whether torch, under autocast, runs this layer in the lower precision throughout.
 
-    So do cuDNN and, for an LSTM without projection, oneDNN. Elsewhere only the products are cast.
+    So do cuDNN and, for a padded LSTM without projection, oneDNN. Elsewhere only the products are cast.
     """
     if rows.device.type == "cpu":
-        return recurrence.mode == "LSTM" and not recurrence.is_cell and not recurrence.proj_size and rows.numel() > 0
+        plain = not (recurrence.is_cell or recurrence.proj_size or packed)
+        return recurrence.mode == "LSTM" and plain and rows.numel() > 0
     return True
 
 
