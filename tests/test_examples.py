@@ -1,0 +1,97 @@
+"""Every example runs as a script, as a reader would run it, and prints what it promises."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    """What the example prints."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def table(printed: str) -> list[list[float]]:
+    """The figures of each line that starts with a row number, or with `h` or `c` and one."""
+    lines = re.findall(r"^(?:[hc])? +(\d+  .*)$", printed, re.MULTILINE)
+    return [[float(word) for word in line.split()] for line in lines]
+
+
+def test_no_example_is_left_out():
+    names = {"batch_first_series", "bidirectional_stack", "digits", "memory_cell", "step_by_step", "two_layers"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == names
+
+
+def test_no_example_shadows_a_package():
+    """A script's folder comes first on the path: onnx.py would be found in place of onnx."""
+    for example in EXAMPLES.glob("*.py"):
+        assert importlib.util.find_spec(example.stem) is None
+
+
+def test_batch_first_series():
+    rows = table(run("batch_first_series"))
+    assert [row[0] for row in rows] == list(range(30))
+    for t, _, *four, without_loop in rows:
+        assert len(set(four)) == 1
+        assert (without_loop == four[0]) == (t == 0)
+
+
+def test_memory_cell():
+    rows = table(run("memory_cell"))
+    h, c = rows[:5], rows[5:]
+    assert [row[1] for row in h] == [0, 0, 0, 0.3, 0]
+    assert [row[1] for row in c] == [0.2, 0.3, 0.3, 0.3, 0]
+    for _, published, *four in rows:
+        assert len(set(four)) == 1 and round(four[0], 1) == published
+
+
+def test_bidirectional_stack():
+    rows = table(run("bidirectional_stack"))
+    assert [row[:3] for row in rows] == [[n, d, steps] for n in (1, 2) for d in (1, 2) for steps in (1, 2, 7)]
+    for layers, directions, steps, fused, unrolled, ours, in_loop in rows:
+        assert fused == unrolled and ours < 1e-12
+        assert (in_loop > 1e-3) == (layers == directions == 2 and steps > 1)
+
+
+def test_step_by_step():
+    rows = table(run("step_by_step"))
+    assert [row[0] for row in rows] == [0, 1, 2] * 2
+    assert all(len(row) == 5 and len(set(row[1:])) == 1 for row in rows)
+
+
+def test_two_layers():
+    rows = table(run("two_layers"))
+    assert len(rows) == 5
+    for _, *figures in rows:
+        published, *results = [figures[i : i + 3] for i in range(0, 15, 3)]
+        assert results == [published] * 4
+
+
+@pytest.mark.heavy
+def test_digits(tmp_path):
+    file = tmp_path / "digits.onnx"
+    printed = run("digits", "--epochs", "2", "--file", str(file))
+    rows = re.findall(r"^(nn\.GRU|unrolled.*?)  .* (\d+) of 450 +(\S+) +(\S+) ms$", printed, re.MULTILINE)
+    assert [row[0].strip() for row in rows] == [
+        "nn.GRU",
+        "unrolled",
+        "unrolled, torch.compile",
+        "unrolled, ONNX Runtime",
+    ]
+    for _, same, difference, time in rows:
+        assert int(same) == 450 and float(difference) <= 1e-4 and float(time) > 0
+    graph = onnx.load(file).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert not {"LSTM", "GRU", "RNN", "Loop", "Scan"} & {node.op_type for node in graph.node}
