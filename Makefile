@@ -1,11 +1,11 @@
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 
 .PHONY: setup demo test format clean
 
 setup: .venv/ready
 
-# PyTorch first and by its pin, so that nothing else can ask for another build of it.
+# PyTorch first and as constraints.txt has it, so that nothing else can ask for another build of it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "pip>=25.1"
