@@ -4,7 +4,8 @@ Everything here is an ordinary function of tensor-like values and calls a small 
 functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
 `transpose`), never in place. Given tensors it computes; given values of a graph it writes nodes.
 
-Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`.
+Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`. What the
+ONNX standard lets vary beyond them is a `Variant`; torch's layers have none, and steps without one write nothing more.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Weights(NamedTuple):
     """`[gates * H]`"""
     w_hr: Value | None = None
     """`[P, H]`, the projection of an LSTM with `proj_size`"""
+    peephole: Value | None = None
+    """`[3 * H]`, what `c` adds to the input, forget and output gates of an ONNX LSTM, or None"""
 
 
 class Affine(NamedTuple):
@@ -63,6 +66,17 @@ class Precision(NamedTuple):
     gates: torch.dtype
 
 
+class Variant(NamedTuple):
+    """How a step of the ONNX standard departs from torch's."""
+
+    activations: tuple[Callable[[Value], Value], ...] = ()
+    """In the standard's order: f of the sigmoid gates, g of the candidate, h of an LSTM's `c`. Empty for torch's."""
+    clip: float | None = None
+    """What an activation is applied to is first limited to `[-clip, clip]`."""
+    coupled: bool = False
+    """An LSTM's forget gate is one minus its input gate (`input_forget`)."""
+
+
 class Prepared(NamedTuple):
     """The parameters of one layer in one direction, as a step wants them: one product after another."""
 
@@ -74,6 +88,18 @@ class Prepared(NamedTuple):
     """`[H, P]`, or None"""
     hidden_size: int
     precision: Precision | None = None
+    peephole: tuple[Value, ...] | None = None
+    """`[H]` for each of the input, forget and output gates, or None"""
+    variant: Variant | None = None
+
+    def activations(self, *standard: Callable[[Value], Value]) -> tuple[Callable[[Value], Value], ...]:
+        """The activations of a step, given torch's."""
+        if self.variant is None:
+            return standard
+        chosen, clip = self.variant.activations or standard, self.variant.clip
+        if clip is None:
+            return chosen
+        return tuple((lambda x, f=f: f(torch.clamp(x, -clip, clip))) for f in chosen)
 
     def widen(self, value: Value) -> Value:
         """A result of products, for the gates to work on."""
@@ -97,6 +123,8 @@ class Cell:
     """Whether the candidate's `b_hh` may be added to its `b_ih` (not in a GRU: reset scales it)."""
     step: Callable[[tuple[Value, ...], State, Prepared, Label], State]
     """`step(x, state, weights, label) -> state`, for `x` already projected, one `[B, n]` a product."""
+    waits: bool = False
+    """Whether the candidate's product needs the other gates first, so that it cannot be merged with theirs."""
 
     @property
     def candidate(self) -> str:
@@ -107,7 +135,7 @@ class Cell:
         if layout == "split":
             return tuple((gate,) for gate in (*self.sigmoid, self.candidate))
         pair = (self.sigmoid, (self.candidate,))
-        groups = ((*self.sigmoid, self.candidate),) if layout == "merged" else pair
+        groups = ((*self.sigmoid, self.candidate),) if layout == "merged" and not self.waits else pair
         return tuple(group for group in groups if group)
 
     def prepare(self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None) -> Prepared:
@@ -138,18 +166,23 @@ class Cell:
             if apart:
                 x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}
                 h_bias = {gate: b for gate, b in by_gate(weights.b_hh).items() if gate in apart}
-        return Prepared(
+        prepared = Prepared(
             maps(weights.w_ih, inputs, x_bias),
             maps(weights.w_hh, hidden, h_bias),
             None if weights.w_hr is None else torch.transpose(weights.w_hr, 0, 1),
             hidden_size,
             precision,
         )
+        if weights.peephole is None:
+            return prepared
+        return prepared._replace(peephole=tuple(torch.chunk(prepared.widen(weights.peephole), 3)))
 
 
-def _sigmoid_gates(parts: Sequence[Value], names: tuple[str, ...], label: Label) -> list[Value]:
+def _sigmoid_gates(
+    parts: Sequence[Value], names: tuple[str, ...], label: Label, sigmoid: Callable[[Value], Value] = torch.sigmoid
+) -> list[Value]:
     """The gates `names` out of one pre-activation that holds them all, or out of one each."""
-    activated = [torch.sigmoid(part) for part in parts]
+    activated = [sigmoid(part) for part in parts]
     gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), 1)
     return [label(gate, name) for gate, name in zip(gates, names, strict=True)]
 
@@ -157,23 +190,42 @@ def _sigmoid_gates(parts: Sequence[Value], names: tuple[str, ...], label: Label)
 def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
     h, c = state
     size = weights.hidden_size
+    sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
     products = x if h is None else [torch.addmm(xi, h, w.weight) for xi, w in zip(x, weights.hidden, strict=True)]
     pre = [weights.widen(product) for product in products]
     if len(pre) == 1:
         pre = torch.split(pre[0], [3 * size, size], 1)
-    i, f, o = _sigmoid_gates(pre[:-1], ("input", "forget", "output"), label)
-    g = label(torch.tanh(pre[-1]), "cell")
+    gates = pre[:-1]
+    if weights.peephole is None:
+        i, f, o = _sigmoid_gates(gates, ("input", "forget", "output"), label, sigmoid)
+    else:
+        i, f, o = gates if len(gates) == 3 else torch.chunk(gates[0], 3, 1)
+        i, f = (
+            label(sigmoid(_peek(gate, c, weight)), name)
+            for gate, weight, name in zip((i, f), weights.peephole, ("input", "forget"))
+        )
+    if weights.variant is not None and weights.variant.coupled:
+        f = label(torch.sub(1.0, i), "coupled")
+    g = label(tanh(pre[-1]), "cell")
     c = torch.mul(i, g) if c is None else torch.add(torch.mul(f, c), torch.mul(i, g))
     c = label(c, "c")
-    h = weights.narrow(torch.mul(o, torch.tanh(c)))
+    if weights.peephole is not None:
+        o = label(sigmoid(_peek(o, c, weights.peephole[2])), "output")
+    h = weights.narrow(torch.mul(o, squash(c)))
     if weights.projection is not None:
         h = torch.matmul(h, weights.projection)
     return label(h, "h"), c
 
 
+def _peek(gate: Value, c: Value | None, weight: Value) -> Value:
+    """The pre-activation of a gate that looks at `c`."""
+    return gate if c is None else torch.add(gate, torch.mul(c, weight))
+
+
 def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
     (h,) = state
     size = weights.hidden_size
+    sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
     *x_sigmoid, x_new = x
     *hidden, last = weights.hidden
     h_new = last(h)  # reset scales this product, its bias included
@@ -184,10 +236,27 @@ def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) ->
     if not hidden and h_new is not None:
         h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
         pre = [torch.add(pre[0], h_sigmoid)]
-    r, z = _sigmoid_gates(pre, ("reset", "update"), label)
+    r, z = _sigmoid_gates(pre, ("reset", "update"), label, sigmoid)
     n = weights.widen(x_new)
     n = n if h_new is None else torch.add(n, torch.mul(r, h_new))
-    n = label(torch.tanh(n), "new")
+    return _between(label(tanh(n), "new"), z, h, weights, label)
+
+
+def _gru_resetting_first(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+    (h,) = state
+    sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
+    *pre, n = x
+    *hidden, last = weights.hidden
+    if h is not None:
+        pre = [torch.addmm(xi, h, w.weight) for xi, w in zip(pre, hidden, strict=True)]
+    r, z = _sigmoid_gates([weights.widen(p) for p in pre], ("reset", "update"), label, sigmoid)
+    if h is not None:
+        n = torch.addmm(n, weights.narrow(torch.mul(r, weights.widen(h))), last.weight)
+    return _between(label(tanh(weights.widen(n)), "new"), z, h, weights, label)
+
+
+def _between(n: Value, z: Value, h: Value | None, weights: Prepared, label: Label) -> State:
+    """The next `h` of a GRU, on the way from its candidate to the last one."""
     h = torch.sub(n, torch.mul(z, n)) if h is None else torch.add(n, torch.mul(z, torch.sub(weights.widen(h), n)))
     return (label(weights.narrow(h), "h"),)
 
@@ -196,8 +265,9 @@ def _rnn(activation: Callable[[Value], Value]) -> Callable[..., State]:
     # One rounding before the activation and one after: a wider type between them would change nothing.
     def step(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
         (h,) = state
+        (activate,) = weights.activations(activation)
         pre = x[0] if h is None else torch.addmm(x[0], h, weights.hidden[0].weight)
-        return (label(activation(pre), "h"),)
+        return (label(activate(pre), "h"),)
 
     return step
 
@@ -214,3 +284,11 @@ CELLS = {
     "RNN_RELU": Cell(("hidden",), (), ("h",), True, _rnn(torch.relu)),
 }
 """The cells by torch's name of the mode (`nn.RNNBase.mode`)."""
+
+ONNX_CELLS = {
+    # As a GRU, but n = tanh(W_in x + b_in + W_hn (r * h) + b_hn): `linear_before_reset` 0, the standard's default
+    "GRU_RESETTING_FIRST": Cell(
+        ("reset", "update", "new"), ("reset", "update"), ("h",), True, _gru_resetting_first, waits=True
+    ),
+}
+"""The cells that only the ONNX standard has, by names of our own."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from unroll.cells import CELLS, Cell, Value, Weights
+from unroll.cells import CELLS, ONNX_CELLS, Cell, Value, Weights
 
 
 class Problem(NamedTuple):
@@ -49,7 +49,8 @@ class Recurrence:
     """A recurrent layer without its tensors; the fields are the constructor arguments of `torch.nn.LSTM`.
 
     `mode` is torch's: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`. A cell (`nn.LSTMCell` ...) is the
-    same with `is_cell`: one layer, one direction, one step.
+    same with `is_cell`: one layer, one direction, one step. Of the ONNX standard's layers, `mode` may also be one
+    of `ONNX_CELLS`, and `reverse` says that the only direction is backwards.
     """
 
     mode: str
@@ -62,14 +63,15 @@ class Recurrence:
     bidirectional: bool = False
     proj_size: int = 0
     is_cell: bool = False
+    reverse: bool = False
 
     @property
     def cell(self) -> Cell:
-        return CELLS[self.mode]
+        return CELLS[self.mode] if self.mode in CELLS else ONNX_CELLS[self.mode]
 
     @property
     def directions(self) -> tuple[str, ...]:
-        return ("", "reverse") if self.bidirectional else ("",)
+        return ("", "reverse") if self.bidirectional else ("reverse",) if self.reverse else ("",)
 
     @property
     def output_size(self) -> int:

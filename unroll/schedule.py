@@ -141,6 +141,7 @@ def run(
     sizes: Sequence[int] | None = None,
     masks: Sequence[Value] | None = None,
     dropout: Callable[[Value], Value] | None = None,
+    loop: Callable[..., tuple[list[Value], State]] | None = None,
     names: Names = UNNAMED,
 ) -> Result:
     """Unroll a whole layer: all its steps, directions and stacked layers.
@@ -149,12 +150,15 @@ def run(
         recurrence: what the layer is.
         prepared: its weights from `prepare`, for each layer and direction.
         rows: the input, step after step, `[T * B, F]`.
-        state: initial `h` (and `c`), each `[layers * directions, B, size]`, or flat, or None for zeros.
+        state: initial `h` (and `c`), each `[layers * directions, B, size]`, or flat, or None for zeros; None if
+            all are zeros.
         steps: T.
         sizes: for packed rows, how many there are in each step; `rows` is then `[sum(sizes), F]`.
         masks: for padded rows, which of them have a step `t`, boolean `[B, 1]` each; the others keep
             their state. Needs an initial state.
         dropout: applied to the rows between layers, or None.
+        loop: called like `sweep`, with the rows of all time steps as its only piece, for a loop that the target runs
+            itself; `steps` is then 1, and what `loop` returns as output has all rows too.
         names: told the scope of what is computed, `l1.reverse.t7`.
     """
     names.enter("state")
@@ -179,7 +183,7 @@ def run(
                 return new if masks is None else tuple(torch.where(masks[t], n, s) for n, s in zip(new, state))
 
             xs = [tuple(names(x, f"t{t}.x") for x in pieces) for t, pieces in enumerate(zip(*projected, strict=True))]
-            over = partial(sweep_packed, sizes=sizes) if sizes else sweep
+            over = loop or (partial(sweep_packed, sizes=sizes) if sizes else sweep)
             hs, final = over(step, xs, starts[k], reverse=direction == "reverse")
             outputs.append(hs)
             finals.append((final[0], *(weights.narrow(c) for c in final[1:])))
@@ -188,11 +192,16 @@ def run(
 
 def _starts(recurrence: Recurrence, prepared: Sequence[Prepared], state: tuple[Value, ...] | None) -> list[State]:
     """The initial state of each layer and direction. `c` is carried in the wider type, where there is one."""
+    none = (None,) * recurrence.passes
     if state is None:
-        return [(None,) * len(recurrence.state_sizes)] * recurrence.passes
-    flat = [torch.reshape(s, (-1, size)) for s, size in zip(state, recurrence.state_sizes, strict=True)]
-    flat[1:] = [prepared[0].widen(c) for c in flat[1:]]
-    return list(zip(*(_pieces(s, recurrence.passes) for s in flat), strict=True))
+        state = (None,) * len(recurrence.state_sizes)
+    starts: list[Sequence[Value]] = []
+    for k, (s, size) in enumerate(zip(state, recurrence.state_sizes, strict=True)):
+        if s is not None:
+            s = torch.reshape(s, (-1, size))
+            s = prepared[0].widen(s) if k else s
+        starts.append(none if s is None else _pieces(s, recurrence.passes))
+    return list(zip(*starts, strict=True))
 
 
 def _pieces(rows: Value, count: int, sizes: Sequence[int] | None = None) -> Sequence[Value]:
