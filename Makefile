@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 BIN := .venv/bin
 
+NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
+
 .PHONY: setup demo test format clean
 
 setup: .venv/ready
@@ -9,7 +11,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
 	$(BIN)/pip install -q -c constraints.txt --group test --group lint -e ".[bench]"
 	touch $@
 
