@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -47,45 +48,81 @@ def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
     return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def reach(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules, tensors and functions that can be reached from a module, each with every name it has.
+def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
+    """A problem for each pattern in `where` that picks none of these names."""
+    if where is None or callable(where):
+        return []
+    known = ", ".join(names) or "none"
+    return [
+        Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
+        for pattern in ([where] if isinstance(where, str) else where)
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names)
+    ]
 
-    Looks into attributes, containers and plain objects, where layers hide from `named_modules()`.
+
+# Nothing is looked for inside of these.
+LEAVES = (torch.Tensor, torch.jit.ScriptModule, type, types.ModuleType, str, bytes, int, float, complex, type(None))
+
+
+def reach(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules, tensors and bound methods that can be reached from a module, each with every name it has.
+
+    Looks into attributes, containers, plain objects and functions, where layers hide from `named_modules()`.
+    What a function has captured is named in angle brackets, `act.<layer>`: no copy of a function has its own.
     """
     seen: set[int] = set()
     stack: list[tuple[str, Any]] = [("", root)]
     while stack:
         name, value = stack.pop()
-        if isinstance(value, (nn.Module, torch.Tensor, types.FunctionType, types.MethodType)):
+        if isinstance(value, (nn.Module, torch.Tensor, types.MethodType)):
             yield name, value
-        if id(value) in seen or isinstance(value, (torch.Tensor, type, types.ModuleType, str, bytes, int, float)):
-            continue
-        seen.add(id(value))
-        stack.extend(reversed(list(_parts(name, value))))
+        if id(value) not in seen and not isinstance(value, LEAVES):
+            seen.add(id(value))
+            stack.extend(reversed(list(_parts(name, value))))
 
 
 def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    dot = f"{name}." if name else ""
-    if isinstance(value, nn.Module):
-        tables = ("_modules", "_parameters", "_buffers")
-        for table in tables:
-            yield from ((f"{dot}{key}", part) for key, part in vars(value)[table].items())
-        yield from ((f"{dot}{key}", part) for key, part in vars(value).items() if key not in tables)
-    elif isinstance(value, Mapping):
-        yield from ((f"{name}[{key!r}]", part) for key, part in value.items())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from ((f"{name}[{i}]", part) for i, part in enumerate(value))
-    elif isinstance(value, types.FunctionType):
-        free = value.__code__.co_freevars
-        yield from (
-            (f"{name}.<{key}>", cell.cell_contents) for key, cell in zip(free, value.__closure__ or ()) if _filled(cell)
-        )
+    if isinstance(value, types.FunctionType):
+        yield from ((f"{name}.<{key}>", part) for key, part in _captured(value))
     elif isinstance(value, types.MethodType):
-        yield f"{name}.__self__", value.__self__
+        yield from ((f"{name}.{part}", getattr(value, part)) for part in ("__self__", "__func__"))
     elif isinstance(value, functools.partial):
         yield from ((f"{name}.{part}", getattr(value, part)) for part in ("func", "args", "keywords"))
-    elif hasattr(value, "__dict__") and type(value).__module__.split(".")[:2] != ["torch", "fx"]:
-        yield from ((f"{dot}{key}", part) for key, part in vars(value).items())
+    elif isinstance(value, dict):
+        yield from ((f"{name}.key[{i}]", key) for i, key in enumerate(value) if not isinstance(key, LEAVES))
+        yield from ((f"{name}[{key!r}]", part) for key, part in value.items() if not _plain(part))
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        yield from ((f"{name}[{i}]", part) for i, part in enumerate(value) if not _plain(part))
+    if type(value).__module__.split(".")[:2] != ["torch", "fx"]:
+        dot = f"{name}." if name else ""
+        yield from ((f"{dot}{key}", part) for key, part in _attributes(value))
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, LEAVES) and not isinstance(value, (torch.Tensor, nn.Module))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    own = getattr(value, "__dict__", {})
+    if isinstance(value, nn.Module):
+        tables = ("_modules", "_parameters", "_buffers")
+        yield from (entry for table in tables for entry in own[table].items())
+        own = {key: part for key, part in own.items() if key not in tables}
+    yield from own.items()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if isinstance(vars(kind).get(slot), types.MemberDescriptorType) and hasattr(value, slot):
+                yield slot, getattr(value, slot)
+
+
+def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function holds besides its arguments: enclosed variables and defaults."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if _filled(cell):
+            yield name, cell.cell_contents
+    yield from (("default", part) for part in function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).items()
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -95,42 +132,72 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
-def find(root: nn.Module, where: Where = None, rules: Rules | None = None) -> list[Found]:
+def find(root: nn.Module, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()) -> list[Found]:
     """The recurrent layers under `root` that `where` picks: torch's, their subclasses, those `rules` names.
+
+    `others` are names that `where` may pick besides, of layers that are no modules.
 
     Raises:
         UnrollError: if `where` names nothing, or a layer sits where no copy of the tree can replace it.
     """
+    rules = rules or {}
     found: dict[int, Found] = {}
-    problems = []
     done: list[Found] = []
-    for name, value in (*root.named_modules(remove_duplicate=False), *reach(root)):
+    problems = [
+        Problem(name or type(module).__name__, "is compiled already", "unroll the module, then compile the result")
+        for name, module in root.named_modules()
+        if _is_compiled(module) and _holds_recurrent(module)
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    for name, value in (*_named_modules(root), *reach(root)):
+        if not isinstance(value, nn.Module):
+            continue
         if isinstance(value, Unrolled):
             done.append(Found([name], value))
-        elif isinstance(value, nn.Module) and (type(value) in (rules or ()) or is_recurrent(value)):
+        elif parametrize.type_before_parametrizations(value) in rules or is_recurrent(value):
             names = found.setdefault(id(value), Found([], value)).names
             if name not in names:
                 names.append(name)
-        if isinstance(value, nn.Module) and ".<" in name and any(map(is_recurrent, value.modules())):
+        if ".<" in name and _holds_recurrent(value):
             mend = "hold it in an attribute, a bound method or a functools.partial"
             problems.append(Problem(name, "a function has captured a recurrent layer, out of reach of a copy", mend))
-        if (
-            isinstance(value, types.MethodType)
-            and is_recurrent(value.__self__)
-            and not hasattr(nn.Module, value.__name__)
-        ):
-            finding = f"a stored method of a recurrent layer, {value.__name__}, would go on running the fused kernel"
-            problems.append(Problem(name, finding, "store the layer and call it"))
-    if where is not None and not callable(where):
-        for pattern in [where] if isinstance(where, str) else where:
-            if not any(chooses(pattern, *entry) for entry in (*found.values(), *done)):
-                names = ", ".join(name for entry in found.values() for name in entry.names) or "none"
-                problems.append(
-                    Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {names}")
-                )
+        for kind, key in _shared_layers(value):
+            finding = f"the class {kind.__qualname__} holds a recurrent layer, out of reach of a copy"
+            problems.append(Problem(f"{name}.{key}".lstrip("."), finding, "set it in __init__, on the instance"))
+    problems += unknown_names(
+        where, [name for entry in (*found.values(), *done) for name in entry.names] + list(others)
+    )
     if problems:
         raise UnrollError(*problems)
     return [entry for entry in found.values() if chooses(where, *entry)]
+
+
+def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with all their names, of TorchScript only the outermost."""
+    scripted: tuple[str, ...] = ()
+    for name, module in root.named_modules(remove_duplicate=False):
+        if not name.startswith(scripted):
+            yield name, module
+            if isinstance(module, torch.jit.ScriptModule):
+                scripted += (f"{name}.",)
+
+
+def _holds_recurrent(module: nn.Module) -> bool:
+    return any(map(is_recurrent, module.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)` or `module.compile()`."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _shared_layers(module: nn.Module) -> Iterator[tuple[type, str]]:
+    """Recurrent layers that are attributes of a module's class."""
+    for kind in type(module).__mro__:
+        yield from (
+            (kind, key) for key, part in vars(kind).items() if isinstance(part, nn.Module) and is_recurrent(part)
+        )
 
 
 def is_recurrent(value: Any) -> bool:
@@ -148,7 +215,9 @@ SCRIPT_KINDS = tuple(f"aten::{kind}" for kind in ("lstm", "gru", "rnn_tanh", "rn
 QUANTIZED = (quantized.LSTM, rnn.RNNBase, rnn.RNNCellBase)
 
 
-def replace(root: nn.Module, plan: Plan, where: Where = None, rules: Rules | None = None) -> nn.Module:
+def replace(
+    root: nn.Module, plan: Plan, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()
+) -> nn.Module:
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, bound methods).
@@ -157,11 +226,12 @@ def replace(root: nn.Module, plan: Plan, where: Where = None, rules: Rules | Non
         UnrollError: with every layer that cannot be honoured, before anything is copied.
     """
     rules = rules or {}
-    found = find(root, where, rules)
-    memo: dict[int, Any] = {id(value): value for _, value in reach(root) if isinstance(value, torch.Tensor)}
+    found = find(root, where, rules, others)
+    reached = list(reach(root))
+    memo: dict[int, Any] = {id(value): value for _, value in reached if isinstance(value, torch.Tensor)}
     problems, shells = [], []
     for names, layer in found:
-        kind = type(layer)
+        kind = parametrize.type_before_parametrizations(layer)
         try:
             if kind in rules:
                 stand_in = rules[kind](layer)
@@ -175,6 +245,12 @@ def replace(root: nn.Module, plan: Plan, where: Where = None, rules: Rules | Non
                 shells.append((names[0], layer, shell))
         except UnrollError as error:
             problems += error.problems
+    for name, method in reached:
+        if isinstance(method, types.MethodType) and id(method.__self__) in memo:
+            memo[id(method)] = getattr(memo[id(method.__self__)], method.__name__, None)
+            if memo[id(method)] is None:
+                finding = f"a stored method of a recurrent layer, {method.__name__}, has no counterpart"
+                problems.append(Problem(name, finding, "store the layer and call it"))
     if problems:
         raise UnrollError(*problems)
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
+from torch.export import ExportedProgram
 
-from unroll import graphs, trees
+from unroll import graphs, programs, trees
 from unroll.graphs import Steps
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
@@ -28,7 +29,8 @@ def unroll(
     model itself is not changed. Whatever cannot be honoured is refused, all of it at once.
 
     Args:
-        model: an `nn.Module` (also a single layer), or a `torch.fx.GraphModule`.
+        model: an `nn.Module` (also a single layer), a `torch.fx.GraphModule`, or an
+            `torch.export.ExportedProgram`.
         args: for a graph, example inputs, from which the number of time steps is read where the graph's
             metadata does not tell it.
         where: which layers: a name or shell pattern such as `"encoder.*"`, several of them, or a function
@@ -51,12 +53,25 @@ def unroll(
         True
     """
     plan = plan or Plan()
+    if isinstance(model, ExportedProgram):
+        _refuse("an ExportedProgram, which has them in its metadata", args=args, steps=steps)
+        _refuse("an ExportedProgram, which has no modules any more", rules=rules)
+        return programs.unroll_program(model, where=where, plan=plan)
     if isinstance(model, fx.GraphModule):
         return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps)
     if isinstance(model, nn.Module):
-        if args is not None or steps is not None:
-            name = "args" if args is not None else "steps"
-            finding = f"{name} was given for a module, which runs at any length"
-            raise UnrollError(Problem(f"unroll({name}=...)", finding, f"leave {name} out, or trace the module first"))
+        _refuse("a module, which runs at any length", args=args, steps=steps)
         return trees.replace(model, plan, where, rules)
-    raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", "give an nn.Module or a GraphModule"))
+    kinds = "an nn.Module, a GraphModule or an ExportedProgram"
+    raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
+
+
+def _refuse(what: str, **given: Any) -> None:
+    """No argument is ignored: those that mean nothing here must be None."""
+    problems = [
+        Problem(f"unroll({name}=...)", f"was given for {what}", f"leave {name} out")
+        for name, value in given.items()
+        if value is not None
+    ]
+    if problems:
+        raise UnrollError(*problems)

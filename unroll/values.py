@@ -7,11 +7,13 @@ of its graph, which adds a node and returns the stand-in of its result.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
 from unroll.schedule import Names
 
@@ -77,6 +79,57 @@ class Writer(Names):
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The value of a torch function, or the list of its values."""
         raise NotImplementedError
+
+
+# What the nodes written for a call take over from it.
+KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
+
+
+class GraphWriter(Writer):
+    """Writes nodes into an FX graph, at its current point of insertion."""
+
+    def __init__(self, layer: str, graph: fx.Graph, meta: Mapping[str, Any]) -> None:
+        super().__init__(layer)
+        self.graph = graph
+        self.meta = {key: meta[key] for key in KEPT_META if key in meta}
+        self.made: list[fx.Node] = []
+
+    def node(
+        self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None
+    ) -> fx.Node:
+        name = name or self.name(target.rpartition(".")[2] if isinstance(target, str) else target.__name__)
+        node = self.graph.create_node(op, target, args, kwargs, name=name.replace(".", "_"))
+        node.meta.update(self.meta)
+        self.made.append(node)
+        return node
+
+    def value(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None) -> Value:
+        return Value(self, lambda name: self.node(op, target, nodes_of(args), kwargs, name))
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func is torch.Tensor.to:
+            return self.value("call_method", "to", args)
+        result = self.value("call_function", func, args, kwargs)
+        if func not in (torch.chunk, torch.split):
+            return result
+        return self.items(result, args[1] if func is torch.chunk else len(args[1]))
+
+    def items(self, values: Value, count: int) -> list[Value]:
+        """The values of a node that returns a tuple."""
+        return [self.value("call_function", operator.getitem, (values, i)) for i in range(count)]
+
+    def index(self, value: Value, index: tuple[Any, ...]) -> Value:
+        """`value[index]`"""
+        return self.value("call_function", operator.getitem, (value, index))
+
+
+def nodes_of(args: Any) -> Any:
+    """Arguments with the nodes of their values."""
+    if isinstance(args, Value):
+        return args.node
+    if isinstance(args, (tuple, list)):
+        return type(args)([nodes_of(arg) for arg in args])
+    return args
 
 
 @contextmanager

@@ -1,0 +1,140 @@
+"""The recipe on aten values: nodes of aten operators, each with the metadata that `torch.export` keeps."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+
+from unroll.values import GraphWriter, Value
+
+aten = torch.ops.aten
+
+OPERATORS: dict[Any, Any] = {
+    torch.add: aten.add.Tensor,
+    torch.addmm: aten.addmm.default,
+    torch.cat: aten.cat.default,
+    torch.matmul: aten.mm.default,
+    torch.mul: aten.mul.Tensor,
+    torch.relu: aten.relu.default,
+    torch.reshape: aten.reshape.default,
+    torch.sigmoid: aten.sigmoid.default,
+    torch.split: aten.split_with_sizes.default,
+    torch.sub: aten.sub.Tensor,
+    torch.tanh: aten.tanh.default,
+    torch.transpose: aten.transpose.int,
+    torch.where: aten.where.self,
+    functional.dropout: aten.dropout.default,
+}
+"""The functions of the recipe that are one operator"""
+
+
+class Metadata:
+    """Runs operators on fake tensors, once for each operator and kind of operands, and remembers the result.
+
+    A kind is shape, strides, dtype and device. All values of one kind share one fake tensor, so that
+    the steps of a layer after the first cost a look-up each.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[Any, FakeTensor] = {}
+        self.ours: set[int] = set()
+        self.results: dict[Any, Any] = {}
+
+    def kind(self, value: Any) -> Any:
+        """The fake tensor that stands for all of this kind; anything else as it is."""
+        if isinstance(value, (list, tuple)):
+            return [self.kind(part) for part in value]
+        if not isinstance(value, FakeTensor) or id(value) in self.ours:
+            return value
+        key = (*map(str, value.shape), "|", *map(str, value.stride()), value.dtype, value.device)
+        found = self.kinds.setdefault(key, value)
+        self.ours.add(id(found))
+        return found
+
+    def of(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The metadata of `target(*args, **kwargs)`, for nodes among the arguments."""
+        operands = self._operands(args)
+        if target is operator.getitem:
+            return operands[0][operands[1]]
+        key = (target, _key(operands), *kwargs.values())
+        if key not in self.results:
+            mode = next(value.fake_mode for value in self.kinds.values())
+            # The shapes follow from those of the operands: nothing new is to be learned, or required, of them.
+            unguarded = mode.shape_env.suppress_guards() if mode.shape_env else nullcontext()
+            with mode, torch.no_grad(), unguarded:
+                self.results[key] = self.kind(target(*operands, **kwargs))
+        return self.results[key]
+
+    def _operands(self, args: Any) -> Any:
+        if isinstance(args, fx.Node):
+            return self.kind(args.meta["val"])
+        return [self._operands(arg) for arg in args] if isinstance(args, (list, tuple)) else args
+
+
+def _key(operands: Any) -> Any:
+    """What tells kinds of operands apart: fake tensors are one per kind."""
+    if isinstance(operands, list):
+        return tuple(map(_key, operands))
+    return id(operands) if isinstance(operands, FakeTensor) else operands
+
+
+class AtenWriter(GraphWriter):
+    """Writes nodes of aten operators."""
+
+    def __init__(self, layer: str, graph: fx.Graph, meta: Mapping[str, Any], metadata: Metadata) -> None:
+        super().__init__(layer, graph, meta)
+        self.metadata = metadata
+
+    def node(
+        self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None
+    ) -> fx.Node:
+        if isinstance(target, torch._ops.OpOverload):
+            name = name or self.name(target._schema.name.partition("::")[2])
+        node = super().node(op, target, args, kwargs, name)
+        if isinstance(target, torch._ops.OpOverload) or (target is operator.getitem and "val" in args[0].meta):
+            node.meta["val"] = self.metadata.of(target, args, kwargs or {})
+        return node
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if func is torch.Tensor.to:
+            return self.value("call_function", aten._to_copy.default, args[:1], {"dtype": args[1]})
+        if func is torch.chunk:
+            return self._chunk(*args)
+        positional = tuple(kwargs.values())  # the recipe gives only a dim by name, the last argument
+        result = self.value("call_function", OPERATORS[func], (*args, *positional))
+        return self.items(result, len(args[1])) if func is torch.split else result
+
+    def _chunk(self, value: Value, count: int, dim: int = 0) -> list[Value]:
+        shape = value.node.meta["val"].shape
+        if dim:
+            parts = self.value("call_function", aten.split.Tensor, (value, shape[dim] // count, dim))
+        else:  # so that rows of any number are divided without knowing how many
+            stacked = self.value("call_function", aten.reshape.default, (value, [count, -1, *shape[1:]]))
+            parts = self.value("call_function", aten.unbind.int, (stacked,))
+        return self.items(parts, count)
+
+    def index(self, value: Value, index: tuple[Any, ...]) -> Value:
+        # From the last dimension, so that a dimension that goes does not move those still to come.
+        for dim, part in reversed(list(enumerate(index))):
+            if isinstance(part, int):
+                value = self.value("call_function", aten.select.int, (value, dim, part))
+            elif part != slice(None):
+                args = (value, dim, part.start, part.stop, part.step or 1)
+                value = self.value("call_function", aten.slice.Tensor, args)
+        return value
+
+
+def writer_for(call: fx.Node, metadata: Metadata) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
+    """The writer for the dialect that a call is written in."""
+    operand = call.args[0] if call.args else None
+    known = isinstance(operand, fx.Node) and isinstance(operand.meta.get("val"), FakeTensor)
+    if known and isinstance(call.target, torch._ops.OpOverload):
+        return lambda layer, graph, meta: AtenWriter(layer, graph, meta, metadata)
+    return GraphWriter

@@ -1,0 +1,446 @@
+"""Calls of recurrent layers in an FX graph: what they run, and explicit operations in their place."""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.utils import rnn
+
+from unroll import schedule
+from unroll.cells import Prepared
+from unroll.modules import Unrolled
+from unroll.plan import Plan
+from unroll.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
+from unroll.values import GraphWriter, Value
+
+Steps = int | Mapping[str, int] | None
+"""The number of time steps, for all layers or by the layer's name."""
+
+Known = Mapping[fx.Node, Any]
+"""What is known of a graph's values: anything with `shape` and `dtype`"""
+
+CLASS_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
+
+KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _functions() -> dict[Any, tuple[str, str]]:
+    """Every function that runs a recurrence: its kind, and the form of its arguments, `layer`, `packed` or `cell`."""
+    found: dict[Any, tuple[str, str]] = {}
+    for kind in KINDS:
+        packet, cell = getattr(torch.ops.aten, kind), getattr(torch.ops.aten, f"{kind}_cell")
+        found |= {packet.input: (kind, "layer"), packet.data: (kind, "packed"), cell.default: (kind, "cell")}
+        for home in (torch, torch._VF):
+            # `packed` too, told apart by its arguments
+            found |= {getattr(home, kind): (kind, "layer"), getattr(home, f"{kind}_cell"): (kind, "cell")}
+    return found
+
+
+FUNCTIONS = _functions()
+
+ARGUMENTS = {
+    "layer": ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"],
+    "packed": ["input", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional"],
+    "cell": ["input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"],
+}
+
+ZEROS = (torch.zeros, torch.ops.aten.zeros.default, torch.zeros_like, torch.ops.aten.zeros_like.default)
+
+
+class _Result(NamedTuple):
+    """A tensor that a call returned, of which a part may be had without the whole."""
+
+    whole: Value
+    rank: int
+    read: Callable[[tuple[Any, ...]], Value | None]
+    """The part at an index of as many entries as the rank, or None if it takes the whole"""
+
+
+class Call:
+    """A node that runs a recurrence, and its replacement. The kinds of call say where they find what it needs."""
+
+    recurrence: Recurrence
+    plan: Plan
+    name: str
+    """Of the layer, for names and messages"""
+    dtype: torch.dtype | None = None
+    """Of the weights, if it is known"""
+    key: Any
+    """The same for calls with the same weights"""
+
+    def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Steps) -> None:
+        self.node = node
+        self.writer = writer
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        """Nodes that are gone, and those that now hold their values"""
+        input, _ = self.operands()
+        shape = known[input].shape if input in known else None
+        self.batched = shape is None or len(shape) == (2 if self.recurrence.is_cell else 3)
+        self.steps = 1 if self.recurrence.is_cell else self._steps(shape, steps)
+
+    def operands(self) -> tuple[Any, Any]:
+        """The input node, and the state: None, a node or several."""
+        raise NotImplementedError
+
+    def weights(self) -> list[Value]:
+        """The weights in torch's order."""
+        raise NotImplementedError
+
+    def dropout(self) -> Callable[[Value], Value] | None:
+        """What runs between layers."""
+        raise NotImplementedError
+
+    def arrange(self, output: Any, finals: list[Any]) -> Any:
+        """The results as the node returns them."""
+        raise NotImplementedError
+
+    def _steps(self, shape: Sequence[Any] | None, steps: Steps) -> int:
+        name = self.name
+        asked = steps.get(name) if isinstance(steps, Mapping) else steps
+        known = shape[1 if self.batched and self.recurrence.batch_first else 0] if shape else None
+        if not isinstance(known, int):  # a symbol says nothing
+            known = None
+        found = known if asked is None else asked
+        if found is None:
+            mend = "give example inputs, unroll(graph, args), or the number, steps=10"
+            raise UnrollError(Problem(name, "the number of time steps is unknown", mend))
+        if known is not None and found != known:
+            raise UnrollError(Problem(name, f"has {known} time steps", f"leave out steps={asked} or make it {known}"))
+        if not isinstance(found, int) or found < 1:
+            raise UnrollError(Problem(name, f"steps={found!r}", "give a whole number from 1 upwards"))
+        return found
+
+    def write(self, prepared: dict[Any, list[Prepared]], *, asserts: bool = True) -> None:
+        """Put explicit operations before the node and hand its results to those that read it.
+
+        Args:
+            prepared: weights that earlier calls laid out, by `key`; this call adds its own.
+            asserts: whether the graph itself must refuse other shapes.
+        """
+        node, writer, recurrence = self.node, self.writer, self.recurrence
+        with node.graph.inserting_before(node):
+            writer.enter("given")
+            input, state = self.operands()
+            if isinstance(state, fx.Node):
+                count = len(recurrence.state_sizes)
+                getitem = partial(writer.node, "call_function", operator.getitem)
+                state = [getitem((state, k)) for k in range(count)] if count > 1 else [state]
+            if asserts:
+                self._assert_shapes(input, state)
+            if state is not None and self.steps > 1 and all(s.target in ZEROS for s in state):
+                writer.made[:0] = state  # dead, unless somebody else reads them
+                state = None
+            if self.key not in prepared:
+                prepared[self.key] = schedule.prepare(
+                    recurrence, recurrence.weights(self.weights()), self.plan, self.dtype, writer
+                )
+            result = schedule.run(
+                recurrence,
+                prepared[self.key],
+                schedule.flat_rows(recurrence, Value(writer, node=input), batched=self.batched),
+                None if state is None else tuple(Value(writer, node=s) for s in state),
+                steps=self.steps,
+                dropout=self.dropout() if recurrence.dropout and recurrence.num_layers > 1 else None,
+                names=writer,
+            )
+            writer.enter("results")
+            wholes = schedule.joined_states(recurrence, result.finals, batched=self.batched)
+            rank = (1 if recurrence.is_cell else 2) + self.batched
+            finals = [_Result(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
+            whole = schedule.joined_output(recurrence, result.outputs, batched=self.batched)
+            output = _Result(whole, rank, partial(self._read_output, result))
+            self._hand_over(node, self.arrange(output, finals))
+        node.graph.erase_node(node)
+
+    def _assert_shapes(self, input: fx.Node, state: Sequence[fx.Node] | None) -> None:
+        """Other shapes than those unrolled for must stop the graph: they would be cut or broadcast in silence."""
+        recurrence, writer = self.recurrence, self.writer
+
+        def of(target: Callable, *args: Any) -> fx.Node:
+            return writer.node("call_function", target, args)
+
+        def same(left: fx.Node, right: Any, message: str) -> None:
+            of(torch._assert, of(operator.eq, left, right), f"{writer.layer}: {message}")
+
+        features = recurrence.input_size
+        again = "unroll again for another"
+        rank = (1 if recurrence.is_cell else 2) + self.batched
+        same(of(getattr, input, "ndim"), rank, f"the input must be {rank}-D, as it was unrolled for; {again}")
+        shape = of(getattr, input, "shape")
+        time_first = (0,) if recurrence.is_cell or recurrence.batch_first else (1,)
+        batch = [of(operator.getitem, shape, *time_first)] if self.batched else []
+        steps = [] if recurrence.is_cell else [self.steps]
+        expected = (*batch, *steps) if recurrence.batch_first else (*steps, *batch)
+        what = "" if recurrence.is_cell else f"{self.steps} time steps of "
+        same(shape, (*expected, features), f"the input must have {what}{features} features, as unrolled for; {again}")
+        lead = [] if recurrence.is_cell else [recurrence.passes]
+        for name, tensor, size in zip(recurrence.cell.states, state or (), recurrence.state_sizes):
+            form = (*lead, *batch, size)
+            wanted = ", ".join("batch" if isinstance(part, fx.Node) else str(part) for part in form)
+            same(of(getattr, tensor, "shape"), form, f"{name}_0 must have shape [{wanted}]")
+        if state and len(state) == 2:
+            same(of(getattr, state[1], "dtype"), of(getattr, state[0], "dtype"), "h_0 and c_0 must have one dtype")
+
+    def _hand_over(self, node: fx.Node, result: Any) -> None:
+        """Give the users of `node` the results, through `getitem` chains of any depth."""
+        for user in list(node.users):
+            if isinstance(result, _Result):
+                index = _index(user, node, result.rank)
+                part = result.read(index) if index else None
+                if index == (slice(None),) * result.rank:
+                    self._hand_over(user, result)
+                    node.graph.erase_node(user)
+                    continue
+                if part is not None:
+                    user.replace_all_uses_with(part.node)
+                    self.replaced[user] = part.node
+                    node.graph.erase_node(user)
+                    continue
+            elif user.target is operator.getitem and user.args[0] is node:
+                position: Any = user.args[1]
+                self._hand_over(user, result[position])
+                node.graph.erase_node(user)
+                continue
+            whole = _whole(result)
+            user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: whole if n is node else n)
+            if isinstance(whole, fx.Node):
+                self.replaced[node] = whole
+
+    def _read_state(self, result: schedule.Result, k: int, index: tuple[Any, ...]) -> Any:
+        """`h_n[-1]`, and the like: the state of one layer and direction."""
+        first, *rest = index
+        parts = result.finals[k]
+        if self.recurrence.is_cell or not isinstance(first, int) or not -len(parts) <= first < len(parts):
+            return None
+        part = parts[first] if self.batched else torch.reshape(parts[first], (self.recurrence.state_sizes[k],))
+        return self._item(part, tuple(rest))
+
+    def _read_output(self, result: schedule.Result, index: tuple[Any, ...]) -> Value | None:
+        """`output[:, -1]`, `output[..., :hidden_size]` and the like: one step, or one direction."""
+        time = 1 if self.batched and self.recurrence.batch_first else 0
+        size = self.recurrence.output_size
+        outputs, features = result.outputs, index[-1]
+        if isinstance(features, slice) and len(outputs) == 2:
+            begin, end, stride = features.indices(2 * size)
+            if end <= size or begin >= size:
+                side = 0 if end <= size else 1
+                part = slice(begin - side * size, end - side * size, stride)
+                outputs, features = outputs[side : side + 1], slice(None) if part == slice(0, size, 1) else part
+        if isinstance(index[time], int) and -self.steps <= index[time] < self.steps:
+            row = schedule.joined_rows([[hs[index[time]]] for hs in outputs])
+            return self._item(row, (index[1 - time] if self.batched else 0, features))
+        if outputs is result.outputs:
+            return None
+        output = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
+        return self._item(output, (*index[:-1], features))
+
+    def _item(self, value: Any, index: tuple[Any, ...]) -> Value:
+        """`value[index]`, or the value where that is all of it."""
+        return value if all(part == slice(None) for part in index) else self.writer.index(value, index)
+
+
+class ModuleCall(Call):
+    """`call_module` of an `Unrolled` layer, whose place in the module tree goes on holding the weights."""
+
+    def __init__(self, node: fx.Node, layer: Unrolled, known: Known, steps: Steps) -> None:
+        self.name = self.key = str(node.target)
+        self.layer = layer
+        self.recurrence, self.plan = layer.recurrence, layer.plan
+        self.dtype = layer.all_weights[0][0].dtype
+        problems = []
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(layer, hook) for hook in hooks):
+            mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
+            problems.append(Problem(self.name, "has hooks, which no graph would call", mend))
+        input, _ = operands(node.args, node.kwargs)
+        if isinstance(input, fx.Node) and input.target is rnn.pack_padded_sequence:
+            mend = "use unroll(module) for models that pack"
+            problems.append(Problem(self.name, "is called with a PackedSequence in an FX graph", mend))
+        try:
+            super().__init__(node, GraphWriter(self.name, node.graph, node.meta), known, steps)
+        except UnrollError as error:
+            problems += error.problems
+        if problems:
+            raise UnrollError(*problems)
+
+    def operands(self) -> tuple[Any, Any]:
+        return operands(self.node.args, self.node.kwargs)
+
+    def weights(self) -> list[Value]:
+        parametrized = getattr(self.layer, "parametrizations", {})
+        found = []
+        for name in (name for names in self.recurrence.weight_names for name in names):
+            if name in parametrized:
+                found.append(self.writer.value("call_module", f"{self.name}.parametrizations.{name}"))
+            else:
+                found.append(self.writer.value("get_attr", f"{self.name}.{name}"))
+        return found
+
+    def dropout(self) -> Callable[[Value], Value] | None:
+        # A module beside the weights follows train() and eval().
+        self.layer.layer_dropout = nn.Dropout(self.recurrence.dropout).train(self.layer.training)
+        return lambda rows: self.writer.value("call_module", f"{self.name}.layer_dropout", (rows,))
+
+    def arrange(self, output: Any, finals: list[Any]) -> Any:
+        final = tuple(finals) if len(finals) > 1 else finals[0]
+        return final if self.recurrence.is_cell else (output, final)
+
+
+class FunctionCall(Call):
+    """`call_function` of `torch.lstm`, `aten.lstm.input`, `torch.lstm_cell` and their kin."""
+
+    def __init__(
+        self,
+        node: fx.Node,
+        form: tuple[str, str],
+        plan: Plan,
+        known: Known,
+        steps: Steps,
+        writer: Callable[..., GraphWriter] = GraphWriter,
+    ) -> None:
+        kind, self.form = form
+        self.plan = plan
+        self.name = layer_name(node)
+        self.node = node
+        given = self._arguments()
+        flat = [w for w in given["params"] if w is not None]
+        self.key = (*flat, given["has_biases"])
+        self.train = given["train"]
+        options = {key: given[key] for key in ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")}
+        problems = [
+            Problem(self.name, f"{key} is computed in the graph", "make it a constant")
+            for key, value in options.items()
+            if isinstance(value, fx.Node)
+        ]
+        if any(w not in known for w in flat[:2]):
+            problems.append(Problem(self.name, "the shapes of its weights are unknown", "give example inputs"))
+        if self.form == "packed":
+            problems.append(Problem(self.name, "runs on packed data", "unroll the module before it is traced"))
+        if problems:
+            raise UnrollError(*problems)
+        self.dtype = known[flat[0]].dtype
+        self.recurrence = read_call(kind, [known[w].shape for w in flat[:2]], **options, is_cell=self.form == "cell")
+        super().__init__(node, writer(self.name, node.graph, node.meta), known, steps)
+
+    def _arguments(self) -> dict[str, Any]:
+        given = dict.fromkeys(ARGUMENTS[self.form]) | dict(zip(ARGUMENTS[self.form], self.node.args))
+        given |= self.node.kwargs
+        if self.form == "cell":
+            given["params"] = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+            given |= {"has_biases": given["b_ih"] is not None, "num_layers": 1, "dropout": 0.0}
+            given |= {"train": False, "bidirectional": False}
+        return {"batch_first": False, **given}
+
+    def operands(self) -> tuple[Any, Any]:
+        given = self._arguments()
+        return given["input"], given["hx"]
+
+    def weights(self) -> list[Value]:
+        return [Value(self.writer, node=w) for w in self._arguments()["params"] if w is not None]
+
+    def dropout(self) -> Callable[[Value], Value] | None:
+        if self.train is False:
+            return None
+        train = self.train if isinstance(self.train, bool) else Value(self.writer, node=self.train)
+        return lambda rows: self.writer.call(functional.dropout, (rows, self.recurrence.dropout, train), {})
+
+    def arrange(self, output: Any, finals: list[Any]) -> Any:
+        if self.form == "cell":
+            return tuple(finals) if len(finals) > 1 else finals[0]
+        return (output, *finals)
+
+
+def form_of(node: fx.Node) -> tuple[str, str] | None:
+    """The kind of recurrence that a node's function runs and the form of its arguments, if it runs one."""
+    if node.op != "call_function" or node.target not in FUNCTIONS:
+        return None
+    kind, form = FUNCTIONS[node.target]
+    packed = form == "layer" and (
+        "batch_sizes" in node.kwargs or (len(node.args) > 3 and isinstance(node.args[3], (list, tuple)))
+    )
+    return kind, "packed" if packed else form
+
+
+def layer_name(node: fx.Node) -> str:
+    """The name of the module that a call came from, or of the node if that tells nothing."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path, kind = stack[-1] if stack else ("", "")
+    path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path)).removeprefix(".")
+    recurrent = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in CLASS_NAMES
+    return path if path and recurrent else ".".join(filter(None, (path, node.name)))
+
+
+def known_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
+    """What a graph's metadata tells of its values, wherever the graph came from, and its attributes."""
+    found: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        metadata = [node.meta.get(key) for key in ("val", "example_value", "tensor_meta")]
+        if node.op == "get_attr":
+            metadata.append(operator.attrgetter(str(node.target))(module))
+        tensors = [value for value in metadata if hasattr(value, "shape") and hasattr(value, "dtype")]
+        if tensors:
+            found[node] = tensors[0]
+    return found
+
+
+def erase_dead(nodes: Iterable[fx.Node]) -> None:
+    """Remove what nobody reads, of nodes in the order in which they were made."""
+    for node in reversed(list(nodes)):
+        if not node.users and node.target is not torch._assert:
+            node.graph.erase_node(node)
+
+
+def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Input and state of a layer's call, however they were passed."""
+    given = dict(zip(("input", "hx"), args)) | dict(kwargs)
+    return given.get("input"), given.get("hx")
+
+
+def _whole(result: Any) -> Any:
+    """The nodes of a result, in its structure."""
+    return result.whole.node if isinstance(result, _Result) else tuple(map(_whole, result))
+
+
+def _index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] | None:
+    """The index at which `user` reads `node`, an entry for each dimension, if it does and with constants."""
+    if not user.args or user.args[0] is not node or user.kwargs:
+        return None
+    index: Any
+    if user.target is operator.getitem:
+        index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+        if index.count(...) == 1:
+            at = index.index(...)
+            index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
+    elif user.target in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
+        dim, *rest = user.args[1:] or (0,)
+        part = (
+            rest[0] if user.target is torch.ops.aten.select.int else slice(*(rest if len(rest) != 1 else (*rest, None)))
+        )
+        if not isinstance(dim, int):
+            return None
+        index = (slice(None),) * (dim % rank) + (part,)
+    else:
+        return None
+    parts = [
+        part
+        for entry in index
+        for part in ((entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,))
+    ]
+    if len(index) > rank or not all(part is None or type(part) is int for part in parts) or None in index:
+        return None
+    index += (slice(None),) * (rank - len(index))
+    return tuple(slice(None) if _is_full(entry) else entry for entry in index)
+
+
+def _is_full(entry: Any) -> bool:
+    return (
+        isinstance(entry, slice) and (entry.start or 0, entry.step or 1) == (0, 1) and (entry.stop or 0) >= sys.maxsize
+    )
