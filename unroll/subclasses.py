@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -21,6 +22,7 @@ TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
 
 # What a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
+HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
 
 # Names that a method can only need to reach the fused kernel past `super()`.
 KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}
@@ -33,34 +35,56 @@ def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
         UnrollError: for a class that does something of its own that cannot be honoured.
     """
     kind = parametrize.type_before_parametrizations(layer)
+    place, called = name or kind.__name__, f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise UnrollError(
+            Problem(place, "is TorchScript with a recurrent operator", "unroll the module before scripting it")
+        )
+    if "quantized" in kind.__module__.split("."):
+        raise UnrollError(Problem(place, f"{called} is quantized", "unroll the float module, then quantize the result"))
     objection = next((o for base in kind.__mro__ if (o := _objection(base))), None)
     if objection is None and not issubclass(kind, (*LAYERS, *CELL_MODES)):
         objection = "is no subclass of torch.nn.LSTM, GRU, RNN or their cells"
     if objection:
         rule = f"unroll(model, rules={{{kind.__name__}: function from the layer to a module}})"
         mend = f"give a rule, {rule}, or leave it out by where="
-        raise UnrollError(Problem(name or kind.__name__, f"{kind.__module__}.{kind.__qualname__} {objection}", mend))
+        raise UnrollError(Problem(place, f"{called} {objection}", mend))
     return rebased(kind)
 
 
 def _objection(kind: type) -> str | None:
-    """Why methods of this class cannot run on top of `Unrolled`, if so."""
-    if kind in TORCH_CLASSES or not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+    """Why methods of this class, a subclass or a mixin, cannot run on top of `Unrolled`, if so."""
+    if kind in (*TORCH_CLASSES, nn.Module, object) or kind.__module__ in ("typing", "abc"):
         return None
     own = {name for name in vars(kind) if name in vars(nn.RNNBase) or name in vars(nn.LSTM)} - HARMLESS
-    own -= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
+    own |= vars(kind).keys() & {"__init_subclass__", "__getstate__", "__reduce__", "__reduce_ex__"}
     if own:
         return f"overrides {', '.join(sorted(own))}"
     for name, method in vars(kind).items():
-        code = getattr(method, "__code__", None)
-        if code is None or name == "__init__":
+        if name == "__init__":
             continue
+        method, wrapped = _function(method)
+        if method is None:
+            continue
+        code = method.__code__
         names = {n for part in _codes(code) for n in part.co_names}
-        if name == "forward" and not ("__class__" in code.co_freevars and "forward" in names):
+        rebinds = "__class__" in code.co_freevars
+        if name == "forward" and not (rebinds and "forward" in names):
             return "overrides forward without calling super().forward"
-        if found := names & (KERNEL_NAMES | {kind.__name__}):
+        if rebinds and wrapped:
+            return f"calls super() in {name}, a {wrapped}"
+        if rebinds and kind.__name__ in names:
+            return f"names its own class in {name}, where super() without arguments would do"
+        if found := names & KERNEL_NAMES:
             return f"reaches past super() in {name}, by {', '.join(sorted(found))}"
     return None
+
+
+def _function(method: Any) -> tuple[types.FunctionType | None, str]:
+    """The function in a class's namespace, and in what it is wrapped there."""
+    inner = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+    wrapped = "" if inner is method else type(method).__name__
+    return (inner, wrapped) if isinstance(inner, types.FunctionType) else (None, wrapped)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

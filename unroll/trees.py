@@ -169,7 +169,7 @@ def find(root: nn.Module, where: Where = None, rules: Rules | None = None, other
         where, [name for entry in (*found.values(), *done) for name in entry.names] + list(others)
     )
     if problems:
-        raise UnrollError(*problems)
+        raise UnrollError(*dict.fromkeys(problems))
     return [entry for entry in found.values() if chooses(where, *entry)]
 
 
@@ -203,9 +203,16 @@ def _shared_layers(module: nn.Module) -> Iterator[tuple[type, str]]:
 def is_recurrent(value: Any) -> bool:
     """Whether this is a module that runs a recurrent operator itself."""
     if isinstance(value, torch.jit.ScriptModule):
-        graph = getattr(value, "inlined_graph", None)
-        return graph is not None and any(graph.findAllNodes(kind) for kind in SCRIPT_KINDS)
+        return any(graph.findAllNodes(kind) for graph in _script_graphs(value) for kind in SCRIPT_KINDS)
     return isinstance(value, (nn.RNNBase, nn.RNNCellBase, *QUANTIZED))
+
+
+def _script_graphs(module: torch.jit.ScriptModule) -> Iterator[Any]:
+    """The graph of each method, with what it calls written out. A scripted layer has no single `forward`."""
+    for name in module._c._method_names():
+        graph = module._c._get_method(name).graph.copy()
+        torch._C._jit_pass_inline(graph)
+        yield graph
 
 
 SCRIPT_KINDS = tuple(f"aten::{kind}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")) + tuple(
