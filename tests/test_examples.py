@@ -13,9 +13,9 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
-    """What the example prints."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+def run(script: Path | str, *arguments: str) -> str:
+    """What a script prints, given its path or the name of an example."""
+    command = [sys.executable, str(script if isinstance(script, Path) else EXAMPLES / f"{script}.py"), *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
     assert done.returncode == 0, done.stderr
@@ -95,3 +95,15 @@ def test_digits(tmp_path):
     graph = onnx.load(file).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
     assert not {"LSTM", "GRU", "RNN", "Loop", "Scan"} & {node.op_type for node in graph.node}
+
+
+@pytest.mark.heavy
+def test_readme(tmp_path):
+    """The README's code runs from top to bottom and prints what stands there, errors of rounding apart."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    script = tmp_path / "readme.py"
+    script.write_text("".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)))
+    expected = "".join(re.findall(r"```text\n(.*?)```", readme, re.DOTALL))
+    assert expected
+    rounding = r"\d\.\de[-+]\d\d"
+    assert re.sub(rounding, "#", run(script)) == re.sub(rounding, "#", expected)
