@@ -1,10 +1,11 @@
 """Recurrent layers as explicit unrolled operations."""
 
 from unroll.compare import Report, compare
+from unroll.dynamo import compile
 from unroll.graphs import trace
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.unrolling import unroll
 
-__all__ = ["Plan", "Problem", "Report", "UnrollError", "Unrolled", "compare", "trace", "unroll"]
+__all__ = ["Plan", "Problem", "Report", "UnrollError", "Unrolled", "compare", "compile", "trace", "unroll"]

@@ -24,6 +24,9 @@ from unroll.values import GraphWriter, Value
 Steps = int | Mapping[str, int] | None
 """The number of time steps, for all layers or by the layer's name."""
 
+FIXED = "fixed"
+"""For `steps`: a symbolic length is that of the example, where whoever traces guards it."""
+
 Known = Mapping[fx.Node, Any]
 """What is known of a graph's values: anything with `shape` and `dtype`"""
 
@@ -76,7 +79,7 @@ class Call:
     key: Any
     """The same for calls with the same weights"""
 
-    def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Steps) -> None:
+    def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
         self.node = node
         self.writer = writer
         self.replaced: dict[fx.Node, fx.Node] = {}
@@ -102,12 +105,12 @@ class Call:
         """The results as the node returns them."""
         raise NotImplementedError
 
-    def _steps(self, shape: Sequence[Any] | None, steps: Steps) -> int:
+    def _steps(self, shape: Sequence[Any] | None, steps: Any) -> int:
         name = self.name
-        asked = steps.get(name) if isinstance(steps, Mapping) else steps
+        asked = steps.get(name) if isinstance(steps, Mapping) else None if steps == FIXED else steps
         known = shape[1 if self.batched and self.recurrence.batch_first else 0] if shape else None
-        if not isinstance(known, int):  # a symbol says nothing
-            known = None
+        if isinstance(known, torch.SymInt):
+            known = int(known) if steps == FIXED else None
         found = known if asked is None else asked
         if found is None:
             mend = "give example inputs, unroll(graph, args), or the number, steps=10"
@@ -250,7 +253,7 @@ class Call:
 class ModuleCall(Call):
     """`call_module` of an `Unrolled` layer, whose place in the module tree goes on holding the weights."""
 
-    def __init__(self, node: fx.Node, layer: Unrolled, known: Known, steps: Steps) -> None:
+    def __init__(self, node: fx.Node, layer: Unrolled, known: Known, steps: Any) -> None:
         self.name = self.key = str(node.target)
         self.layer = layer
         self.recurrence, self.plan = layer.recurrence, layer.plan
@@ -373,7 +376,7 @@ def layer_name(node: fx.Node) -> str:
     """The name of the module that a call came from, or of the node if that tells nothing."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
-    path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['self'\]\.?", "", path)).removeprefix(".")
+    path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['\w+'\]\.?", "", path)).removeprefix(".")
     recurrent = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in CLASS_NAMES
     return path if path and recurrent else ".".join(filter(None, (path, node.name)))
 

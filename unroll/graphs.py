@@ -81,7 +81,7 @@ def unroll_graph(
     return copied
 
 
-def find_calls(module: fx.GraphModule, where: Where, plan: Plan, known: Known, steps: Steps) -> list[Call]:
+def find_calls(module: fx.GraphModule, where: Where, plan: Plan, known: Known, steps: Any) -> list[Call]:
     """The calls in a graph module that run a recurrence.
 
     Raises:

@@ -1,0 +1,109 @@
+"""Unrolling inside `torch.compile`, for models that stay as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import config, lookup_backend
+
+from unroll.calls import FIXED, known_values
+from unroll.graphs import find_calls, rewrite
+from unroll.plan import Plan
+from unroll.recurrence import Problem, UnrollError
+from unroll.trees import Where
+
+BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
+
+
+def unroll_backend(
+    graph: fx.GraphModule, inputs: list[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend of `torch.compile` that unrolls recurrent calls and hands the graph on to another backend.
+
+    Registered as `"unroll"`. Dynamo shows `nn.LSTM`, `nn.GRU` and `nn.RNN` to a backend only while
+    `torch._dynamo.config.allow_rnn` is set, which `unroll.compile` does for the calls of its own
+    model alone. (Without it, and with `fullgraph=True`, Dynamo raises an error of its own first.)
+
+    Args:
+        graph: what Dynamo captured.
+        inputs: its example inputs.
+        options: `backend`, the name of the next backend or a function (`"inductor"`); `options`, for
+            that one; `plan` and `where`, as for `unroll.unroll`.
+
+    Raises:
+        UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
+    """
+    given = dict(options or {})
+    if unknown := given.keys() - BACKEND_OPTIONS:
+        mend = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
+        raise UnrollError(Problem("options", f"has {', '.join(sorted(unknown))}, unknown to the backend", mend))
+    if not config.allow_rnn:
+        finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
+        mend = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
+        raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
+    calls = find_calls(graph, given.get("where"), given.get("plan") or Plan(), known_values(graph), FIXED)
+    rewrite(graph.graph, calls, asserts=False)  # Dynamo guards every shape
+    graph.recompile()
+    following = lookup_backend(given.get("backend", "inductor"))
+    if "options" not in given:
+        return following(graph, inputs)
+    keyword = "config_patches" if given.get("backend", "inductor") == "inductor" else "options"
+    return following(graph, inputs, **{keyword: given["options"]})
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    plan: Plan | None = None,
+    where: Where = None,
+    backend: str | Callable[..., Any] = "inductor",
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile` for a model with recurrent layers, without changing the model or any global setting.
+
+    Args:
+        model: a module or function, for inference or training.
+        plan: how the steps are laid out.
+        where: which layers are unrolled, as for `unroll.unroll`; the others go to the backend as they are.
+        backend: what compiles the unrolled graph.
+        options: for that backend.
+        fullgraph: as for `torch.compile`, but on by default.
+        dynamic: as for `torch.compile`; the number of time steps is static all the same.
+
+    Returns:
+        The model compiled: a module for a module, that shares everything with it.
+
+    Raises:
+        UnrollError: at the first call, as the cause of Dynamo's error, for what cannot be unrolled.
+
+    Example:
+        >>> model = nn.GRU(3, 5)
+        >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
+        torch.Size([7, 2, 5])
+    """
+    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
+    if options is not None:
+        ours["options"] = dict(options)
+    compiler: Any = functools.partial(unroll_backend, options=ours)
+    compiled = torch.compile(model, backend=compiler, fullgraph=fullgraph, dynamic=dynamic)
+    if not isinstance(compiled, nn.Module):
+        return _permitting(compiled)
+    compiled.forward = _permitting(compiled.forward)
+    return compiled
+
+
+def _permitting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with recurrent layers shown to backends while it runs and is compiled."""
+
+    @functools.wraps(function)
+    def permitting(*args: Any, **kwargs: Any) -> Any:
+        with config.patch(allow_rnn=True):
+            return function(*args, **kwargs)
+
+    return permitting
