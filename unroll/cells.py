@@ -99,7 +99,7 @@ class Prepared(NamedTuple):
         chosen, clip = self.variant.activations or standard, self.variant.clip
         if clip is None:
             return chosen
-        return tuple((lambda x, f=f: f(torch.clamp(x, -clip, clip))) for f in chosen)
+        return tuple((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen)
 
     def widen(self, value: Value) -> Value:
         """A result of products, for the gates to work on."""
@@ -138,11 +138,14 @@ class Cell:
         groups = ((*self.sigmoid, self.candidate),) if layout == "merged" and not self.waits else pair
         return tuple(group for group in groups if group)
 
+    def input_products(self, layout: str) -> tuple[tuple[str, ...], ...]:
+        """Which gates share a product with `x`."""
+        # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
+        return self.products(layout if self.folds or layout == "split" else "paired")
+
     def prepare(self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None) -> Prepared:
         """Reorder, transpose and add up the parameters once, outside the loop over time."""
         hidden = self.products(layout)
-        # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
-        inputs = hidden if self.folds or layout == "split" else self.products("paired")
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
         apart = () if self.folds else next(group for group in hidden if self.candidate in group)
 
@@ -167,7 +170,7 @@ class Cell:
                 x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}
                 h_bias = {gate: b for gate, b in by_gate(weights.b_hh).items() if gate in apart}
         prepared = Prepared(
-            maps(weights.w_ih, inputs, x_bias),
+            maps(weights.w_ih, self.input_products(layout), x_bias),
             maps(weights.w_hh, hidden, h_bias),
             None if weights.w_hr is None else torch.transpose(weights.w_hr, 0, 1),
             hidden_size,

@@ -1,0 +1,1 @@
+"""Recurrent layers of ONNX models, and of PyTorch models on their way to ONNX."""

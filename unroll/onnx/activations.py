@@ -1,0 +1,72 @@
+"""The activation functions of the ONNX standard's recurrent operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from unroll.cells import Value
+from unroll.recurrence import Problem, UnrollError
+
+
+class Activation(NamedTuple):
+    """A function of `x`, `alpha` and `beta`, with what the standard takes for parameters that are not given."""
+
+    function: Callable[[Value, float, float], Value]
+    alpha: float | None = None
+    """None if the function takes no alpha"""
+    beta: float | None = None
+
+
+ACTIVATIONS = {
+    "relu": Activation(lambda x, alpha, beta: torch.relu(x)),
+    "tanh": Activation(lambda x, alpha, beta: torch.tanh(x)),
+    "sigmoid": Activation(lambda x, alpha, beta: torch.sigmoid(x)),
+    "affine": Activation(lambda x, alpha, beta: torch.add(torch.mul(x, alpha), beta), 1.0, 0.0),
+    "leakyrelu": Activation(lambda x, alpha, beta: functional.leaky_relu(x, alpha), 0.01),
+    "thresholdedrelu": Activation(lambda x, alpha, beta: torch.where(torch.ge(x, alpha), x, 0.0), 1.0),
+    "scaledtanh": Activation(lambda x, alpha, beta: torch.mul(torch.tanh(torch.mul(x, beta)), alpha), 1.0, 1.0),
+    "hardsigmoid": Activation(
+        lambda x, alpha, beta: torch.clamp(torch.add(torch.mul(x, alpha), beta), 0.0, 1.0), 0.2, 0.5
+    ),
+    "elu": Activation(lambda x, alpha, beta: functional.elu(x, alpha), 1.0),
+    "softsign": Activation(lambda x, alpha, beta: functional.softsign(x)),
+    "softplus": Activation(lambda x, alpha, beta: functional.softplus(x)),
+}
+"""By the standard's names, in lower case: their case does not matter."""
+
+
+def read_activations(
+    place: str, names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]
+) -> list[Callable[[Value], Value]]:
+    """The functions that a node's attributes name.
+
+    Functions that take an alpha take the next of `alphas`, or their default when none is left; betas likewise.
+
+    Raises:
+        UnrollError: for a name that is not in the standard, or more parameters than the functions take.
+
+    Example:
+        >>> [leaky] = read_activations("rnn", ["LeakyRelu"], [0.5], [])
+        >>> leaky(torch.tensor([-2.0]))
+        tensor([-1.])
+    """
+    known = ", ".join(ACTIVATIONS)
+    unknown = [name for name in names if name.lower() not in ACTIVATIONS]
+    if unknown:
+        raise UnrollError(*(Problem(place, f"the activation {name!r} is unknown", f"use {known}") for name in unknown))
+    given = {"alpha": iter(alphas), "beta": iter(betas)}
+    functions = []
+    for name in names:
+        function, alpha, beta = ACTIVATIONS[name.lower()]
+        alpha = alpha if alpha is None else next(given["alpha"], alpha)
+        beta = beta if beta is None else next(given["beta"], beta)
+        functions.append(lambda x, f=function, alpha=alpha, beta=beta: f(x, alpha, beta))
+    for kind, rest in given.items():
+        if left := len(list(rest)):
+            finding = f"activation_{kind} has {left} more values than {', '.join(names)} take"
+            raise UnrollError(Problem(place, finding, f"give one for each activation that takes {kind}"))
+    return functions

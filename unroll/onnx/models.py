@@ -1,0 +1,252 @@
+"""The pass on ONNX models: plain operators where recurrent nodes were."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from unroll.cells import Prepared
+from unroll.onnx.sites import DOMAIN, STANDARD, Site, StandardSite, Steps, TorchSite
+from unroll.onnx.values import Constants, OnnxWriter
+from unroll.plan import Plan
+from unroll.recurrence import Problem, UnrollError
+from unroll.trees import Where, chooses
+from unroll.values import many_objects
+
+OLDEST_OPSET = 13
+
+PLAN = Plan(gates="paired")
+"""ONNX Runtime runs a product and the activation after it as one node, if it is applied to all of the product."""
+
+
+def unroll_model(model: Any, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> Any:
+    """A copy of an ONNX model with plain operators in place of its recurrent nodes.
+
+    See `unroll.unroll`. Where the number of time steps is known, or given by `steps`, every step is written out;
+    else the steps run in a `Scan`.
+
+    Args:
+        model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the path of a file.
+        where: which nodes, by name.
+        plan: how the steps are laid out; `PLAN` by default.
+        steps: the number of time steps where the model leaves it open, for all nodes or by name.
+
+    Returns:
+        A model of the same kind; for a path an `onnx_ir.Model`.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return ir.to_proto(unroll_ir(ir.from_proto(model), where=where, plan=plan, steps=steps))
+    if isinstance(model, (str, os.PathLike)):
+        return unroll_ir(load(model), where=where, plan=plan, steps=steps)
+    return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file.
+
+    Raises:
+        UnrollError: if there is none, or it is not one.
+    """
+    place = os.fspath(path)
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        finding = f"cannot be read ({error.strerror or error})"
+        raise UnrollError(Problem(place, finding, "give the path of an ONNX file")) from error
+    except Exception as error:
+        finding = f"is not an ONNX file, or is cut short ({type(error).__name__})"
+        raise UnrollError(Problem(place, finding, "write it again")) from error
+    if not model.opset_imports:
+        raise UnrollError(Problem(place, "is not an ONNX file: it names no operator set", "write it again"))
+    return model
+
+
+def is_recurrent(node: ir.Node) -> bool:
+    """Whether this pass has something to do with a node."""
+    return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
+
+
+def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> ir.Model:
+    """Unroll a model in place, and return it."""
+    opset = model.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
+        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
+    _inline(model)
+    sites = read_sites(model, where, steps)
+    taken = set(_names(model))
+    constants, prepared = Constants(model.graph), dict[Any, list[Prepared]]()
+    with many_objects():
+        for site in sites:
+            _replace(site, OnnxWriter(site.name, constants, opset, taken), plan or PLAN, prepared)
+        for graph in (model.graph, *model.graph.subgraphs()):
+            _drop_unread_initializers(graph)
+    model.opset_imports.pop(DOMAIN, None)
+    left = [node for node in _nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
+    if left:
+        raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
+    return model
+
+
+def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> list[Site]:
+    """The recurrent nodes that `where` picks, read and checked.
+
+    Raises:
+        UnrollError: with everything that cannot be honoured.
+    """
+    nodes = [node for node in _nodes(model) if is_recurrent(node)]
+    chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
+    problems = []
+    if where is not None and not callable(where):
+        names = ", ".join(map(_label, nodes)) or "none"
+        for pattern in [where] if isinstance(where, str) else where:
+            if not any(chooses(pattern, [_label(node)], _any(node)) for node in nodes):
+                mend = f"the recurrent nodes are: {names}"
+                problems.append(Problem(f"where={pattern!r}", "names no recurrent node", mend))
+    if any(_is_open(node.inputs[0]) for node in chosen):
+        common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
+    sites, used = [], set[str]()
+    for node in chosen:
+        kind = TorchSite if node.domain == DOMAIN else StandardSite
+        try:
+            site = kind(node, _label(node), steps)
+        except UnrollError as error:
+            problems += error.problems
+            continue
+        number, label = 1, site.name
+        while site.name in used:
+            number += 1
+            site.name = f"{label}_{number}"
+        used.add(site.name)
+        sites.append(site)
+    if problems:
+        raise UnrollError(*problems)
+    return sites
+
+
+def _any(node: ir.Node) -> Any:
+    return node
+
+
+def _is_open(value: ir.Value | None) -> bool:
+    """Whether shape inference might tell more about a value."""
+    return value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape.dims)
+
+
+def _label(node: ir.Node) -> str:
+    """What a node is called in messages, and in the names of what replaces it."""
+    scopes = node.metadata_props.get("unroll.layer")
+    return scopes or node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type.lower()
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _names(model: ir.Model) -> Iterator[str]:
+    """Everything that has a name in the main graph and the graphs in it."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        yield from (item.name for item in (*values, *graph) if item.name)
+
+
+def _inline(model: ir.Model) -> None:
+    """Write out the functions that hold recurrent nodes, so that shapes and weights can be seen from inside."""
+    holding: set[ir.OperatorIdentifier] = set()
+    while True:
+        found = {
+            key
+            for key, function in model.functions.items()
+            if any(is_recurrent(node) or node.op_identifier() in holding for node in function.all_nodes())
+        }
+        if found == holding:
+            break
+        holding = found
+    if not holding:
+        return
+    try:
+        common.InlinePass(criteria=lambda function: function.identifier() in holding)(model)
+    except Exception as error:
+        finding = f"holds recurrent nodes and cannot be inlined ({error.__cause__ or error})"
+        places = [f"function {domain}::{name}" for domain, name, _ in holding]
+        mend = "inline it with onnx.inliner, or make it one the standard allows"
+        raise UnrollError(*(Problem(place, finding, mend) for place in places)) from error
+    common.RemoveUnusedFunctionsPass()(model)
+
+
+def _replace(site: Site, writer: OnnxWriter, plan: Plan, prepared: dict[Any, list[Prepared]]) -> None:
+    """Put plain operators in the place of a node."""
+    node = site.node
+    graph = node.graph
+    assert graph is not None
+    read = list(node.inputs)
+    results = site.write(writer, plan, prepared)
+    for old, result in zip(node.outputs, results, strict=False):
+        if old.uses() or old.is_graph_output():
+            _hand_over(old, result.node, writer)
+    kept = _without_unread(writer.made)
+    for made in kept:
+        for value in made.outputs:
+            if value.name is None:
+                value.name = writer.unique(f"{writer.layer}.unread")
+    graph.insert_before(node, kept)
+    graph.remove(node, safe=True)
+    _drop_unread(read)
+
+
+def _hand_over(old: ir.Value, new: ir.Value, writer: OnnxWriter) -> None:
+    """Let a new value be read wherever the old one was, under its name if it leaves the graph."""
+    name = old.name
+    if old.is_graph_output():
+        if new.is_graph_output() or new.producer() not in writer.made:
+            (new,) = writer.node("Identity", [new], [writer.name("copy")])
+        old.name = None
+        new.name = name
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _without_unread(made: list[ir.Node]) -> list[ir.Node]:
+    """The nodes that something reads, of nodes in the order in which they were made."""
+    kept = []
+    for node in reversed(made):
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            kept.append(node)
+        else:
+            _detach(node)
+    return kept[::-1]
+
+
+def _detach(node: ir.Node) -> None:
+    """Let a node, and those in graphs that it holds, read nothing any more."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                _detach(inner)
+    for k in range(len(node.inputs)):
+        node.replace_input_with(k, None)
+
+
+def _drop_unread(values: Iterable[ir.Value | None]) -> None:
+    """Remove the nodes that computed values which nothing reads any more."""
+    pending = [value for value in values if value is not None]
+    while pending:
+        producer = pending.pop().producer()
+        if producer is None or producer.graph is None:
+            continue
+        if not any(value.uses() or value.is_graph_output() for value in producer.outputs):
+            pending += [value for value in producer.inputs if value is not None]
+            producer.graph.remove(producer, safe=True)
+
+
+def _drop_unread_initializers(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+            graph.initializers.pop(name)
