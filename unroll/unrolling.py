@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll import graphs, programs, trees
+from unroll import graphs, programs, scripts, trees
 from unroll.graphs import Steps
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
@@ -53,16 +54,20 @@ def unroll(
         True
     """
     plan = plan or Plan()
+    where = where if where is None or isinstance(where, str) or callable(where) else list(where)
     if isinstance(model, ExportedProgram):
         _refuse("an ExportedProgram, which has them in its metadata", args=args, steps=steps)
         _refuse("an ExportedProgram, which has no modules any more", rules=rules)
         return programs.unroll_program(model, where=where, plan=plan)
     if isinstance(model, fx.GraphModule):
         return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps)
+    if isinstance(model, torch.jit.ScriptModule):
+        _refuse("a ScriptModule, which has no Python classes any more", rules=rules)
+        return scripts.unroll_script(model, args, where=where, plan=plan, steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
         return trees.replace(model, plan, where, rules)
-    kinds = "an nn.Module, a GraphModule or an ExportedProgram"
+    kinds = "an nn.Module, a GraphModule, an ExportedProgram or a ScriptModule"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
 
 
