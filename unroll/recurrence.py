@@ -209,6 +209,8 @@ def check_arguments(
     Raises:
         UnrollError: with every mismatch found.
     """
+    if not hasattr(input, "shape"):
+        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
     problems: list[Problem] = []
     shape = tuple(input.shape)
 

@@ -254,7 +254,7 @@ def replace(
             problems += error.problems
     for name, method in reached:
         if isinstance(method, types.MethodType) and id(method.__self__) in memo:
-            memo[id(method)] = getattr(memo[id(method.__self__)], method.__name__, None)
+            memo[id(method)] = _rebound(method, memo[id(method.__self__)])
             if memo[id(method)] is None:
                 finding = f"a stored method of a recurrent layer, {method.__name__}, has no counterpart"
                 problems.append(Problem(name, finding, "store the layer and call it"))
@@ -275,6 +275,15 @@ def replace(
     if left:
         raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))
     return copied
+
+
+def _rebound(method: types.MethodType, stand_in: Any) -> Any:
+    """What a stored method of a layer is for its stand-in; None if it is a method of a base class alone."""
+    name, kinds = method.__name__, type(method.__self__).__mro__
+    if getattr(kinds[0], name, None) is method.__func__:
+        return getattr(stand_in, name, None)
+    inherited = any(vars(kind).get(name) is method.__func__ for kind in kinds)
+    return None if inherited else types.MethodType(method.__func__, stand_in)
 
 
 def _furnish(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]) -> None:

@@ -1,0 +1,526 @@
+"""Finding layers wherever a model keeps them, choosing among them, and rules for classes of one's own."""
+
+import collections
+import functools
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tests.checks import assert_equal, assert_same
+from unroll import Plan, Unrolled, UnrollError, unroll
+
+F64 = torch.float64
+
+
+def x():
+    return torch.randn(4, 3, 6, dtype=F64)
+
+
+def gru():
+    return nn.GRU(6, 5, dtype=F64)
+
+
+def problems(function, *args, **kwargs):
+    """What an UnrollError says, line by line."""
+    with pytest.raises(UnrollError) as caught:
+        function(*args, **kwargs)
+    return [str(problem) for problem in caught.value.problems]
+
+
+class Held(nn.Module):
+    """Runs what `get` finds in it."""
+
+    def __init__(self, get, **attributes):
+        super().__init__()
+        self.get = get
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.get(self)(x)
+
+
+class Plain:
+    def __init__(self, layer):
+        self.layer = layer
+
+
+class Slotted:
+    __slots__ = ("layer",)
+
+    def __init__(self, layer):
+        self.layer = layer
+
+
+def from_list(m):
+    return m.kept[0]
+
+
+def from_dict(m):
+    return m.kept["deep"][1]
+
+
+def itself(m):
+    return m.kept
+
+
+def from_object(m):
+    return m.kept.layer
+
+
+HIDING = {
+    "list": (from_list, lambda layer: [layer]),
+    "deque": (from_list, lambda layer: collections.deque([layer])),
+    "tuple": (from_list, lambda layer: (layer, 1)),
+    "dictionary": (from_dict, lambda layer: {"deep": ("x", layer)}),
+    "object": (from_object, Plain),
+    "slots": (from_object, Slotted),
+    "method": (itself, lambda layer: layer.__call__),
+    "forward": (itself, lambda layer: layer.forward),
+    "partial": (itself, lambda layer: functools.partial(layer, hx=None)),
+    "partial of a method": (itself, lambda layer: functools.partial(layer.forward, hx=None)),
+}
+
+
+@pytest.mark.parametrize("place", HIDING)
+def test_layers_are_found_where_they_hide(place, monkeypatch):
+    get, hide = HIDING[place]
+    model = Held(get, kept=hide(gru()))
+    ours, input = unroll(model), x()
+    expected = model(input)
+
+    def fused(*args):
+        raise AssertionError("the fused kernel was called")
+
+    monkeypatch.setattr(torch._VF, "gru", fused)
+    assert_same(ours(input), expected)
+    with pytest.raises(AssertionError, match="fused kernel"):
+        model(input)
+
+
+def test_a_forward_wrapped_in_place():
+    """As libraries do that move weights or count calls: the old method kept aside, a new one on the instance."""
+    model = nn.Sequential(gru())
+    layer = model[0]
+    layer.calls, layer.old_forward = [], layer.forward
+
+    def counting(self, *args):
+        self.calls.append(len(args))
+        return self.old_forward(*args)
+
+    layer.forward = types.MethodType(counting, layer)
+    ours, input = unroll(model), x()
+    assert_same(ours(input), model(input))
+    assert (layer.calls, ours[0].calls) == ([1], [1])
+    assert ours[0].old_forward.__self__ is ours[0]
+
+
+def test_cycles_and_back_references():
+    model = nn.Module()
+    model.layer = gru()
+    object.__setattr__(model, "me", model)
+    object.__setattr__(model.layer, "parent", model)
+    model.table = {"all": model}
+    ours = unroll(model)
+    assert ours.me is ours and ours.table["all"] is ours and ours.layer.parent is ours
+
+
+def test_other_state_is_copied_or_shared_as_it_must_be():
+    model = nn.Module()
+    model.layer, model.norm, model.words = gru(), nn.BatchNorm1d(3), ["a"]
+    model.state = model.layer(x())[1]
+    model.optimizer = torch.optim.SGD(model.layer.parameters(), lr=0.1)
+    ours = unroll(model)
+    assert ours.norm is not model.norm and ours.norm.running_mean is model.norm.running_mean
+    assert ours.words == model.words and ours.words is not model.words
+    assert ours.state is model.state
+    assert ours.optimizer.param_groups[0]["params"][0] is model.layer.weight_ih_l0
+    ours.eval()
+    assert model.training and model.norm.training and model.layer.training
+
+
+# --- what no copy can replace ----------------------------------------------------------------------------------------
+
+
+def test_layers_captured_by_functions_are_refused():
+    layer = gru()
+    model = nn.Module()
+    model.closure = lambda x: layer(x)
+    model.default = types.FunctionType((lambda x, rnn: rnn(x)).__code__, {}, argdefs=(gru(),))
+    finding = "a function has captured a recurrent layer, out of reach of a copy; "
+    finding += "hold it in an attribute, a bound method or a functools.partial"
+    assert problems(unroll, model) == [f"closure.<layer>: {finding}", f"default.<default>: {finding}"]
+
+
+def test_layers_of_a_class_are_refused():
+    class Model(nn.Module):
+        layer = gru()
+
+    (problem,) = problems(unroll, nn.Sequential(Model()))
+    assert problem.startswith("0.layer: the class ") and problem.endswith("set it in __init__, on the instance")
+
+
+def test_functions_that_captured_nothing_recurrent_do_not_matter():
+    model, scale = nn.Module(), torch.ones(1)
+    model.layer, model.act = gru(), lambda x: x * scale
+    assert isinstance(unroll(model).layer, Unrolled)
+
+
+def test_what_cannot_be_copied_is_refused():
+    model = nn.Module()
+    model.layer, model.lock = gru(), threading.Lock()
+    (problem,) = problems(unroll, model)
+    assert problem == (
+        "Module: cannot be copied (TypeError: cannot pickle '_thread.lock' object); "
+        "take what cannot be copied out of its attributes"
+    )
+
+
+def test_a_copy_of_its_own_is_noticed():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = gru()
+
+        def __deepcopy__(self, memo):
+            return type(self)()
+
+    assert problems(unroll, Model()) == ["layer: is still recurrent in the copy; report this model"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_quantized_and_compiled_modules_are_refused():
+    model = nn.Module()
+    model.scripted = torch.jit.script(nn.GRU(6, 5))
+    model.traced = torch.jit.trace(nn.Sequential(nn.LSTM(6, 5)), torch.zeros(2, 3, 6))
+    model.harmless = torch.jit.script(nn.Linear(2, 2))
+    script = "is TorchScript with a recurrent operator; unroll the module before scripting it"
+    assert problems(unroll, model) == [f"scripted: {script}", f"traced: {script}"]
+    assert isinstance(unroll(model, where=lambda name, layer: False).scripted, torch.jit.ScriptModule)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = {nn.LSTM, nn.GRU, nn.GRUCell}
+        quantized = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(nn.LSTM(6, 5), nn.GRU(6, 5), nn.GRUCell(6, 5)), kinds
+        )
+    assert [line.split(" is ")[1] for line in problems(unroll, quantized)] == [
+        "quantized; unroll the float module, then quantize the result"
+    ] * 3
+
+    mend = "is compiled already; unroll the module, then compile the result"
+    compiled, in_place = torch.compile(nn.Sequential(gru())), nn.Sequential(gru())
+    in_place.compile()
+    assert problems(unroll, compiled) == [f"OptimizedModule: {mend}"]
+    assert problems(unroll, in_place) == [f"Sequential: {mend}"]
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleDict({"rnn": nn.LSTM(6, 5), "back": nn.GRU(6, 5)})
+        self.decoder = nn.GRU(6, 5)
+        self.alias = self.decoder
+        self.cells = [nn.LSTMCell(6, 5)]
+
+
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [
+        (None, {"encoder.rnn", "encoder.back", "decoder", "cells"}),
+        ("encoder.rnn", {"encoder.rnn"}),
+        ("encoder.*", {"encoder.rnn", "encoder.back"}),
+        ("*rnn", {"encoder.rnn"}),
+        ("alias", {"decoder"}),
+        ("cells[0]", {"cells"}),
+        (["decoder", "cells*"], {"decoder", "cells"}),
+        (("encoder.r?n",), {"encoder.rnn"}),
+        (iter(["decoder"]), {"decoder"}),
+        ([], set()),
+        (lambda name, layer: isinstance(layer, nn.GRU), {"encoder.back", "decoder"}),
+        (lambda name, layer: name == "alias", {"decoder"}),
+        (lambda name, layer: False, set()),
+    ],
+)
+def test_where(where, chosen):
+    ours = unroll(Named(), where=where)
+    layers = {**{f"encoder.{k}": m for k, m in ours.encoder.items()}, "decoder": ours.decoder, "cells": ours.cells[0]}
+    assert {name for name, layer in layers.items() if isinstance(layer, Unrolled)} == chosen
+    assert ours.alias is ours.decoder
+
+
+def test_where_that_names_nothing_is_refused():
+    known = "the recurrent layers are: encoder.rnn, encoder.back, decoder, alias, cells[0]"
+    assert problems(unroll, Named(), where=["encoder.*", "nothing", "e?"]) == [
+        f"where='nothing': names no recurrent layer; {known}",
+        f"where='e?': names no recurrent layer; {known}",
+    ]
+    assert problems(unroll, nn.Linear(2, 2), where="rnn") == [
+        "where='rnn': names no recurrent layer; the recurrent layers are: none"
+    ]
+
+
+def test_where_may_name_a_layer_unrolled_before():
+    once = unroll(Named(), where="decoder")
+    assert isinstance(unroll(once, where=["decoder", "encoder.rnn"]).encoder.rnn, Unrolled)
+
+
+def test_unrolling_in_two_parts_is_unrolling_at_once():
+    model = Named()
+    parts = unroll(unroll(model, where="encoder.*"), where=["decoder", "cells*"])
+    assert repr(parts) == repr(unroll(model))
+    assert isinstance(parts.cells[0], Unrolled)
+
+
+def test_a_model_without_recurrent_layers_is_copied():
+    model = nn.Sequential(nn.Linear(2, 2))
+    ours = unroll(model)
+    assert ours is not model and ours[0].weight is model[0].weight
+
+
+def test_each_part_keeps_its_plan():
+    model = unroll(unroll(Named(), where="decoder", plan=Plan(gates="split")), plan=Plan(gates="paired"))
+    assert (model.decoder.plan.gates, model.encoder.rnn.plan.gates) == ("split", "paired")
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class WithLengths(nn.GRU):
+    """Prepares its arguments and calls `super().forward`."""
+
+    scale = 2
+
+    def __init__(self, *args, name="", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label = name
+
+    def forward(self, x, lengths=None, *, twice=False):
+        x = x * self.scale
+        if lengths is not None:
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, h = super().forward(x)
+        if lengths is not None:
+            y, _ = nn.utils.rnn.pad_packed_sequence(y)
+        return y * self.factor(twice), h
+
+    def factor(self, twice):
+        return 2 if twice else 1
+
+
+class Deeper(WithLengths):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)[0]
+
+    def factor(self, twice):
+        return super().factor(twice) + 1
+
+
+class Residual:
+    """A mixin."""
+
+    def forward(self, x, hx=None):
+        y, h = super().forward(x, hx)
+        return x + y, h
+
+
+class ResidualLSTM(Residual, nn.LSTM):
+    pass
+
+
+class Sized(nn.LSTM):
+    """Changes nothing about the computation."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(size, size, num_layers=2, **kwargs)
+
+    @property
+    def size(self):
+        return self.hidden_size
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias_ih_l0[: self.hidden_size] += 1
+
+
+class SkippingCell(nn.LSTMCell):
+    def forward(self, x, state):
+        h, c = super().forward(x, state)
+        return h + state[0], c
+
+
+@pytest.mark.parametrize("cls", [WithLengths, Deeper])
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": torch.tensor([2, 4, 3])}, {"twice": True}])
+def test_subclass_that_calls_super(cls, kwargs):
+    layer, input = cls(6, 5, name="mine", dtype=F64), x()
+    ours = unroll(layer)
+    assert_same(ours(input, **kwargs), layer(input, **kwargs))
+    assert (type(ours).__name__, ours.label) == (cls.__name__, "mine")
+    assert not isinstance(ours, nn.RNNBase) and isinstance(ours, Unrolled)
+
+
+def test_mixins_and_plain_subclasses():
+    for layer in (ResidualLSTM(6, 6, dtype=F64), Sized(6, dtype=F64)):
+        ours, input = unroll(layer), x()
+        assert_same(ours(input), layer(input))
+    assert ours.size == 6
+    with torch.no_grad():
+        ours.reset_parameters()
+    assert ours.bias_ih_l0[:6].min() > 0.5
+    cell, input = SkippingCell(6, 5, dtype=F64), x()[0]
+    state = torch.randn(2, 3, 5, dtype=F64).unbind()
+    assert_same(unroll(cell)(input, state), cell(input, state))
+
+
+def test_subclasses_copy_and_pickle():
+    import copy
+    import pickle
+
+    ours, input = unroll(nn.Sequential(Deeper(6, 5, dtype=F64))), x()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(other[0]) is type(ours[0])
+        assert_equal(other(input), ours(input))
+
+
+def test_subclass_with_parametrized_weights():
+    layer = parametrizations.weight_norm(ResidualLSTM(6, 6, dtype=F64), "weight_hh_l0")
+    input = x()
+    assert_same(unroll(layer)(input), layer(input))
+
+
+class Own(nn.LSTM):
+    def forward(self, x):
+        return x
+
+
+class Past(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x) if x.dim() == 3 else nn.LSTM.forward(self, x)
+
+
+class OldSuper(nn.LSTM):
+    def forward(self, x):
+        return super(OldSuper, self).forward(x)  # noqa: UP008
+
+
+class OtherState(nn.GRU):
+    def permute_hidden(self, hx, permutation):
+        return hx
+
+
+class Kernel:
+    def forward(self, x, hx=None):
+        return torch._VF.gru_cell(x, hx, self.weight_ih, self.weight_hh)
+
+
+class MixedKernel(Kernel, nn.GRUCell):
+    pass
+
+
+class Registered(nn.GRU):
+    def __init_subclass__(cls):
+        raise AssertionError("a class was made behind the user's back")
+
+
+class InProperty(nn.GRU):
+    @property
+    def described(self):
+        return super().extra_repr()
+
+
+class OwnCell(nn.RNNCellBase):
+    def __init__(self):
+        super().__init__(6, 5, bias=False, num_chunks=1)
+
+    def forward(self, x, h):
+        return torch.tanh(x @ self.weight_ih.T + h @ self.weight_hh.T)
+
+
+OBJECTIONS = {
+    "own": (Own(6, 5), "Own overrides forward without calling super().forward"),
+    "past": (Past(6, 5), "Past reaches past super() in forward, by LSTM"),
+    "old": (OldSuper(6, 5), "OldSuper names its own class in forward, where super() without arguments would do"),
+    "state": (OtherState(6, 5), "OtherState overrides permute_hidden"),
+    "kernel": (MixedKernel(6, 5), "MixedKernel overrides forward without calling super().forward"),
+    "registered": (Registered(6, 5), "Registered overrides __init_subclass__"),
+    "property": (InProperty(6, 5), "InProperty calls super() in described, a property"),
+    "cell": (OwnCell(), "OwnCell overrides forward without calling super().forward"),
+    "base": (nn.RNNBase("GRU", 6, 5), "RNNBase is no subclass of torch.nn.LSTM, GRU, RNN or their cells"),
+}
+
+
+def test_every_subclass_that_cannot_be_honoured_is_named_at_once():
+    model = nn.ModuleDict({name: layer for name, (layer, _) in OBJECTIONS.items()} | {"fine": gru()})
+    found = problems(unroll, model)
+    for line, (name, (layer, objection)) in zip(found, OBJECTIONS.items(), strict=True):
+        kind = type(layer).__name__
+        assert line == (
+            f"{name}: {type(layer).__module__}.{objection}; give a rule, "
+            f"unroll(model, rules={{{kind}: function from the layer to a module}}), or leave it out by where="
+        )
+    with pytest.raises(UnrollError, match=f"^{len(OBJECTIONS)} problems\nown: "):
+        unroll(model)
+
+
+def test_refused_layers_may_be_left_out():
+    ours = unroll(nn.ModuleDict({"own": Own(6, 5), "fine": gru()}), where="fine")
+    assert type(ours["own"]) is Own and isinstance(ours["fine"], Unrolled)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+class Doubling(nn.Module):
+    """What stands in for an `Own`: another recurrent layer with something around it."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.rnn = nn.GRU(own.input_size, own.hidden_size, dtype=F64)
+
+    def forward(self, x):
+        return self.rnn(x)[0] * 2
+
+
+def test_rules():
+    made = []
+
+    def rule(own):
+        made.append(Doubling(own))
+        return made[-1]
+
+    own = Own(6, 5, dtype=F64)
+    ours = unroll(nn.ModuleList([own, own, gru()]), rules={Own: rule})
+    assert len(made) == 1 and ours[0] is ours[1]
+    assert isinstance(ours[0].rnn, Unrolled) and isinstance(ours[2], Unrolled)
+    assert ours[0].rnn.weight_hh_l0 is made[0].rnn.weight_hh_l0
+    input = x()
+    assert_same(ours[0](input), made[0](input))
+
+
+def test_rules_for_wrappers_and_for_a_parametrized_class():
+    class Wrapper(nn.Module):
+        def forward(self, x):
+            return x
+
+    ours = unroll(nn.Sequential(Wrapper()), rules={Wrapper: lambda m: nn.Identity()})
+    assert type(ours[0]) is nn.Identity
+    own = parametrizations.weight_norm(Own(6, 5), "weight_hh_l0")
+    assert type(unroll(nn.Sequential(own), rules={Own: Doubling})[0]) is Doubling
+
+
+def test_rules_that_help_nothing_are_refused():
+    model = nn.Sequential(Own(6, 5))
+    assert problems(unroll, model, rules={Own: lambda m: None}) == [
+        "0: the rule for Own returned NoneType; return an nn.Module"
+    ]
+    (problem,) = problems(unroll, model, rules={Own: lambda m: m})
+    assert "overrides forward without calling super().forward" in problem
