@@ -193,7 +193,7 @@ def test_a_copy_of_its_own_is_noticed():
     assert problems(unroll, Model()) == ["layer: is still recurrent in the copy; report this model"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torchscript_quantized_and_compiled_modules_are_refused():
     model = nn.Module()
     model.scripted = torch.jit.script(nn.GRU(6, 5))
