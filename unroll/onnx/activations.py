@@ -21,16 +21,21 @@ class Activation(NamedTuple):
     beta: float | None = None
 
 
+def _single(value: float) -> float:
+    """As an attribute of a node holds it, in float32."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
 ACTIVATIONS = {
     "relu": Activation(lambda x, alpha, beta: torch.relu(x)),
     "tanh": Activation(lambda x, alpha, beta: torch.tanh(x)),
     "sigmoid": Activation(lambda x, alpha, beta: torch.sigmoid(x)),
     "affine": Activation(lambda x, alpha, beta: torch.add(torch.mul(x, alpha), beta), 1.0, 0.0),
-    "leakyrelu": Activation(lambda x, alpha, beta: functional.leaky_relu(x, alpha), 0.01),
+    "leakyrelu": Activation(lambda x, alpha, beta: functional.leaky_relu(x, alpha), _single(0.01)),
     "thresholdedrelu": Activation(lambda x, alpha, beta: torch.where(torch.ge(x, alpha), x, 0.0), 1.0),
     "scaledtanh": Activation(lambda x, alpha, beta: torch.mul(torch.tanh(torch.mul(x, beta)), alpha), 1.0, 1.0),
     "hardsigmoid": Activation(
-        lambda x, alpha, beta: torch.clamp(torch.add(torch.mul(x, alpha), beta), 0.0, 1.0), 0.2, 0.5
+        lambda x, alpha, beta: torch.clamp(torch.add(torch.mul(x, alpha), beta), 0.0, 1.0), _single(0.2), 0.5
     ),
     "elu": Activation(lambda x, alpha, beta: functional.elu(x, alpha), 1.0),
     "softsign": Activation(lambda x, alpha, beta: functional.softsign(x)),
