@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -30,16 +31,18 @@ def unroll(
     model itself is not changed. Whatever cannot be honoured is refused, all of it at once.
 
     Args:
-        model: an `nn.Module` (also a single layer), a `torch.fx.GraphModule`, or an
-            `torch.export.ExportedProgram`.
+        model: an `nn.Module` (also a single layer), a `torch.fx.GraphModule`, a
+            `torch.export.ExportedProgram`, or an ONNX model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the
+            path of a file, which is read as an `onnx_ir.Model`.
         args: for a graph, example inputs, from which the number of time steps is read where the graph's
             metadata does not tell it.
         where: which layers: a name or shell pattern such as `"encoder.*"`, several of them, or a function
             of name and layer; all by default.
         rules: for classes of your own that cannot be unrolled as they are, a function from the layer to
             a module that does the same and can.
-        plan: how the steps are laid out.
-        steps: for a graph, the number of time steps, for all layers or by layer name.
+        plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given.
+        steps: for a graph, the number of time steps, for all layers or by layer name. An ONNX model that leaves
+            it open needs none: its steps then run in a loop.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
@@ -53,8 +56,11 @@ def unroll(
         >>> torch.allclose(model(x)[0], unroll(model)(x)[0], atol=1e-6)
         True
     """
-    plan = plan or Plan()
     where = where if where is None or isinstance(where, str) or callable(where) else list(where)
+    if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
+        _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
+        return _onnx(model, where, plan, steps)
+    plan = plan or Plan()
     if isinstance(model, ExportedProgram):
         _refuse("an ExportedProgram, which has them in its metadata", args=args, steps=steps)
         _refuse("an ExportedProgram, which has no modules any more", rules=rules)
@@ -67,8 +73,18 @@ def unroll(
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
         return trees.replace(model, plan, where, rules)
-    kinds = "an nn.Module, a GraphModule, an ExportedProgram or a ScriptModule"
+    kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
+
+
+def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
+    try:
+        from unroll.onnx.models import unroll_model
+    except ImportError as error:
+        raise UnrollError(
+            Problem("unroll(model)", f"{error.name} is missing", "pip install torch-unroll[onnx]")
+        ) from error
+    return unroll_model(model, where=where, plan=plan, steps=steps)
 
 
 def _refuse(what: str, **given: Any) -> None:

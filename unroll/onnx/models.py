@@ -43,6 +43,9 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | None = None, s
         return ir.to_proto(unroll_ir(ir.from_proto(model), where=where, plan=plan, steps=steps))
     if isinstance(model, (str, os.PathLike)):
         return unroll_ir(load(model), where=where, plan=plan, steps=steps)
+    if not isinstance(model, ir.Model):
+        mend = "give an onnx.ModelProto, an onnx_ir.Model or a path"
+        raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", mend))
     return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
 
 
