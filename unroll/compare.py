@@ -142,8 +142,11 @@ def _double(original: nn.Module) -> nn.Module | None:
     tensors = (*original.parameters(), *original.buffers())
     if all(t.dtype == torch.float64 for t in tensors if t.is_floating_point()):
         return None
+    # Results kept in attributes, such as the weight that weight_norm computes anew in each call.
+    kept = (value for module in original.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
     try:
-        return copy.deepcopy(original).double()
+        return copy.deepcopy(original, memo).double()
     except Exception as error:
         finding = f"cannot be copied to float64 ({type(error).__name__}: {error})"
         raise UnrollError(Problem("original", finding, "compare with reference=False")) from error
