@@ -148,7 +148,9 @@ class UnrolledLayer(Unrolled):
         states = schedule.joined_states(recurrence, result.finals)
         if input.unsorted_indices is not None:
             states = [state.index_select(1, input.unsorted_indices) for state in states]
-        return input._replace(data=schedule.joined_rows(result.outputs)), _untuple(states)
+        # Not `_replace`, which Dynamo gets wrong after a graph break.
+        output = PackedSequence(schedule.joined_rows(result.outputs), *input[1:])
+        return output, _untuple(states)
 
 
 class UnrolledCell(Unrolled):
