@@ -87,7 +87,7 @@ class Report:
 def compare(
     original: Callable[..., Any],
     rewritten: Callable[..., Any],
-    args: tuple[Any, ...] | list[tuple[Any, ...]],
+    args: Tensor | tuple[Any, ...] | list[tuple[Any, ...]],
     kwargs: Mapping[str, Any] | None = None,
     *,
     gradients: bool = False,
@@ -104,7 +104,7 @@ def compare(
     Args:
         original: a module, or any callable.
         rewritten: what should do the same.
-        args: a tuple of positional arguments, or a list of such tuples for several inputs.
+        args: a tuple of positional arguments (or a single tensor), or a list of such tuples for several inputs.
         kwargs: keyword arguments, the same for each input.
         gradients: compare also the gradients of inputs and, by name, of parameters, for one random
             direction of all outputs. A parameter that nothing uses has a gradient of zeros.
@@ -123,7 +123,7 @@ def compare(
         >>> compare(layer, unroll(layer), (torch.randn(7, 2, 3),), gradients=True).ok
         True
     """
-    inputs = args if isinstance(args, list) else [args]
+    inputs = args if isinstance(args, list) else [(args,) if isinstance(args, Tensor) else args]
     exact = _double(original) if reference and isinstance(original, nn.Module) else None
     rows: list[Row] = []
     for number, given in enumerate(inputs):
