@@ -93,7 +93,7 @@ def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}[{key!r}]", part) for key, part in value.items() if not _plain(part))
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         yield from ((f"{name}[{i}]", part) for i, part in enumerate(value) if not _plain(part))
-    if type(value).__module__.split(".")[:2] != ["torch", "fx"]:
+    if isinstance(value, nn.Module) or type(value).__module__.split(".")[:2] != ["torch", "fx"]:
         dot = f"{name}." if name else ""
         yield from ((f"{dot}{key}", part) for key, part in _attributes(value))
 
