@@ -46,6 +46,17 @@ class Unrolled(nn.Module):
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
+    def __prepare_scriptable__(self) -> Unrolled:
+        """The form that `torch.jit.script` compiles; it asks for it by this name."""
+        from unroll.scriptable import prepare
+
+        return prepare(self)
+
+    def _trace(self, input: Any, hx: Any) -> Any:
+        from unroll.scriptable import trace
+
+        return trace(self, input, hx)
+
     def _run(
         self, rows: Tensor, state: tuple[Tensor, ...] | None, steps: int, sizes: list[int] | None = None
     ) -> schedule.Result:
@@ -75,6 +86,11 @@ class Unrolled(nn.Module):
             sizes=sizes,
             dropout=partial(functional.dropout, p=drop) if drop else None,
         )
+
+
+def _is_traced() -> bool:
+    """Whether `torch.jit.trace` records; the ONNX exporter built on it wants plain operators."""
+    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
 
 
 def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
@@ -127,6 +143,8 @@ class UnrolledLayer(Unrolled):
         """Does nothing: there is no fused kernel that wants the parameters in one piece of memory."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        if _is_traced():
+            return self._trace(input, hx)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         recurrence = self.recurrence
@@ -177,6 +195,8 @@ class UnrolledCell(Unrolled):
         return read_cell(self, self.mode)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if _is_traced():
+            return self._trace(input, hx)
         recurrence = self.recurrence
         check_arguments(recurrence, self.place, input, hx, weight=self.weight_ih)
         result = self._run(schedule.flat_rows(recurrence, input), _tuple(hx), 1)
