@@ -19,13 +19,17 @@ aten = torch.ops.aten
 OPERATORS: dict[Any, Any] = {
     torch.add: aten.add.Tensor,
     torch.addmm: aten.addmm.default,
+    torch.arange: aten.arange.default,
     torch.cat: aten.cat.default,
+    torch.cumsum: aten.cumsum.default,
+    torch.index_select: aten.index_select.default,
+    torch.lt: aten.lt.Tensor,
     torch.matmul: aten.mm.default,
     torch.mul: aten.mul.Tensor,
     torch.relu: aten.relu.default,
     torch.reshape: aten.reshape.default,
+    torch.searchsorted: aten.searchsorted.Tensor,
     torch.sigmoid: aten.sigmoid.default,
-    torch.split: aten.split_with_sizes.default,
     torch.sub: aten.sub.Tensor,
     torch.tanh: aten.tanh.default,
     torch.transpose: aten.transpose.int,
@@ -46,6 +50,7 @@ class Metadata:
         self.kinds: dict[Any, FakeTensor] = {}
         self.ours: set[int] = set()
         self.results: dict[Any, Any] = {}
+        self.mode: Any = None
 
     def kind(self, value: Any) -> Any:
         """The fake tensor that stands for all of this kind; anything else as it is."""
@@ -54,18 +59,23 @@ class Metadata:
         if not isinstance(value, FakeTensor) or id(value) in self.ours:
             return value
         key = (*map(str, value.shape), "|", *map(str, value.stride()), value.dtype, value.device)
-        found = self.kinds.setdefault(key, value)
-        self.ours.add(id(found))
-        return found
+        if key not in self.kinds:
+            self.mode = self.mode or value.fake_mode
+            if value.fake_mode is not self.mode:  # `make_fx` has one for each value
+                with self.mode:
+                    value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            self.kinds[key] = value
+            self.ours.add(id(value))
+        return self.kinds[key]
 
     def of(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The metadata of `target(*args, **kwargs)`, for nodes among the arguments."""
-        operands = self._operands(args)
         if target is operator.getitem:
-            return operands[0][operands[1]]
+            return args[0].meta["val"][args[1]]
+        operands = self._operands(args)
         key = (target, _key(operands), *kwargs.values())
         if key not in self.results:
-            mode = next(value.fake_mode for value in self.kinds.values())
+            mode = self.mode
             # The shapes follow from those of the operands: nothing new is to be learned, or required, of them.
             unguarded = mode.shape_env.suppress_guards() if mode.shape_env else nullcontext()
             with mode, torch.no_grad(), unguarded:
@@ -104,12 +114,14 @@ class AtenWriter(GraphWriter):
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func is torch.Tensor.to:
-            return self.value("call_function", aten._to_copy.default, args[:1], {"dtype": args[1]})
+            keyword = "dtype" if isinstance(args[1], torch.dtype) else "device"
+            return self.value("call_function", aten._to_copy.default, args[:1], {keyword: args[1]})
         if func is torch.chunk:
             return self._chunk(*args)
-        positional = tuple(kwargs.values())  # the recipe gives only a dim by name, the last argument
-        result = self.value("call_function", OPERATORS[func], (*args, *positional))
-        return self.items(result, len(args[1])) if func is torch.split else result
+        if func is torch.split:
+            split = self.value("call_function", aten.split_with_sizes.default, (*args, *kwargs.values()))
+            return self.items(split, len(args[1]))
+        return self.value("call_function", OPERATORS[func], args, kwargs)
 
     def _chunk(self, value: Value, count: int, dim: int = 0) -> list[Value]:
         shape = value.node.meta["val"].shape
@@ -133,8 +145,7 @@ class AtenWriter(GraphWriter):
 
 def writer_for(call: fx.Node, metadata: Metadata) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
     """The writer for the dialect that a call is written in."""
-    operand = call.args[0] if call.args else None
-    known = isinstance(operand, fx.Node) and isinstance(operand.meta.get("val"), FakeTensor)
-    if known and isinstance(call.target, torch._ops.OpOverload):
+    described = all(isinstance(node.meta.get("val"), FakeTensor) for node in call.all_input_nodes)
+    if described and isinstance(call.target, torch._ops.OpOverload):
         return lambda layer, graph, meta: AtenWriter(layer, graph, meta, metadata)
     return GraphWriter

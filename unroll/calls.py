@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 from torch.nn.utils import rnn
 
 from unroll import schedule
 from unroll.cells import Prepared
 from unroll.modules import Unrolled
 from unroll.plan import Plan
-from unroll.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
+from unroll.recurrence import Problem, Recurrence, UnrollError
 from unroll.values import GraphWriter, Value
 
 Steps = int | Mapping[str, int] | None
@@ -30,35 +28,10 @@ FIXED = "fixed"
 Known = Mapping[fx.Node, Any]
 """What is known of a graph's values: anything with `shape` and `dtype`"""
 
-CLASS_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
-
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def _functions() -> dict[Any, tuple[str, str]]:
-    """Every function that runs a recurrence: its kind, and the form of its arguments, `layer`, `packed` or `cell`."""
-    found: dict[Any, tuple[str, str]] = {}
-    for kind in KINDS:
-        packet, cell = getattr(torch.ops.aten, kind), getattr(torch.ops.aten, f"{kind}_cell")
-        found |= {packet.input: (kind, "layer"), packet.data: (kind, "packed"), cell.default: (kind, "cell")}
-        for home in (torch, torch._VF):
-            # `packed` too, told apart by its arguments
-            found |= {getattr(home, kind): (kind, "layer"), getattr(home, f"{kind}_cell"): (kind, "cell")}
-    return found
-
-
-FUNCTIONS = _functions()
-
-ARGUMENTS = {
-    "layer": ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"],
-    "packed": ["input", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional"],
-    "cell": ["input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"],
-}
-
 ZEROS = (torch.zeros, torch.ops.aten.zeros.default, torch.zeros_like, torch.ops.aten.zeros_like.default)
 
 
-class _Result(NamedTuple):
+class Returned(NamedTuple):
     """A tensor that a call returned, of which a part may be had without the whole."""
 
     whole: Value
@@ -78,6 +51,9 @@ class Call:
     """Of the weights, if it is known"""
     key: Any
     """The same for calls with the same weights"""
+    packed = False
+    masks: Sequence[Any] | None = None
+    """Which rows have a step, where they differ"""
 
     def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
         self.node = node
@@ -87,7 +63,8 @@ class Call:
         input, _ = self.operands()
         shape = known[input].shape if input in known else None
         self.batched = shape is None or len(shape) == (2 if self.recurrence.is_cell else 3)
-        self.steps = 1 if self.recurrence.is_cell else self._steps(shape, steps)
+        time = 1 if self.batched and self.recurrence.batch_first else 0
+        self.steps = 1 if self.recurrence.is_cell else self.choose_steps(shape[time] if shape else None, steps)
 
     def operands(self) -> tuple[Any, Any]:
         """The input node, and the state: None, a node or several."""
@@ -101,14 +78,23 @@ class Call:
         """What runs between layers."""
         raise NotImplementedError
 
-    def arrange(self, output: Any, finals: list[Any]) -> Any:
+    def rows(self, input: Value) -> Value:
+        """The input as rows, step after step."""
+        return schedule.flat_rows(self.recurrence, input, batched=self.batched)
+
+    def output(self, result: schedule.Result) -> Returned:
+        """The output of all steps."""
+        whole = schedule.joined_output(self.recurrence, result.outputs, batched=self.batched)
+        return Returned(whole, 2 + self.batched, partial(self._read_output, result))
+
+    def arrange(self, output: Returned, finals: list[Returned]) -> Any:
         """The results as the node returns them."""
         raise NotImplementedError
 
-    def _steps(self, shape: Sequence[Any] | None, steps: Any) -> int:
+    def choose_steps(self, known: Any, steps: Any) -> int:
+        """The number of steps, from what is known and what was asked for."""
         name = self.name
         asked = steps.get(name) if isinstance(steps, Mapping) else None if steps == FIXED else steps
-        known = shape[1 if self.batched and self.recurrence.batch_first else 0] if shape else None
         if isinstance(known, torch.SymInt):
             known = int(known) if steps == FIXED else None
         found = known if asked is None else asked
@@ -136,9 +122,10 @@ class Call:
                 count = len(recurrence.state_sizes)
                 getitem = partial(writer.node, "call_function", operator.getitem)
                 state = [getitem((state, k)) for k in range(count)] if count > 1 else [state]
+            self.state = state
             if asserts:
-                self._assert_shapes(input, state)
-            if state is not None and self.steps > 1 and all(s.target in ZEROS for s in state):
+                self.assert_shapes(input, state)
+            if state is not None and self.steps > 1 and not self.packed and all(s.target in ZEROS for s in state):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
             if self.key not in prepared:
@@ -148,22 +135,21 @@ class Call:
             result = schedule.run(
                 recurrence,
                 prepared[self.key],
-                schedule.flat_rows(recurrence, Value(writer, node=input), batched=self.batched),
+                self.rows(Value(writer, node=input)),
                 None if state is None else tuple(Value(writer, node=s) for s in state),
                 steps=self.steps,
+                masks=self.masks,
                 dropout=self.dropout() if recurrence.dropout and recurrence.num_layers > 1 else None,
                 names=writer,
             )
             writer.enter("results")
             wholes = schedule.joined_states(recurrence, result.finals, batched=self.batched)
             rank = (1 if recurrence.is_cell else 2) + self.batched
-            finals = [_Result(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
-            whole = schedule.joined_output(recurrence, result.outputs, batched=self.batched)
-            output = _Result(whole, rank, partial(self._read_output, result))
-            self._hand_over(node, self.arrange(output, finals))
+            finals = [Returned(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
+            self._hand_over(node, self.arrange(self.output(result), finals))
         node.graph.erase_node(node)
 
-    def _assert_shapes(self, input: fx.Node, state: Sequence[fx.Node] | None) -> None:
+    def assert_shapes(self, input: fx.Node, state: Sequence[fx.Node] | None) -> None:
         """Other shapes than those unrolled for must stop the graph: they would be cut or broadcast in silence."""
         recurrence, writer = self.recurrence, self.writer
 
@@ -195,7 +181,7 @@ class Call:
     def _hand_over(self, node: fx.Node, result: Any) -> None:
         """Give the users of `node` the results, through `getitem` chains of any depth."""
         for user in list(node.users):
-            if isinstance(result, _Result):
+            if isinstance(result, Returned):
                 index = _index(user, node, result.rank)
                 part = result.read(index) if index else None
                 if index == (slice(None),) * result.rank:
@@ -297,90 +283,6 @@ class ModuleCall(Call):
         return final if self.recurrence.is_cell else (output, final)
 
 
-class FunctionCall(Call):
-    """`call_function` of `torch.lstm`, `aten.lstm.input`, `torch.lstm_cell` and their kin."""
-
-    def __init__(
-        self,
-        node: fx.Node,
-        form: tuple[str, str],
-        plan: Plan,
-        known: Known,
-        steps: Steps,
-        writer: Callable[..., GraphWriter] = GraphWriter,
-    ) -> None:
-        kind, self.form = form
-        self.plan = plan
-        self.name = layer_name(node)
-        self.node = node
-        given = self._arguments()
-        flat = [w for w in given["params"] if w is not None]
-        self.key = (*flat, given["has_biases"])
-        self.train = given["train"]
-        options = {key: given[key] for key in ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")}
-        problems = [
-            Problem(self.name, f"{key} is computed in the graph", "make it a constant")
-            for key, value in options.items()
-            if isinstance(value, fx.Node)
-        ]
-        if any(w not in known for w in flat[:2]):
-            problems.append(Problem(self.name, "the shapes of its weights are unknown", "give example inputs"))
-        if self.form == "packed":
-            problems.append(Problem(self.name, "runs on packed data", "unroll the module before it is traced"))
-        if problems:
-            raise UnrollError(*problems)
-        self.dtype = known[flat[0]].dtype
-        self.recurrence = read_call(kind, [known[w].shape for w in flat[:2]], **options, is_cell=self.form == "cell")
-        super().__init__(node, writer(self.name, node.graph, node.meta), known, steps)
-
-    def _arguments(self) -> dict[str, Any]:
-        given = dict.fromkeys(ARGUMENTS[self.form]) | dict(zip(ARGUMENTS[self.form], self.node.args))
-        given |= self.node.kwargs
-        if self.form == "cell":
-            given["params"] = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-            given |= {"has_biases": given["b_ih"] is not None, "num_layers": 1, "dropout": 0.0}
-            given |= {"train": False, "bidirectional": False}
-        return {"batch_first": False, **given}
-
-    def operands(self) -> tuple[Any, Any]:
-        given = self._arguments()
-        return given["input"], given["hx"]
-
-    def weights(self) -> list[Value]:
-        return [Value(self.writer, node=w) for w in self._arguments()["params"] if w is not None]
-
-    def dropout(self) -> Callable[[Value], Value] | None:
-        if self.train is False:
-            return None
-        train = self.train if isinstance(self.train, bool) else Value(self.writer, node=self.train)
-        return lambda rows: self.writer.call(functional.dropout, (rows, self.recurrence.dropout, train), {})
-
-    def arrange(self, output: Any, finals: list[Any]) -> Any:
-        if self.form == "cell":
-            return tuple(finals) if len(finals) > 1 else finals[0]
-        return (output, *finals)
-
-
-def form_of(node: fx.Node) -> tuple[str, str] | None:
-    """The kind of recurrence that a node's function runs and the form of its arguments, if it runs one."""
-    if node.op != "call_function" or node.target not in FUNCTIONS:
-        return None
-    kind, form = FUNCTIONS[node.target]
-    packed = form == "layer" and (
-        "batch_sizes" in node.kwargs or (len(node.args) > 3 and isinstance(node.args[3], (list, tuple)))
-    )
-    return kind, "packed" if packed else form
-
-
-def layer_name(node: fx.Node) -> str:
-    """The name of the module that a call came from, or of the node if that tells nothing."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
-    path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['\w+'\]\.?", "", path)).removeprefix(".")
-    recurrent = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in CLASS_NAMES
-    return path if path and recurrent else ".".join(filter(None, (path, node.name)))
-
-
 def known_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """What a graph's metadata tells of its values, wherever the graph came from, and its attributes."""
     found: dict[fx.Node, Any] = {}
@@ -409,7 +311,7 @@ def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _whole(result: Any) -> Any:
     """The nodes of a result, in its structure."""
-    return result.whole.node if isinstance(result, _Result) else tuple(map(_whole, result))
+    return result.whole.node if isinstance(result, Returned) else tuple(map(_whole, result))
 
 
 def _index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] | None:

@@ -14,19 +14,9 @@ from torch.utils import _pytree as pytree
 
 from unroll import trees
 from unroll.aten import Metadata, writer_for
-from unroll.calls import (
-    Call,
-    FunctionCall,
-    Known,
-    ModuleCall,
-    Steps,
-    erase_dead,
-    form_of,
-    known_values,
-    layer_name,
-    operands,
-)
+from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands
 from unroll.cells import Prepared
+from unroll.functions import FunctionCall, PackedCall, arguments, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, check_arguments
@@ -54,6 +44,9 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
     try:
         tracer = _Tracer()
         graph = tracer.trace(model, concrete_args)
+        for node in graph.nodes:  # torch would declare these by dotted names, on which every later trace stumbles
+            if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
+                node.meta.pop("is_wrapped", None)
     except (TraceError, TypeError) as error:
         mend = "use unroll(module), which needs no trace, or the graph of torch.export"
         raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", mend)) from error
@@ -94,7 +87,8 @@ def find_calls(module: fx.GraphModule, where: Where, plan: Plan, known: Known, s
         try:
             if form := form_of(node):
                 if chooses(where, [layer_name(node)], node):
-                    found.append(FunctionCall(node, form, plan, known, steps, writer_for(node, metadata)))
+                    kind = PackedCall if form[1] == "packed" else FunctionCall
+                    found.append(kind(node, form, plan, known, steps, writer_for(node, metadata)))
             elif node.op == "call_module":
                 layer = module.get_submodule(str(node.target))
                 if isinstance(layer, Unrolled) and chooses(where, [str(node.target)], layer):
@@ -134,10 +128,18 @@ class _FakeRun(fx.Interpreter):
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        form = form_of(n)
+        # Packed rows are divided by the contents of a tensor, which a fake one lacks.
+        result = self._packed(n) if form and form[1] == "packed" else super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.found[n] = result
         return result
+
+    def _packed(self, n: fx.Node) -> Any:
+        given: Any = self.map_nodes_to_values(arguments(n, "packed"), n)
+        states = given["hx"] if isinstance(given["hx"], (tuple, list)) else [given["hx"]]
+        features = states[0].shape[-1] * (2 if given["bidirectional"] else 1)
+        return given["input"].new_empty(given["input"].shape[0], features), *states
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)

@@ -7,7 +7,8 @@ import copy
 from torch import fx
 from torch.export import ExportedProgram
 
-from unroll.calls import Call, form_of, known_values, layer_name
+from unroll.calls import Call, known_values
+from unroll.functions import form_of, layer_name
 from unroll.graphs import find_calls, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
