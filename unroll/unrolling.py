@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from unroll import graphs, programs, scripts, trees
 from unroll.graphs import Steps
+from unroll.onnx import require
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Rules, Where
@@ -78,12 +79,9 @@ def unroll(
 
 
 def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
-    try:
-        from unroll.onnx.models import unroll_model
-    except ImportError as error:
-        raise UnrollError(
-            Problem("unroll(model)", f"{error.name} is missing", "pip install torch-unroll[onnx]")
-        ) from error
+    require("onnx", "onnx_ir")
+    from unroll.onnx.models import unroll_model
+
     return unroll_model(model, where=where, plan=plan, steps=steps)
 
 

@@ -49,6 +49,7 @@ def scan(
 
     def loop(step: Callable, xs: Sequence[tuple[Any, ...]], state: State, *, reverse: bool) -> tuple[list[Any], State]:
         (pieces,) = xs
+        here = writer.scope
         sequences = [
             writer.op("Reshape", x, shape_of(writer, *lead, width), rank=3)
             for x, width in zip(pieces, widths, strict=True)
@@ -84,6 +85,7 @@ def scan(
         for value, like, size in zip(results, (*starts, starts[0]), (*recurrence.state_sizes, recurrence.output_size)):
             value.type = ir.TensorType(tensor_adapters.from_torch_dtype(like.dtype))
             value.shape = ir.Shape([None, size])
+        writer.enter(here)
         graph = ir.Graph(inputs, results, nodes=body.made, name=writer.name("step"))
 
         attributes: dict[str, Any] = {"body": graph, "num_scan_inputs": len(sequences)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.cells import Prepared
-from unroll.onnx.sites import DOMAIN, STANDARD, Site, StandardSite, Steps, TorchSite
+from unroll.onnx.sites import DOMAIN, LAYER, STANDARD, Site, StandardSite, Steps, TorchSite
 from unroll.onnx.values import Constants, OnnxWriter
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
@@ -143,8 +144,11 @@ def _is_open(value: ir.Value | None) -> bool:
 
 def _label(node: ir.Node) -> str:
     """What a node is called in messages, and in the names of what replaces it."""
-    scopes = node.metadata_props.get("unroll.layer")
-    return scopes or node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type.lower()
+    name = node.metadata_props.get(LAYER)
+    if not name and node.domain == DOMAIN:  # torch's exporter tells the path of the module that a node came from
+        name = ["", *ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))][-2]
+        name = name or str(node.attributes["mode"].value).lower()
+    return name or node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type.lower()
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

@@ -27,6 +27,9 @@ STANDARD = ("LSTM", "GRU", "RNN")
 DOMAIN = "unroll"
 """Of the operator `Recurrence`: a whole layer or cell of torch, on its way through torch's exporter."""
 
+LAYER = "unroll.layer"
+"""Under which the metadata of such a node may hold the layer's name."""
+
 GATES = {
     "LSTM": ("input", "output", "forget", "cell"),
     "GRU": ("update", "reset", "new"),

@@ -1,0 +1,173 @@
+"""PyTorch models on their way to ONNX, with each recurrent layer as a single node.
+
+Torch's exporter then has nothing to do with the steps, and its cost does not grow with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from unroll import trees
+from unroll.functions import ARGUMENTS, FUNCTIONS
+from unroll.modules import UnrolledCell, UnrolledLayer
+from unroll.onnx.sites import DOMAIN, LAYER
+from unroll.plan import Plan
+from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_call
+from unroll.trees import Rules, Where
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    dynamic_shapes: Any = None,
+    where: Where = None,
+    rules: Rules | None = None,
+) -> ExportedProgram:
+    """The model as an ExportedProgram in which every recurrent layer is one `unroll::Recurrence` node.
+
+    Raises:
+        UnrollError: for layers that cannot be honoured, and if `torch.export` fails.
+    """
+    if isinstance(model, ExportedProgram):
+        given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "where": where, "rules": rules}
+        _refuse(given, "was given for an ExportedProgram, which has its own")
+        return model.run_decompositions(
+            {op: partial(_call, op) for op in FUNCTIONS if isinstance(op, torch._ops.OpOverload)}
+        )
+    if model.training:
+        finding = "is in training mode, in which an ONNX file cannot run it"
+        raise UnrollError(Problem(type(model).__name__, finding, "call model.eval() first"))
+    every = where is None
+    if rules is not None or not every:
+        model = trees.replace(model, Plan(), where, rules)
+    try:
+        with _layers_as_nodes(every):
+            return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+    except UnrollError:
+        raise
+    except Exception as error:
+        finding = f"cannot be captured by torch.export ({type(error).__name__}: {error})"
+        mend = "make torch.export.export(model, args, strict=False) work first"
+        raise UnrollError(Problem(type(model).__name__, finding, mend)) from error
+
+
+def _refuse(given: dict[str, Any], finding: str) -> None:
+    problems = [
+        Problem(f"export_onnx({name}=...)", finding, f"leave {name} out") for name, value in given.items() if value
+    ]
+    if problems:
+        raise UnrollError(*problems)
+
+
+@contextmanager
+def _layers_as_nodes(every: bool) -> Iterator[None]:
+    """While this lasts, `Unrolled` layers are single nodes, and with `every` all calls of recurrent functions."""
+    saved: list[tuple[Any, Callable]] = [(kind, kind.forward) for kind in (UnrolledLayer, UnrolledCell)]
+    try:
+        for kind, _ in saved:
+            kind.forward = _forward
+        if not every:
+            yield
+            return
+        with _Calls():
+            yield
+    finally:
+        for kind, forward in saved:
+            kind.forward = forward
+
+
+class _Calls(TorchFunctionMode):
+    """Writes a node for every call of a recurrent function, whoever makes it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return _call(func, *args, **kwargs) if func in FUNCTIONS else func(*args, **kwargs)
+
+
+def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
+    kind, form = FUNCTIONS[func]
+    if (
+        form == "packed"
+        or "batch_sizes" in kwargs
+        or (form == "layer" and len(args) > 3 and isinstance(args[3], (list, tuple)))
+    ):
+        raise _packed(kind)
+    given = dict(zip(ARGUMENTS[form], args)) | kwargs
+    if form == "cell":
+        weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+        options: dict[str, Any] = {"has_biases": given.get("b_ih") is not None}
+    else:
+        weights = given["params"]
+        names = ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")
+        options = {name: given[name] for name in names}
+    weights = [w for w in weights if w is not None]
+    recurrence = read_call(kind, [tuple(w.shape) for w in weights[:2]], **options, is_cell=form == "cell")
+    results = _node(recurrence, kind, given["input"], given["hx"], weights, training=given.get("train", False))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+    """Stands in for `Unrolled.forward`."""
+    if isinstance(input, PackedSequence):
+        raise _packed(self.place)
+    recurrence = self.recurrence
+    weights = [weight for group in self.all_weights for weight in group]
+    results = _node(recurrence, self.place, input, hx, weights, training=self.training, named=True)
+    states = results if recurrence.is_cell else results[1:]
+    final = states[0] if len(states) == 1 else tuple(states)
+    return final if recurrence.is_cell else (results[0], final)
+
+
+def _packed(place: str) -> UnrollError:
+    mend = "export a model that takes padded input, or the steps around this layer apart"
+    return UnrollError(Problem(place, "runs on a PackedSequence, which ONNX files here do not have", mend))
+
+
+def _node(
+    recurrence: Recurrence,
+    place: str,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    *,
+    training: bool,
+    named: bool = False,
+) -> Sequence[Tensor]:
+    """The output of a layer and its last states, or the next states of a cell, from one node."""
+    if training and recurrence.dropout and recurrence.num_layers > 1:
+        raise UnrollError(Problem(place, "drops out between layers in training mode", "call eval() on it"))
+    if torch.is_autocast_enabled(input.device.type):
+        mend = "convert the model by .to(dtype), or export it without autocast"
+        raise UnrollError(Problem(place, "is called under autocast", mend))
+    check_arguments(recurrence, place, input, hx if not isinstance(hx, list) else tuple(hx), weight=weights[0])
+    lead = list(input.shape[:-1])
+    batched = len(lead) == (1 if recurrence.is_cell else 2)
+    batch = (lead[:1] if recurrence.batch_first or recurrence.is_cell else lead[1:]) if batched else []
+    passes = [] if recurrence.is_cell else [recurrence.passes]
+    shapes = [[*passes, *batch, size] for size in recurrence.state_sizes]
+    if not recurrence.is_cell:
+        shapes.insert(0, [*lead, len(recurrence.directions) * recurrence.output_size])
+    state = (hx,) if isinstance(hx, Tensor) else hx or (None,) * len(recurrence.state_sizes)
+    attributes = {**asdict(recurrence), "batched": batched}
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::Recurrence",
+        (input, *state, *weights),
+        {name: int(value) if isinstance(value, bool) else value for name, value in attributes.items()},
+        dtypes=[input.dtype] * len(shapes),
+        shapes=shapes,
+        version=1,
+        metadata_props={LAYER: place} if named else None,
+    )

@@ -1,0 +1,182 @@
+"""From PyTorch to a checked ONNX file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll.compare import Report
+from unroll.onnx import require
+from unroll.plan import Plan
+from unroll.recurrence import Problem, UnrollError
+from unroll.trees import Rules, Where
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_onnx` wrote, and what its checks found; printing it shows a table.
+
+    Attributes:
+        path: the file.
+        size: its bytes, with those of the weights beside it if they are in a file of their own.
+        operators: how often each operator is written, also inside loops and branches.
+        opset: version of the standard's operators.
+        report: the comparison with the original; None without a check.
+        refused: how many of the random inputs the original itself could not run, so that they tell nothing.
+        seconds: how long each part took.
+    """
+
+    path: Path
+    size: int
+    operators: Counter[str]
+    opset: int
+    report: Report | None
+    refused: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """The largest difference of each output from the original's, over all inputs that were tried."""
+        found: dict[str, float] = {}
+        for row in self.report.rows if self.report else ():
+            name = row.place.rpartition(": ")[2]
+            found[name] = max(found.get(name, 0.0), row.difference)
+        return found
+
+    def __str__(self) -> str:
+        count = sum(self.operators.values())
+        head = f"{self.path}: {count} nodes, {self.size / 1e6:.1f} MB, opset {self.opset}"
+        head += f", in {sum(self.seconds.values()):.1f} s"
+        lines = [f"  {name}: differs by at most {worst:.1e}" for name, worst in self.differences.items()]
+        if self.refused:
+            lines.append(f"  {self.refused} random inputs left out, which the model itself refuses")
+        return "\n".join([head, *(lines or ["  not checked"])])
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram,
+    args: Any,
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset_version: int | None = None,
+    plan: Plan | None = None,
+    where: Where = None,
+    rules: Rules | None = None,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Export:
+    """Write a model as an ONNX file without recurrent operators, and check the file before it is handed over.
+
+    The recurrent layers pass torch's exporter as single nodes, so that its cost does not grow with the steps.
+    A dynamic number of steps becomes a `Scan`. The check runs `onnx.checker`, looks at every operator, and
+    compares ONNX Runtime with the original on the given and on fresh random inputs, of other sizes too where
+    they are dynamic. A file appears under `path` only if all of it succeeds.
+
+    Args:
+        model: a module in evaluation mode, a `GraphModule` or an `ExportedProgram`. It need not be traceable
+            by `torch.fx`, but must be by `torch.export`.
+        args: example inputs, a tuple or a single tensor. For an `ExportedProgram` those it was made with
+            are taken if this is None.
+        path: where the file goes. Weights of more than 1.8 GB go beside it, to the same name and `.data`.
+        kwargs: example keyword arguments.
+        dynamic_shapes: as for `torch.export.export`; a string in place of a `Dim` names it.
+        input_names: names of the file's inputs, for the first ones at least.
+        output_names: names of its outputs.
+        opset_version: version of the standard's operators, 18 or newer; what torch writes by default.
+        plan: how the steps are laid out, `Plan(gates="paired")` by default.
+        where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
+        rules: for layers of classes of your own, as for `unroll`.
+        check: whether to run the checks.
+        progress: called with the name of each part of the work as it begins.
+
+    Returns:
+        What was written, with the largest difference of each output.
+
+    Raises:
+        UnrollError: for everything that cannot be honoured, and if a check fails.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")
+        >>> export = export_onnx(nn.GRU(3, 5).eval(), torch.randn(7, 2, 3), path, output_names=["y", "h"])
+        >>> export.opset, list(export.differences), "GRU" in export.operators
+        (20, ['y', 'h'], False)
+    """
+    require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
+    from unroll.onnx import check as checks
+    from unroll.onnx.capture import capture
+    from unroll.onnx.models import unroll_ir
+    from unroll.onnx.translate import named_dims, quiet, save, translate
+
+    path = Path(path)
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
+        raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
+    if not path.parent.is_dir():
+        raise UnrollError(Problem(str(path), "is in a directory that does not exist", "make it first"))
+    args = () if args is None else tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    clock = _Clock(progress)
+    with quiet():
+        clock("capture")
+        program = capture(model, args, kwargs, dynamic_shapes=named_dims(dynamic_shapes), where=where, rules=rules)
+        clock("translate")
+        written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
+    clock("unroll")
+    unroll_ir(written, plan=plan)
+    if isinstance(model, ExportedProgram):
+        original, (args, given) = model.module(), model.example_inputs or (args, {})
+    else:
+        original, given = model, dict(kwargs or {})
+    report, refused = None, 0
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        clock("save")
+        save(written, draft)
+        if check:
+            clock("check")
+            checks.check_operators(written, recurrent=where is not None)
+            checks.check_file(draft)
+            outputs = [str(value.name) for value in written.graph.outputs]
+            with quiet():
+                report, refused = checks.check_values(draft, program, original, args, dict(given), outputs)
+        clock("move")
+        files = list(Path(folder).iterdir())
+        size = sum(file.stat().st_size for file in files)
+        for file in sorted(files, key=lambda file: file == draft):  # the model last: it is not valid before its weights
+            shutil.move(file, path.parent / file.name)
+    return Export(path, size, checks.operators(written), written.opset_imports[""], report, refused, clock.done())
+
+
+class _Clock:
+    """Times the parts of the work."""
+
+    def __init__(self, progress: Callable[[str], None] | None) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.part = ""
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        if self.part:
+            self.seconds[self.part] = now - self.began
+        self.part, self.began = part, now
+        if self.progress and part:
+            self.progress(part)
+
+    def done(self) -> dict[str, float]:
+        self("")
+        return self.seconds

@@ -1,0 +1,93 @@
+"""What torch's exporter does for the rest of a model, and the file that comes of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from unroll.recurrence import Problem, UnrollError
+
+LARGEST = 1_800_000_000
+"""Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""
+
+# What torch says of its own workings while it exports.
+NOISE = (
+    r"The tensor attributes? .*_flat_weights",
+    r".*isinstance\(treespec, LeafSpec\)",
+    r".*with projections is not supported with oneDNN",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch says of its own workings."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def named_dims(dynamic_shapes: Any) -> Any:
+    """With a `Dim` for each string."""
+    dims: dict[str, Any] = {}
+    return pytree.tree_map(lambda d: dims.setdefault(d, Dim(d)) if isinstance(d, str) else d, dynamic_shapes)
+
+
+def translate(
+    program: ExportedProgram,
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    opset_version: int | None,
+) -> ir.Model:
+    """What torch's exporter makes of the program, its recurrent layers still single nodes."""
+    try:
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=list(input_names or ()) or None,
+            output_names=list(output_names or ()) or None,
+            opset_version=opset_version,
+            dynamic_shapes=pytree.tree_map(lambda d: getattr(d, "__name__", d), dynamic_shapes),  # for their names
+        )
+    except Exception as error:
+        finding = f"cannot be translated by torch.onnx.export ({type(error).__name__}: {error})"
+        raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
+    assert translated is not None
+    model: ir.Model = translated.model
+    problems = []
+    for kind, names, values in (
+        ("input_names", input_names, model.graph.inputs),
+        ("output_names", output_names, model.graph.outputs),
+    ):
+        found = [value.name for value in values]
+        if names and (len(names) > len(found) or list(names) != found[: len(names)]):
+            problems.append(Problem(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order"))
+    if opset_version is not None and model.opset_imports.get("") != opset_version:
+        finding = f"torch's exporter wrote {model.opset_imports.get('')}"
+        problems.append(Problem(f"opset_version={opset_version}", finding, "ask for 18 or newer"))
+    if problems:
+        raise UnrollError(*problems)
+    return model
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGEST) -> None:
+    """Write a model to a file; weights of more than `largest` bytes go beside it, to the same name and `.data`."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    ir.save(model, path, external_data=f"{os.path.basename(path)}.data" if size > largest else None)
