@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -118,16 +116,15 @@ def export_onnx(
     """
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
     from unroll.onnx import check as checks
+    from unroll.onnx import files
     from unroll.onnx.capture import capture
     from unroll.onnx.models import unroll_ir
-    from unroll.onnx.translate import named_dims, quiet, save, translate
+    from unroll.onnx.translate import named_dims, quiet, translate
 
-    path = Path(path)
+    path = files.checked_place(path)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
-    if not path.parent.is_dir():
-        raise UnrollError(Problem(str(path), "is in a directory that does not exist", "make it first"))
     args = () if args is None else tuple(args) if isinstance(args, (tuple, list)) else (args,)
     clock = _Clock(progress)
     with quiet():
@@ -142,10 +139,9 @@ def export_onnx(
     else:
         original, given = model, dict(kwargs or {})
     report, refused = None, 0
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        clock("save")
-        save(written, draft)
+    clock("save")
+    with files.delivered(written, path) as draft:
+        size = files.size(draft)
         if check:
             clock("check")
             checks.check_operators(written, recurrent=where is not None)
@@ -153,12 +149,8 @@ def export_onnx(
             outputs = [str(value.name) for value in written.graph.outputs]
             with quiet():
                 report, refused = checks.check_values(draft, program, original, args, dict(given), outputs)
-        clock("move")
-        files = list(Path(folder).iterdir())
-        size = sum(file.stat().st_size for file in files)
-        for file in sorted(files, key=lambda file: file == draft):  # the model last: it is not valid before its weights
-            shutil.move(file, path.parent / file.name)
-    return Export(path, size, checks.operators(written), written.opset_imports[""], report, refused, clock.done())
+    counted = checks.operators(written)
+    return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
 
 
 class _Clock:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.cells import Prepared
+from unroll.onnx.files import load
 from unroll.onnx.sites import DOMAIN, LAYER, STANDARD, Site, StandardSite, Steps, TorchSite
 from unroll.onnx.values import Constants, OnnxWriter
 from unroll.plan import Plan
@@ -48,26 +49,6 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | None = None, s
         mend = "give an onnx.ModelProto, an onnx_ir.Model or a path"
         raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", mend))
     return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
-
-
-def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file.
-
-    Raises:
-        UnrollError: if there is none, or it is not one.
-    """
-    place = os.fspath(path)
-    try:
-        model = ir.load(path)
-    except OSError as error:
-        finding = f"cannot be read ({error.strerror or error})"
-        raise UnrollError(Problem(place, finding, "give the path of an ONNX file")) from error
-    except Exception as error:
-        finding = f"is not an ONNX file, or is cut short ({type(error).__name__})"
-        raise UnrollError(Problem(place, finding, "write it again")) from error
-    if not model.opset_imports:
-        raise UnrollError(Problem(place, "is not an ONNX file: it names no operator set", "write it again"))
-    return model
 
 
 def is_recurrent(node: ir.Node) -> bool:

@@ -80,6 +80,11 @@ class Site:
         return None
 
     @property
+    def parameters(self) -> list[ir.Value | None]:
+        """The node's inputs that are weights."""
+        raise NotImplementedError
+
+    @property
     def rank(self) -> int:
         """Of the input, and of a state."""
         return (1 if self.recurrence.is_cell else 2) + self.batched
@@ -323,6 +328,10 @@ class StandardSite(Site):
     def lengths(self) -> ir.Value | None:
         return self.input(4)
 
+    @property
+    def parameters(self) -> list[ir.Value | None]:
+        return [self.input(k) for k in (1, 2, 3, 7)]
+
     def _state(self, writer: OnnxWriter) -> tuple[Value | None, ...]:
         # [B, D, H] where the layout puts the batch first
         state = super()._state(writer)
@@ -394,6 +403,10 @@ class TorchSite(Site):
     def states(self) -> list[ir.Value | None]:
         return [self.input(1 + k) for k in range(len(self.recurrence.state_sizes))]
 
+    @property
+    def parameters(self) -> list[ir.Value | None]:
+        return list(self.node.inputs[1 + len(self.recurrence.state_sizes) :])
+
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         first = 1 + len(self.recurrence.state_sizes)
         names = [name for group in self.recurrence.weight_names for name in group]
@@ -428,7 +441,13 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     if isinstance(raw, torch.Tensor):
         return raw.detach()
     dtype = tensor_adapters.to_torch_dtype(tensor.dtype)
-    array = tensor.numpy()
+    try:
+        array = tensor.numpy()
+    except OSError as error:
+        mend = "give the path of the model in place of what was read from it"
+        raise UnrollError(
+            Problem(str(value.name), f"its data is in a file that cannot be read ({error})", mend)
+        ) from error
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.view("uint16").copy()).view(dtype)
     return torch.from_numpy(array.copy())

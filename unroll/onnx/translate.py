@@ -1,9 +1,8 @@
-"""What torch's exporter does for the rest of a model, and the file that comes of it."""
+"""What torch's exporter does for the rest of a model."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,6 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.recurrence import Problem, UnrollError
-
-LARGEST = 1_800_000_000
-"""Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""
 
 # What torch says of its own workings while it exports.
 NOISE = (
@@ -85,9 +81,3 @@ def translate(
     if problems:
         raise UnrollError(*problems)
     return model
-
-
-def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGEST) -> None:
-    """Write a model to a file; weights of more than `largest` bytes go beside it, to the same name and `.data`."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, path, external_data=f"{os.path.basename(path)}.data" if size > largest else None)

@@ -1,0 +1,77 @@
+"""ONNX files: written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from unroll.recurrence import Problem, UnrollError
+
+LARGEST = 1_800_000_000
+"""Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an ONNX file.
+
+    Raises:
+        UnrollError: if there is none, or it is not one.
+    """
+    place = os.fspath(path)
+    try:
+        model = ir.load(path)
+    except OSError as error:
+        finding = f"cannot be read ({error.strerror or error})"
+        raise UnrollError(Problem(place, finding, "give the path of an ONNX file")) from error
+    except Exception as error:
+        finding = f"is not an ONNX file, or is cut short ({type(error).__name__})"
+        raise UnrollError(Problem(place, finding, "write it again")) from error
+    if not model.opset_imports:
+        raise UnrollError(Problem(place, "is not an ONNX file: it names no operator set", "write it again"))
+    return model
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGEST) -> None:
+    """Write a model to a file; weights of more than `largest` bytes go beside it, to the same name and `.data`."""
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in tensors if tensor) > largest:
+        ir.save(model, path, external_data=f"{os.path.basename(path)}.data")
+        return
+    if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):  # from a file that lies elsewhere
+        model = ir.external_data.load_to_model(model)
+    ir.save(model, path)
+
+
+def checked_place(path: str | os.PathLike[str]) -> Path:
+    """The path, if a file can be written there.
+
+    Raises:
+        UnrollError: if its directory does not exist.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UnrollError(Problem(str(path), "is in a directory that does not exist", "make it first"))
+    return path
+
+
+@contextmanager
+def delivered(model: ir.Model, path: Path, *, largest: int = LARGEST) -> Iterator[Path]:
+    """Write a model to a draft, and move it to `path` when the block that checks it has ended without an error."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        save(model, draft, largest=largest)
+        yield draft
+        # The model last: without its weights it is not valid.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
+            shutil.move(file, path.parent / file.name)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, with those of the weights beside it."""
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
