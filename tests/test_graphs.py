@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.cases import CHOSEN, DROPOUT, EMPTY, PLANS, Case
 from tests.checks import assert_equal, assert_same, gradients
-from unroll import Plan, UnrollError, trace, unroll
+from unroll import Plan, UnrollError, compare, trace, unroll
 
 F64 = torch.float64
 
@@ -96,9 +96,7 @@ def test_gradients_are_torchs(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_lower_precision(kind, dtype):
-    from unroll import compare
-
-    case = Case(kind, num_layers=2, bidirectional=True)
+    case = Case(kind, num_layers=2, bidirectional=True, batch=64)
     module = nn.Sequential(case.layer(dtype))
     compare(module, build(module, *case.args(dtype)), case.args(dtype)).check()
 

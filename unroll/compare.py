@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -191,9 +192,8 @@ def _place(root: str, path: Any) -> str:
 
 def _rows(results: list[tuple[Any, dict[str, Tensor]]], rtol: float | None) -> Iterator[Row]:
     (first, first_gradients), (second, second_gradients), *exact = results
-    ours, theirs = pytree.tree_structure(second), pytree.tree_structure(first)
-    if ours != theirs:
-        yield Row("output", f"is structured as {ours}, the original as {theirs}")
+    if pytree.tree_structure(second) != pytree.tree_structure(first):
+        yield Row("output", f"is {_outline(second)}, the original {_outline(first)}")
         return
     names = [_place("output", path) for path, _ in _leaves(first)]
     exact_leaves = pytree.tree_leaves(exact[0][0]) if exact else [None] * len(names)
@@ -211,7 +211,7 @@ def _rows(results: list[tuple[Any, dict[str, Tensor]]], rtol: float | None) -> I
 def _row(place: str, original: Any, rewritten: Any, exact: Any, rtol: float | None) -> Row:
     if not isinstance(original, Tensor) or not isinstance(rewritten, Tensor):
         same = type(original) is type(rewritten) and original == rewritten
-        return Row(place, "" if same else f"is {rewritten!r}, the original {original!r}")
+        return Row(place, "" if same else f"is {_outline(rewritten)}, the original {_outline(original)}")
     row = Row(place, "", tuple(original.shape), str(original.dtype).removeprefix("torch."))
     for what in ("shape", "dtype", "device"):
         ours, theirs = getattr(rewritten, what), getattr(original, what)
@@ -237,8 +237,18 @@ def _row(place: str, original: Any, rewritten: Any, exact: Any, rtol: float | No
     return row._replace(difference=difference, limit=limit, original_error=theirs, error=ours, finding=finding)
 
 
+def _outline(value: Any) -> str:
+    """A value in its structure, without the numbers of its tensors."""
+    return str(pytree.tree_map_only(Tensor, lambda _: _Word("tensor"), value))
+
+
+class _Word(str):
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     """The largest difference; infinite where one is NaN or infinite and the other is not the same."""
     a, b = a.detach().double(), b.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0, (a - b).abs().nan_to_num(float("inf"))).max().item()
+    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf)).max().item()

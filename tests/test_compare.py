@@ -1,0 +1,194 @@
+"""The comparator: that it agrees, and above all that it can fail."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from unroll import Report, UnrollError, compare, unroll
+
+F64 = torch.float64
+
+
+class Changed(nn.Module):
+    """A layer whose results somebody tampered with."""
+
+    def __init__(self, layer, change):
+        super().__init__()
+        self.layer = layer
+        self.change = change
+
+    def forward(self, *args, **kwargs):
+        return self.change(*self.layer(*args, **kwargs))
+
+
+def at(tensor, value):
+    """With another value in one place."""
+    tensor = tensor.clone()
+    tensor[(-1,) * tensor.dim()] = value
+    return tensor
+
+
+LAYER = nn.GRU(6, 5)
+INPUT = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0))
+
+WRONG = {
+    "value": (lambda y, h: (y * 1.001, h), r"output\[0\]: is .* from the float64 result, more than .*; the original "),
+    "one value": (lambda y, h: (at(y, 0.5), h), r"output\[0\]: is .* from the float64 result"),
+    "state": (lambda y, h: (y, h * 1.001), r"output\[1\]: is .* from the float64 result"),
+    "sign": (lambda y, h: (y, -h), r"output\[1\]: is .* from the float64 result"),
+    "NaN": (lambda y, h: (at(y, float("nan")), h), r"output\[0\]: is inf from the float64 result"),
+    "infinity": (lambda y, h: (at(y, float("inf")), h), r"output\[0\]: is inf from the float64 result"),
+    "shape": (lambda y, h: (y[:3], h), r"output\[0\]: has shape torch.Size\(\[3, 3, 5\]\), the original "),
+    "broadcast": (lambda y, h: (y, h[:, :1]), r"output\[1\]: has shape torch.Size\(\[1, 1, 5\]\), the original "),
+    "rank": (lambda y, h: (y, h[0]), r"output\[1\]: has shape "),
+    "dtype": (lambda y, h: (y.double(), h), r"output\[0\]: has dtype torch.float64, the original torch.float32"),
+    "device": (lambda y, h: (y.to("meta"), h), r"output\[0\]: has device meta, the original cpu"),
+    "pair": (lambda y, h: (y, (h,)), r"output: is \(tensor, \(tensor,\)\), the original \(tensor, tensor\)"),
+    "list": (lambda y, h: [y, h], r"output: is \[tensor, tensor\], the original \(tensor, tensor\)"),
+    "one": (lambda y, h: y, r"output: is tensor, the original \(tensor, tensor\)"),
+    "nothing": (lambda y, h: (y, None), r"output\[1\]: is None, the original tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_result_is_seen(name):
+    change, words = WRONG[name]
+    report = compare(LAYER, Changed(LAYER, change), (INPUT,))
+    assert not report.ok
+    with pytest.raises(UnrollError, match=f"{words}.*the rewritten model is not the original"):
+        report.check()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_result_is_seen_without_a_reference(name):
+    assert not compare(LAYER, Changed(LAYER, WRONG[name][0]), (INPUT,), reference=False).ok
+    in_double = copy.deepcopy(LAYER).double()
+    change = WRONG["dtype"][0] if name != "dtype" else lambda y, h: (y.float(), h)
+    assert not compare(
+        in_double, Changed(in_double, change if name == "dtype" else WRONG[name][0]), (INPUT.double(),)
+    ).ok
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_limit_follows_the_dtype(dtype, reference):
+    layer = nn.LSTM(6, 5, dtype=dtype)
+    input, epsilon = INPUT.to(dtype), torch.finfo(dtype).eps
+    factors = {F64: (1e-7, 1e-13), torch.float32: (1e-3, 1e-9)}
+    seen, unseen = factors.get(dtype, (20 * epsilon, 0.0))
+    for factor, ok in ((seen, False), (unseen, True)):
+        other = Changed(layer, lambda y, s, factor=factor: ((y.double() * (1 + factor)).to(dtype), s))
+        assert compare(layer, other, (input,), reference=reference).ok == ok
+
+
+def test_a_tolerance_of_ones_own():
+    other = Changed(LAYER, lambda y, h: (y * 1.001, h))
+    assert compare(LAYER, other, (INPUT,), rtol=1e-2).ok
+    assert not compare(LAYER, other, (INPUT,), rtol=1e-4).ok
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"])
+def test_a_wrong_gradient_is_seen(name):
+    """The value is right and its gradient by one parameter is not."""
+
+    class Detached(nn.GRU):
+        def forward(self, *args):
+            kept = {n: p.detach() if n == name else p for n, p in self.named_parameters()}
+            return torch.func.functional_call(self.inner[0], kept, args)
+
+    layer = copy.deepcopy(LAYER)
+    other = Detached(6, 5)
+    other.load_state_dict(layer.state_dict())
+    other.inner = [layer]
+    assert compare(layer, other, (INPUT,)).ok
+    report = compare(layer, other, (INPUT,), gradients=True)
+    assert [row.place for row in report.rows if row.finding] == [f"gradient of {name}"]
+
+
+def test_a_wrong_gradient_of_an_input_is_seen():
+    class Cut(nn.GRU):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    other = Cut(6, 5)
+    other.load_state_dict(LAYER.state_dict())
+    report = compare(LAYER, other, (INPUT,), gradients=True)
+    assert [row.place for row in report.rows if row.finding] == ["gradient of input[0][0]"]
+
+
+def test_parameters_that_are_missing_or_too_many_are_seen():
+    report = compare(LAYER, lambda x: LAYER(x), (INPUT,), gradients=True)
+    assert {row.finding for row in report.rows if row.place.startswith("gradient of weight")} == {"is missing"}
+    report = compare(lambda x: LAYER(x), LAYER, (INPUT,), gradients=True)
+    assert {row.finding for row in report.rows if row.place.startswith("gradient of weight")} == {
+        "is not in the original"
+    }
+
+
+def test_what_is_no_tensor_is_compared_too():
+    assert compare(lambda: (1, "a", None), lambda: (1, "a", None), ()).ok
+    assert not compare(lambda: (1, "a"), lambda: (1, "b"), ()).ok
+    assert not compare(lambda: 1, lambda: 1.0, ()).ok
+    assert not compare(lambda: torch.tensor([1, 2]), lambda: torch.tensor([1, 3]), ()).ok
+    (row,) = compare(lambda: {"a": torch.ones(1)}, lambda: {"b": 2}, ()).rows
+    assert row.finding == "is {'b': 2}, the original {'a': tensor}"
+    nan = torch.tensor([float("nan"), float("inf"), 1.0])
+    assert compare(lambda: nan, lambda: nan.clone(), ()).ok
+    assert not compare(lambda: nan, lambda: -nan, ()).ok
+    assert compare(lambda: torch.zeros(0), lambda: torch.zeros(0), ()).ok
+
+
+def test_several_inputs_are_all_compared():
+    def only_long(y, h):
+        return (y * 1.1 if len(y) > 3 else y), h
+
+    report = compare(LAYER, Changed(LAYER, only_long), [(INPUT[:2],), (INPUT,), (INPUT[:1],)])
+    assert [row.place for row in report.rows if row.finding] == ["input 1: output[0]"]
+
+
+def test_keyword_arguments():
+    hx = torch.ones(1, 3, 5)
+    assert compare(LAYER, unroll(LAYER), (INPUT,), {"hx": hx}, gradients=True).ok
+    other = Changed(LAYER, lambda y, h: (y, h))
+    other.forward = lambda input, hx=None: LAYER(input)
+    assert not compare(LAYER, other, (INPUT,), {"hx": hx}).ok
+
+
+def test_dropout_draws_alike():
+    layer = nn.GRU(6, 5, num_layers=3, dropout=0.5, dtype=F64)
+    assert compare(layer, unroll(layer), (INPUT.double(),), gradients=True).ok
+    assert not compare(layer, unroll(copy.deepcopy(layer).eval()), (INPUT.double(),)).ok
+
+
+def test_neither_module_nor_input_is_changed():
+    layer, input = nn.GRU(6, 5), INPUT.clone().requires_grad_()
+    before = copy.deepcopy(layer.state_dict())
+    compare(layer, unroll(layer), (input,), gradients=True)
+    assert input.grad is None and all(p.grad is None for p in layer.parameters())
+    assert layer.weight_hh_l0.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
+
+
+def test_the_report():
+    report = compare(LAYER, Changed(LAYER, lambda y, h: (y * 1.001, -h)), (INPUT,))
+    assert isinstance(report, Report)
+    assert report.worst.place == "output[1]"
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["shape", "dtype", "difference", "error", "original's"]
+    assert lines[1].startswith("output[0]  4x3x5  float32  ") and "from the float64 result" in lines[1]
+    with pytest.raises(UnrollError) as caught:
+        report.check()
+    assert [problem.place for problem in caught.value.problems] == ["output[1]", "output[0]"]
+    good = compare(LAYER, unroll(LAYER), (INPUT,))
+    assert good.check() is good
+    assert all(line.endswith("ok") for line in str(good).splitlines()[1:])
+
+
+def test_a_model_that_cannot_be_copied_asks_for_no_reference():
+    layer = nn.GRU(6, 5)
+    layer.generator = (i for i in range(3))
+    with pytest.raises(UnrollError, match=r"cannot be copied to float64 .*compare with reference=False"):
+        compare(layer, layer, (INPUT,))
+    assert compare(layer, layer, (INPUT,), reference=False).ok
