@@ -1,0 +1,231 @@
+"""The command line: `unroll onnx`, `unroll export`, `unroll inspect`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:  # pragma: no cover
+    raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll.onnx import require
+from unroll.onnx.export import Export, export_onnx
+from unroll.plan import Gates, Plan
+from unroll.recurrence import Problem, UnrollError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Replace recurrent layers by explicit unrolled operations.",
+    epilog="Exit codes: 0 done, 1 refused or failed with the reason, 2 used wrongly.",
+)
+
+FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
+these and a dictionary of keyword arguments for unroll.export_onnx."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
+Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
+GatesOption = Annotated[
+    str, typer.Option(help=f"Products of a step: {', '.join(get_args(Gates))}. See unroll.Plan.", show_default=True)
+]
+StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors are printed with their mend and end it with exit code 1."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        app(arguments)
+    except UnrollError as error:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for place, finding, mend in error.problems:
+            console.print(f"[red]error:[/red] {place}: {finding}", markup=True)
+            console.print(f"       {mend}", markup=False)
+        raise SystemExit(1) from None
+
+
+@app.command("onnx")
+def onnx_command(
+    source: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Where the unrolled model goes.", show_default=False)],
+    where: Where = None,
+    steps: StepsOption = None,
+    gates: GatesOption = "paired",
+    as_json: Json = False,
+) -> None:
+    """Replace the LSTM, GRU and RNN nodes of an ONNX file by plain operators.
+
+    Where the file leaves the number of time steps open, they run in a Scan; with --steps they are written out.
+    """
+    require("onnx", "onnx_ir")
+    from unroll.onnx import check, files
+    from unroll.onnx.models import unroll_ir
+
+    target = files.checked_place(target)
+    with _parts() as part:
+        part("read")
+        model = files.load(source)
+        part("unroll")
+        unroll_ir(model, where=where, plan=_plan(gates), steps=steps)
+        part("save")
+        with files.delivered(model, target) as draft:
+            part("check")
+            size = files.size(draft)
+            check.check_file(draft)
+    counted = check.operators(model)
+    if as_json:
+        _print_json({"path": str(target), "size": size, "operators": dict(counted)})
+    else:
+        Console().print(f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    factory: Annotated[str, typer.Argument(help=FACTORY, show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
+    where: Where = None,
+    gates: GatesOption = "paired",
+    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators, 18 or newer.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare ONNX Runtime with the original.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
+    model, args, options = _made_by(factory)
+    if args is None and not isinstance(model, ExportedProgram):
+        mend = "let it return the model and a tuple of example arguments"
+        raise UnrollError(Problem(factory, "returns a model alone", mend))
+    options = {"opset_version": opset, "where": where, **options}
+    with _parts() as part:
+        export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **options)
+    if as_json:
+        _print_json(_plain(export))
+    else:
+        Console().print(str(export), highlight=False)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
+    where: Where = None,
+    steps: StepsOption = None,
+    gates: GatesOption = "paired",
+    as_json: Json = False,
+) -> None:
+    """Show the recurrent layers of a model, what unrolling makes of each, and what stands in the way.
+
+    Ends with exit code 1 if something does.
+    """
+    require("onnx", "onnx_ir", "onnxscript")
+    from unroll.onnx.files import load
+    from unroll.onnx.inspection import Inspection, inspect_model, inspect_module
+
+    plan = _plan(gates)
+    with _parts() as part:
+        part("read")
+        try:
+            if ":" in model and not Path(model).exists():
+                made, args, options = _made_by(model)
+                part("unroll")
+                found = inspect_module(made, args, options, where=where, plan=plan)
+            else:
+                ir_model = load(model)
+                part("unroll")
+                found = inspect_model(ir_model, where=where, plan=plan, steps=steps)
+        except UnrollError as error:
+            found = Inspection((), error.problems)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _print_layers(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _plan(gates: str) -> Plan:
+    chosen: Any = gates
+    return Plan(gates=chosen)
+
+
+def _made_by(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]:
+    """The model, its arguments if there are any, and options, that a `package.module:name` gives."""
+    module, colon, name = factory.partition(":")
+    mend = "give package.module:name"
+    if not (module and colon and name):
+        raise UnrollError(Problem(factory, "is not the name of a function in a module", mend))
+    try:
+        value: Any = importlib.import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise UnrollError(Problem(factory, f"cannot be found ({error})", mend)) from error
+    made = value if isinstance(value, (nn.Module, ExportedProgram)) else value()
+    given: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
+    if not 1 <= len(given) <= 3:
+        finding = f"returns {len(given)} things"
+        raise UnrollError(Problem(factory, finding, "let it return the model, its arguments and options"))
+    model, args = given[0], given[1] if len(given) > 1 else None
+    options = given[2] if len(given) > 2 else {}
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        finding = f"returns {type(model).__name__}"
+        raise UnrollError(Problem(factory, finding, "let it return an nn.Module or an ExportedProgram"))
+    return model, args, options
+
+
+@contextmanager
+def _parts() -> Iterator[Callable[[str], None]]:
+    """A function that shows which part of the work is being done, and for how long, on a terminal."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda part: progress.update(task, description=part)
+
+
+def _plain(export: Export) -> dict[str, Any]:
+    return {
+        "path": str(export.path),
+        "size": export.size,
+        "opset": export.opset,
+        "operators": dict(export.operators),
+        "differences": export.differences if export.report else None,
+        "refused": export.refused,
+        "seconds": dict(export.seconds),
+    }
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_layers(found: Any) -> None:
+    console = Console(highlight=False)
+    if found.layers:
+        names = ("layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB")
+        table = Table(*names, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for layer in found.layers:
+            values = asdict(layer)
+            sizes = f"{layer.input_size} → {layer.hidden_size}"
+            steps = "any" if layer.steps is None else str(layer.steps)
+            counts = ["?" if values[key] is None else f"{values[key]:,}" for key in ("parameters", "nodes")]
+            size = "?" if layer.size is None else f"{layer.size / 1000:,.1f}"
+            table.add_row(layer.name, layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size)
+        console.print(table)
+    elif not found.problems:
+        console.print("no recurrent layers")
+    for place, finding, mend in found.problems:
+        console.print(f"[red]in the way:[/red] {place}: {finding}; {mend}", markup=True)
