@@ -64,17 +64,17 @@ def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
 LEAVES = (torch.Tensor, torch.jit.ScriptModule, type, types.ModuleType, str, bytes, int, float, complex, type(None))
 
 
-def reach(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules, tensors and bound methods that can be reached from a module, each with every name it has.
+def reach(root: Any) -> Iterator[tuple[str, Any]]:
+    """Modules, tensors, functions and methods that can be reached from a module, each with every name it has.
 
     Looks into attributes, containers, plain objects and functions, where layers hide from `named_modules()`.
-    What a function has captured is named in angle brackets, `act.<layer>`: no copy of a function has its own.
+    What a function has captured is named in angle brackets, `act.<layer>`.
     """
     seen: set[int] = set()
     stack: list[tuple[str, Any]] = [("", root)]
     while stack:
         name, value = stack.pop()
-        if isinstance(value, (nn.Module, torch.Tensor, types.MethodType)):
+        if isinstance(value, (nn.Module, torch.Tensor, types.FunctionType, types.MethodType)):
             yield name, value
         if id(value) not in seen and not isinstance(value, LEAVES):
             seen.add(id(value))
@@ -127,9 +127,10 @@ def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _filled(cell: types.CellType) -> bool:
     try:
-        return cell.cell_contents is not None
+        cell.cell_contents  # noqa: B018
     except ValueError:
         return False
+    return True
 
 
 def find(root: nn.Module, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()) -> list[Found]:
@@ -159,9 +160,6 @@ def find(root: nn.Module, where: Where = None, rules: Rules | None = None, other
             names = found.setdefault(id(value), Found([], value)).names
             if name not in names:
                 names.append(name)
-        if ".<" in name and _holds_recurrent(value):
-            mend = "hold it in an attribute, a bound method or a functools.partial"
-            problems.append(Problem(name, "a function has captured a recurrent layer, out of reach of a copy", mend))
         for kind, key in _shared_layers(value):
             finding = f"the class {kind.__qualname__} holds a recurrent layer, out of reach of a copy"
             problems.append(Problem(f"{name}.{key}".lstrip("."), finding, "set it in __init__, on the instance"))
@@ -227,7 +225,7 @@ def replace(
 ) -> nn.Module:
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
-    References to a layer are followed wherever they are (containers, plain objects, bound methods).
+    References to a layer are followed wherever they are (containers, plain objects, methods, closures).
 
     Raises:
         UnrollError: with every layer that cannot be honoured, before anything is copied.
@@ -260,10 +258,15 @@ def replace(
                 problems.append(Problem(name, finding, "store the layer and call it"))
     if problems:
         raise UnrollError(*problems)
+    functions = [function for _, function in reached if _captures_layer(function)]
+    memo |= {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
+    memo |= {id(function): _empty_copy(function, memo) for function in functions}
     try:
         for name, layer, shell in shells:
             _furnish(shell, layer, name, plan, memo)
         copied = copy.deepcopy(root, memo)
+        for function in functions:
+            _fill(memo[id(function)], function, memo)
     except UnrollError:
         raise
     except Exception as error:
@@ -275,6 +278,33 @@ def replace(
     if left:
         raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))
     return copied
+
+
+def _captures_layer(value: Any) -> bool:
+    """Whether this is a function that holds a recurrent layer, however deep."""
+    if not isinstance(value, types.FunctionType):
+        return False
+    return any(isinstance(part, nn.Module) and is_recurrent(part) for _, part in reach(value))
+
+
+def _empty_copy(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """A function with the same code and empty cells; `copy.deepcopy` would go on using the function itself."""
+    cells = tuple(memo[id(cell)] for cell in function.__closure__ or ())
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+
+
+def _fill(copied: types.FunctionType, function: types.FunctionType, memo: dict[int, Any]) -> None:
+    """Give the copy of a function copies of all that the function has captured."""
+    for new, old in zip(copied.__closure__ or (), function.__closure__ or (), strict=True):
+        if _filled(old):
+            new.cell_contents = copy.deepcopy(old.cell_contents, memo)
+    for part in ("__defaults__", "__kwdefaults__", "__dict__"):
+        setattr(copied, part, copy.deepcopy(getattr(function, part), memo))
+    copied.__doc__, copied.__module__, copied.__qualname__ = (
+        function.__doc__,
+        function.__module__,
+        function.__qualname__,
+    )
 
 
 def _rebound(method: types.MethodType, stand_in: Any) -> Any:
