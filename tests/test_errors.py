@@ -224,8 +224,8 @@ def test_what_autocast_does_not_cast_is_refused_under_it_too(case, dtype):
     ("function", "words"),
     [
         (
-            lambda: unroll("model"),
-            "unroll(model): got str; give ",
+            lambda: unroll(3.5),
+            "unroll(model): got float; give ",
         ),
         (
             lambda: unroll(nn.GRU),

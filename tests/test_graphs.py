@@ -309,21 +309,28 @@ def test_any_batch_goes():
         assert_same(ours(x(4, batch) * 0 + 1), module(x(4, batch) * 0 + 1))
 
 
-def test_what_depends_on_data_needs_the_steps_by_number():
-    module = Called(nn.GRU(6, 5, dtype=F64), lambda rnn, x, h, c: rnn(x)[0][x[..., 0] > 0])
-    ours, input = unroll(trace(module), steps=4), x()
-    assert_same(ours(input), module(input))
+def test_what_depends_on_data_hides_only_what_comes_after_it():
+    after = Called(nn.GRU(6, 5, dtype=F64), lambda rnn, x, h, c: rnn(x)[0][x[..., 0] > 0])
+    before = Called(nn.GRU(6, 5, dtype=F64), lambda rnn, x, h, c: rnn(x[x[:, 0, 0] > -9])[0])
+    input = x()
+    assert_same(unroll(trace(after), input)(input), after(input))
+    assert_same(unroll(trace(before), steps=4)(input), before(input))
+    unknown, problem = problems(unroll, trace(before), input)
+    assert unknown == f"rnn: the number of time steps is unknown; {UNKNOWN}"
+    assert problem.startswith("args: the graph cannot be run on fake tensors like these (")
 
 
 def test_arguments_that_do_not_fit_are_refused():
-    graph = trace(nn.Sequential(nn.GRU(6, 5), Second(), nn.Linear(7, 2)))
+    graph = trace(nn.Sequential(nn.Linear(7, 6), nn.GRU(6, 5)))
+    unknown, problem = problems(unroll, graph, torch.zeros(4, 3, 5))
+    assert unknown == f"1: the number of time steps is unknown; {UNKNOWN}"
+    assert problem.startswith("args: the graph cannot be run on fake tensors like these (")
+    assert problem.endswith("give arguments that fit the graph, or steps=")
+    assert len(problems(unroll, graph, ())) == 2
+    graph = trace(nn.Sequential(nn.GRU(6, 5), Second()))
     assert problems(unroll, graph, torch.zeros(4, 3, 7)) == [
         "0: input: has shape [4, 3, 7]; its last size must be input_size=6"
     ]
-    (problem,) = problems(unroll, graph, torch.zeros(4, 3, 6))
-    assert problem.startswith("args: the graph cannot be run on fake tensors like these (")
-    assert problem.endswith("give arguments that fit the graph, or steps=")
-    assert len(problems(unroll, graph, ())) == 1
 
 
 # --- what a user does with the result ---------------------------------------------------------------------------------
