@@ -24,9 +24,10 @@ FUNCTIONS = {
     "Softsign": lambda x, a, b: x / (1 + np.abs(x)),
     "Softplus": lambda x, a, b: np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0),
 }
-ALPHAS = {"LeakyRelu": 0.01, "ThresholdedRelu": 1.0, "HardSigmoid": 0.2, "Elu": 1.0, "Affine": 1.0, "ScaledTanh": 1.0}
+ALPHAS = {"LeakyRelu": 0.01, "ThresholdedRelu": 1.0, "HardSigmoid": 0.2, "Elu": 1.0}
 ALPHAS = {name: float(np.float32(alpha)) for name, alpha in ALPHAS.items()}  # as attributes are stored
-BETAS = {"HardSigmoid": 0.5, "Affine": 0.0, "ScaledTanh": 1.0}
+ALPHAS |= {"Affine": None, "ScaledTanh": None}  # the standard has no default
+BETAS = {"HardSigmoid": 0.5, "Affine": None, "ScaledTanh": None}
 
 
 def directions(attributes: dict[str, Any]) -> list[bool]:
@@ -70,10 +71,10 @@ def _functions(kind, attributes, count):
     for name in names:
         a = next(alphas, ALPHAS[name]) if name in ALPHAS else None
         b = next(betas, BETAS[name]) if name in BETAS else None
-        found.append(
-            lambda x, name=name, a=a, b=b: FUNCTIONS[name](x if clip is None else np.clip(x, -clip, clip), a, b)
-        )
-    size = len(DEFAULTS[kind])
+        size = len(DEFAULTS[kind])
+        of_c = len(found) % size == 2  # h of an LSTM, which ONNX Runtime does not clip
+        limit = np.inf if clip is None or of_c else clip
+        found.append(lambda x, name=name, a=a, b=b, limit=limit: FUNCTIONS[name](np.clip(x, -limit, limit), a, b))
     return [found[k * size : (k + 1) * size] for k in range(count)]
 
 

@@ -72,7 +72,7 @@ class Variant(NamedTuple):
     activations: tuple[Callable[[Value], Value], ...] = ()
     """In the standard's order: f of the sigmoid gates, g of the candidate, h of an LSTM's `c`. Empty for torch's."""
     clip: float | None = None
-    """What an activation is applied to is first limited to `[-clip, clip]`."""
+    """What a gate's activation is applied to is first limited to `[-clip, clip]`; `c` is not, as in ONNX Runtime."""
     coupled: bool = False
     """An LSTM's forget gate is one minus its input gate (`input_forget`)."""
 
@@ -99,7 +99,8 @@ class Prepared(NamedTuple):
         chosen, clip = self.variant.activations or standard, self.variant.clip
         if clip is None:
             return chosen
-        return tuple((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen)
+        clipped = ((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen[:2])
+        return *clipped, *chosen[2:]
 
     def widen(self, value: Value) -> Value:
         """A result of products, for the gates to work on."""

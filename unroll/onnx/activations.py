@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan, nan
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,13 @@ from unroll.recurrence import Problem, UnrollError
 
 
 class Activation(NamedTuple):
-    """A function of `x`, `alpha` and `beta`, with what the standard takes for parameters that are not given."""
+    """A function of `x`, `alpha` and `beta`, with what the standard takes for parameters that are not given.
+
+    A parameter is None if the function takes none, and NaN if it must be given.
+    """
 
     function: Callable[[Value, float, float], Value]
     alpha: float | None = None
-    """None if the function takes no alpha"""
     beta: float | None = None
 
 
@@ -30,10 +33,10 @@ ACTIVATIONS = {
     "relu": Activation(lambda x, alpha, beta: torch.relu(x)),
     "tanh": Activation(lambda x, alpha, beta: torch.tanh(x)),
     "sigmoid": Activation(lambda x, alpha, beta: torch.sigmoid(x)),
-    "affine": Activation(lambda x, alpha, beta: torch.add(torch.mul(x, alpha), beta), 1.0, 0.0),
+    "affine": Activation(lambda x, alpha, beta: torch.add(torch.mul(x, alpha), beta), nan, nan),
     "leakyrelu": Activation(lambda x, alpha, beta: functional.leaky_relu(x, alpha), _single(0.01)),
     "thresholdedrelu": Activation(lambda x, alpha, beta: torch.where(torch.ge(x, alpha), x, 0.0), 1.0),
-    "scaledtanh": Activation(lambda x, alpha, beta: torch.mul(torch.tanh(torch.mul(x, beta)), alpha), 1.0, 1.0),
+    "scaledtanh": Activation(lambda x, alpha, beta: torch.mul(torch.tanh(torch.mul(x, beta)), alpha), nan, nan),
     "hardsigmoid": Activation(
         lambda x, alpha, beta: torch.clamp(torch.add(torch.mul(x, alpha), beta), 0.0, 1.0), _single(0.2), 0.5
     ),
@@ -64,14 +67,20 @@ def read_activations(
     if unknown:
         raise UnrollError(*(Problem(place, f"the activation {name!r} is unknown", f"use {known}") for name in unknown))
     given = {"alpha": iter(alphas), "beta": iter(betas)}
-    functions = []
+    functions, problems = [], []
     for name in names:
-        function, alpha, beta = ACTIVATIONS[name.lower()]
-        alpha = alpha if alpha is None else next(given["alpha"], alpha)
-        beta = beta if beta is None else next(given["beta"], beta)
-        functions.append(lambda x, f=function, alpha=alpha, beta=beta: f(x, alpha, beta))
+        function, *defaults = ACTIVATIONS[name.lower()]
+        parameters = [d if d is None else next(given[kind], d) for kind, d in zip(given, defaults)]
+        problems += [
+            Problem(place, f"{name} has no {kind}", f"give activation_{kind} a value for it: the standard has none")
+            for kind, value in zip(given, parameters)
+            if value is not None and isnan(value)
+        ]
+        functions.append(lambda x, f=function, parameters=parameters: f(x, *parameters))
     for kind, rest in given.items():
         if left := len(list(rest)):
             finding = f"activation_{kind} has {left} more values than {', '.join(names)} take"
-            raise UnrollError(Problem(place, finding, f"give one for each activation that takes {kind}"))
+            problems.append(Problem(place, finding, f"give one for each activation that takes {kind}"))
+    if problems:
+        raise UnrollError(*problems)
     return functions

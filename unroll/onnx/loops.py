@@ -28,6 +28,12 @@ def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
     return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
 
 
+def reshaped(writer: OnnxWriter, value: Value, *sizes: Value | int) -> Value:
+    """A value with these sizes, of which any may be zero."""
+    attributes = {"allowzero": 1} if writer.opset >= 14 else None
+    return writer.op("Reshape", value, shape_of(writer, *sizes), rank=len(sizes), attributes=attributes)
+
+
 def scan(
     writer: OnnxWriter,
     recurrence: Recurrence,
@@ -50,10 +56,7 @@ def scan(
     def loop(step: Callable, xs: Sequence[tuple[Any, ...]], state: State, *, reverse: bool) -> tuple[list[Any], State]:
         (pieces,) = xs
         here = writer.scope
-        sequences = [
-            writer.op("Reshape", x, shape_of(writer, *lead, width), rank=3)
-            for x, width in zip(pieces, widths, strict=True)
-        ]
+        sequences = [reshaped(writer, x, *lead, width) for x, width in zip(pieces, widths, strict=True)]
         sequences += [] if mask is None else [mask]
         starts = tuple(
             zeros(writer, lead[1], size, dtype) if s is None else s

@@ -151,7 +151,7 @@ class Site:
         x = writer.value(self.given, self.dtype, self.rank)
         lead = self._lead(writer, x)
         if self.asked:
-            x = self._fixed(writer, x, lead)
+            x = self._fixed(writer, x)
         rows = schedule.flat_rows(recurrence, x, batched=self.batched)
         state = self._state(writer)
         weights = self._prepared(writer, plan, prepared)
@@ -182,13 +182,14 @@ class Site:
         steps = writer.op("Gather", shape, [time], rank=1)
         return steps, writer.op("Gather", shape, [batch], rank=1) if self.batched else writer.value(one, torch.int64, 1)
 
-    def _fixed(self, writer: OnnxWriter, x: Value, lead: tuple[Value, Value]) -> Value:
-        """The input, by an operator that fails for any other number of steps than was asked for."""
+    def _fixed(self, writer: OnnxWriter, x: Value) -> Value:
+        """The input, by an operator that fails for any other number of steps than was asked for.
+
+        A Split into one piece of that many does; two Reshapes in a row would be made one by ONNX Runtime, and pass.
+        """
         assert self.steps is not None
-        sizes: list[Any] = [self.steps, lead[1]] if self.batched else [self.steps]
-        if self.batched and self.recurrence.batch_first:
-            sizes.reverse()
-        return writer.op("Reshape", x, loops.shape_of(writer, *sizes, self.recurrence.input_size))
+        (piece,) = writer.split(x, [self.steps], 1 if self.batched and self.recurrence.batch_first else 0)
+        return piece
 
     def _state(self, writer: OnnxWriter) -> tuple[Value | None, ...]:
         values = [None if value is None or _is_zero(value) else value for value in self.states]
@@ -376,8 +377,7 @@ class StandardSite(Site):
             rows = torch.cat(list(chain.from_iterable(zip(*outputs, strict=True))))
             y = torch.reshape(rows, (self.steps, directions, -1, size))
         else:
-            shape = loops.shape_of(writer, lead[0], 1, lead[1], size)
-            y = torch.cat([writer.op("Reshape", rows, shape, rank=4) for (rows,) in outputs], 1)
+            y = torch.cat([loops.reshaped(writer, rows, lead[0], 1, lead[1], size) for (rows,) in outputs], 1)
         if swap:
             y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})
         states = schedule.joined_states(recurrence, result.finals)
@@ -423,7 +423,7 @@ class TorchSite(Site):
             return [schedule.joined_output(recurrence, result.outputs, batched=self.batched), *states]
         size = len(result.outputs) * recurrence.output_size
         rows = schedule.joined_rows(result.outputs)
-        output = writer.op("Reshape", rows, loops.shape_of(writer, *lead, size), rank=3)
+        output = loops.reshaped(writer, rows, *lead, size)
         return [torch.transpose(output, 0, 1) if recurrence.batch_first else output, *states]
 
 
