@@ -84,8 +84,7 @@ class Call:
 
     def output(self, result: schedule.Result) -> Returned:
         """The output of all steps."""
-        whole = schedule.joined_output(self.recurrence, result.outputs, batched=self.batched)
-        return Returned(whole, 2 + self.batched, partial(self._read_output, result))
+        return self._view(result.outputs, None)
 
     def arrange(self, output: Returned, finals: list[Returned]) -> Any:
         """The results as the node returns them."""
@@ -183,9 +182,10 @@ class Call:
         for user in list(node.users):
             if isinstance(result, Returned):
                 index = _index(user, node, result.rank)
-                part = result.read(index) if index else None
-                if index == (slice(None),) * result.rank:
-                    self._hand_over(user, result)
+                whole = index == (slice(None),) * result.rank
+                part = result if whole else result.read(index) if index else None
+                if isinstance(part, Returned):
+                    self._hand_over(user, part)
                     node.graph.erase_node(user)
                     continue
                 if part is not None:
@@ -212,24 +212,36 @@ class Call:
         part = parts[first] if self.batched else torch.reshape(parts[first], (self.recurrence.state_sizes[k],))
         return self._item(part, tuple(rest))
 
-    def _read_output(self, result: schedule.Result, index: tuple[Any, ...]) -> Value | None:
+    def _view(self, outputs: list[list[Any]], step: int | None) -> Returned:
+        """The output of some directions, at one step or at all."""
+        whole: Any
+        if step is None:
+            whole = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
+        else:
+            whole = schedule.joined_rows([[hs[step]] for hs in outputs])
+            if not self.batched:
+                whole = torch.reshape(whole, (len(outputs) * self.recurrence.output_size,))
+        rank = 1 + self.batched + (step is None)
+        return Returned(whole, rank, partial(self._read_output, outputs, step))
+
+    def _read_output(self, outputs: list[list[Any]], step: int | None, index: tuple[Any, ...]) -> Any:
         """`output[:, -1]`, `output[..., :hidden_size]` and the like: one step, or one direction."""
-        time = 1 if self.batched and self.recurrence.batch_first else 0
-        size = self.recurrence.output_size
-        outputs, features = result.outputs, index[-1]
+        rest, chosen, at = list(index), outputs, step
+        size, features = self.recurrence.output_size, index[-1]
         if isinstance(features, slice) and len(outputs) == 2:
             begin, end, stride = features.indices(2 * size)
             if end <= size or begin >= size:
                 side = 0 if end <= size else 1
+                chosen = outputs[side : side + 1]
                 part = slice(begin - side * size, end - side * size, stride)
-                outputs, features = outputs[side : side + 1], slice(None) if part == slice(0, size, 1) else part
-        if isinstance(index[time], int) and -self.steps <= index[time] < self.steps:
-            row = schedule.joined_rows([[hs[index[time]]] for hs in outputs])
-            return self._item(row, (index[1 - time] if self.batched else 0, features))
-        if outputs is result.outputs:
+                rest[-1] = slice(None) if part == slice(0, size, 1) else part
+        time = 1 if self.batched and self.recurrence.batch_first else 0
+        if step is None and isinstance(index[time], int) and -self.steps <= index[time] < self.steps:
+            at = rest.pop(time) % self.steps
+        if chosen is outputs and at == step:
             return None
-        output = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
-        return self._item(output, (*index[:-1], features))
+        view = self._view(chosen, at)
+        return view if all(part == slice(None) for part in rest) else self._item(view.whole, tuple(rest))
 
     def _item(self, value: Any, index: tuple[Any, ...]) -> Value:
         """`value[index]`, or the value where that is all of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class FunctionCall(Call):
     @property
     def given(self) -> dict[str, Any]:
         """The arguments of the call, as they are by now."""
-        return arguments(self.node, self.form)
+        return bind(self.form, self.node.args, self.node.kwargs)
 
     def operands(self) -> tuple[Any, Any]:
         return self.given["input"], self.given["hx"]
@@ -159,9 +159,9 @@ class PackedCall(FunctionCall):
         return index if device.type == "cpu" else index.to(device)
 
 
-def arguments(node: fx.Node, form: str) -> dict[str, Any]:
+def bind(form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a functional call by name; those of a cell as if it were a layer."""
-    given = dict.fromkeys(ARGUMENTS[form]) | dict(zip(ARGUMENTS[form], node.args)) | node.kwargs
+    given = dict.fromkeys(ARGUMENTS[form]) | dict(zip(ARGUMENTS[form], args)) | dict(kwargs)
     if form == "cell":
         given["params"] = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
         given |= {"has_biases": given["b_ih"] is not None, "num_layers": 1, "dropout": 0.0}

@@ -16,7 +16,7 @@ from unroll import trees
 from unroll.aten import Metadata, writer_for
 from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands
 from unroll.cells import Prepared
-from unroll.functions import FunctionCall, PackedCall, arguments, form_of, layer_name
+from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, check_arguments
@@ -68,8 +68,13 @@ def unroll_graph(
     """A copy of the graph module with explicit gate operations in place of recurrent calls."""
     functional = [layer_name(node) for node in module.graph.nodes if form_of(node)]
     copied: Any = trees.replace(module, plan, where, rules, others=functional)
-    known = known_values(copied) | (_FakeRun(copied).of(args) if args is not None else {})
-    rewrite(copied.graph, find_calls(copied, where, plan, known, steps))
+    run = _FakeRun(copied)
+    known = known_values(copied) | (run.of(args) if args is not None else {})
+    try:
+        calls = find_calls(copied, where, plan, known, steps)
+    except UnrollError as error:
+        raise UnrollError(*([run.problem] if run.problem else []), *error.problems) from None
+    rewrite(copied.graph, calls)
     copied.recompile()
     return copied
 
@@ -112,6 +117,9 @@ def rewrite(graph: fx.Graph, calls: Sequence[Call], *, asserts: bool = True) -> 
 class _FakeRun(fx.Interpreter):
     """Runs a graph on fake tensors, without the steps of its layers, and keeps the results."""
 
+    problem: Problem | None = None
+    """Why it stopped before the end, if it did"""
+
     def of(self, args: Any) -> dict[fx.Node, torch.Tensor]:
         self.found: dict[fx.Node, torch.Tensor] = {}
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -122,9 +130,9 @@ class _FakeRun(fx.Interpreter):
                 self.run(*fakes)
         except UnrollError:
             raise
-        except Exception as error:
+        except Exception as error:  # it may have come after all layers, and then does no harm
             finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
-            raise UnrollError(Problem("args", finding, "give arguments that fit the graph, or steps=")) from error
+            self.problem = Problem("args", finding, "give arguments that fit the graph, or steps=")
         return self.found
 
     def run_node(self, n: fx.Node) -> Any:
@@ -136,7 +144,7 @@ class _FakeRun(fx.Interpreter):
         return result
 
     def _packed(self, n: fx.Node) -> Any:
-        given: Any = self.map_nodes_to_values(arguments(n, "packed"), n)
+        given: Any = self.map_nodes_to_values(bind("packed", n.args, n.kwargs), n)
         states = given["hx"] if isinstance(given["hx"], (tuple, list)) else [given["hx"]]
         features = states[0].shape[-1] * (2 if given["bidirectional"] else 1)
         return given["input"].new_empty(given["input"].shape[0], features), *states

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
 from torch import fx
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.nn import functional
 
+from unroll import schedule
 from unroll.calls import Call, known_values
-from unroll.functions import form_of, layer_name
+from unroll.functions import FUNCTIONS, bind, form_of, layer_name
 from unroll.graphs import find_calls, rewrite
 from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError
+from unroll.recurrence import Problem, UnrollError, read_call
 from unroll.trees import Where, unknown_names
 
 
@@ -34,7 +41,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     if problems:
         raise UnrollError(*problems)
     signature = copy.deepcopy(program.graph_signature)
-    calls_graph = copy.deepcopy(program.module_call_graph)
+    calls_graph = [_copied_entry(entry) for entry in program.module_call_graph]
     for part, calls in found:
         rewrite(part.graph, calls, asserts=False)
         if part is not module:
@@ -70,3 +77,60 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(child, fx.GraphModule):
             setattr(copied, name, _copied(child))
     return copied
+
+
+def _copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+    """A copy with names of its own."""
+    if entry.signature is None:
+        return entry
+    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
+    return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
+
+
+def decompositions(plan: Plan | None = None) -> dict[Any, Callable[..., Any]]:
+    """Decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
+
+    They keep dropout between layers in training, which torch's own lose. `unroll(program)` gives the
+    same operations and is much faster; the table is for those who decompose the rest of a program too.
+
+    Args:
+        plan: how the steps are laid out.
+
+    Returns:
+        A function for each operator, to be added to a table of others.
+
+    Example:
+        >>> program = torch.export.export(nn.Sequential(nn.GRU(3, 5)), (torch.zeros(2, 1, 3),))
+        >>> table = torch.export.default_decompositions() | decompositions()
+        >>> any("gru" in str(node.target) for node in program.run_decompositions(table).graph.nodes)
+        False
+    """
+    operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
+    return {target: partial(_decomposed, *form, plan or Plan()) for target, form in operators.items()}
+
+
+def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """What the operator computes, on tensors."""
+    given = bind(form, args, kwargs)
+    weights = [weight for weight in given["params"] if weight is not None]
+    options = {key: given[key] for key in ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")}
+    recurrence = read_call(kind, [weight.shape for weight in weights[:2]], **options, is_cell=form == "cell")
+    input, state = given["input"], given["hx"]
+    state = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    sizes = given["batch_sizes"].tolist() if form == "packed" else None
+    batched = sizes is not None or input.dim() == (2 if recurrence.is_cell else 3)
+    time = 1 if batched and recurrence.batch_first else 0
+    result = schedule.run(
+        recurrence,
+        schedule.prepare(recurrence, recurrence.weights(weights), plan, input.dtype),
+        input if sizes else schedule.flat_rows(recurrence, input, batched=batched),
+        state,
+        steps=len(sizes) if sizes else 1 if recurrence.is_cell else input.shape[time],
+        sizes=sizes,
+        dropout=partial(functional.dropout, p=given["dropout"]) if given["train"] and given["dropout"] else None,
+    )
+    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    if recurrence.is_cell:
+        return tuple(states) if len(states) > 1 else states[0]
+    rows = schedule.joined_rows(result.outputs)
+    return rows if sizes else schedule.joined_output(recurrence, result.outputs, batched=batched), *states

@@ -109,6 +109,10 @@ class GraphWriter(Writer):
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func is torch.Tensor.to:
             return self.value("call_method", "to", args)
+        if func is torch.chunk and len(args) == 2:
+            # Rows of any number, also a symbolic one, which chunk itself would have to know.
+            stacked = self.value("call_function", torch.unflatten, (args[0], 0, (args[1], -1)))
+            return self.items(self.value("call_function", torch.unbind, (stacked,)), args[1])
         result = self.value("call_function", func, args, kwargs)
         if func not in (torch.chunk, torch.split):
             return result

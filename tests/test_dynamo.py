@@ -1,0 +1,137 @@
+"""Unrolling inside `torch.compile`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+import unroll as library
+from tests.cases import DROPOUT, PACKED, Case
+from unroll import Plan, UnrollError, compare
+from unroll.functions import form_of
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    assert torch._dynamo.config.allow_rnn is False
+    torch._dynamo.reset()
+
+
+class Seen:
+    """A backend that runs graphs as they are and remembers them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    @property
+    def recurrent(self) -> list[fx.Node]:
+        return [node for graph in self.graphs for node in graph.graph.nodes if form_of(node)]
+
+
+@pytest.mark.parametrize(
+    "case", [Case("LSTM", num_layers=2, bidirectional=True), Case("GRU", state=True), Case("RNNCell")], ids=str
+)
+def test_an_unchanged_model_compiles_as_one_graph(case):
+    model, seen = case.model(F64), Seen()
+    compiled = library.compile(model, backend=seen)
+    compare(model, compiled, case.tensors(F64)).check()
+    assert len(seen.graphs) == 1
+    assert not seen.recurrent
+    assert compiled.state_dict().keys() == {f"_orig_mod.{key}" for key in model.state_dict()}
+
+
+@pytest.mark.parametrize("case", DROPOUT[:2], ids=str)
+def test_training(case):
+    model = case.model(F64).train()
+    compiled = library.compile(model, backend="aot_eager")
+    args = case.tensors(F64)
+    expected, found = [], []
+    for function, gradients in ((model, expected), (compiled, found)):
+        torch.manual_seed(3)
+        model.zero_grad()
+        sum(t.sum() for t in function(*args)).backward()
+        gradients += [p.grad.clone() for p in model.parameters()]
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_inductor():
+    case = Case("LSTM", steps=3)
+    model = case.model()
+    compare(model, library.compile(model, plan=Plan("paired")), case.tensors()).check()
+
+
+def test_each_length_is_a_graph_of_its_own_and_stays_compiled():
+    model, seen = nn.GRU(6, 5).double(), Seen()
+    compiled = library.compile(model, backend=seen)
+    for steps in (4, 4, 5, 6, 6, 4):
+        compare(model, compiled, (torch.randn(steps, 2, 6, dtype=F64),)).check()
+    assert 2 <= len(seen.graphs) <= 3
+
+
+def test_where_and_plan_reach_the_graph():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.GRU(6, 5), nn.GRU(5, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x)[0])[0]
+
+    model, seen = Two().double(), Seen()
+    compiled = library.compile(model, backend=seen, where="first", plan=Plan("split"))
+    compare(model, compiled, (torch.randn(3, 2, 6, dtype=F64),)).check()
+    assert [node.name for node in seen.recurrent] == ["gru_1"] or len(seen.recurrent) == 1
+    names = [node.name for node in seen.graphs[0].graph.nodes]
+    assert any(name.startswith("first_l0_t2_") for name in names)
+    assert sum(name.startswith("first_l0_t2_addmm") for name in names) == 3
+
+
+def test_a_function_compiles_too():
+    layer, seen = nn.LSTM(6, 5).double(), Seen()
+    compiled = library.compile(lambda x: layer(x)[1][0] * 2, backend=seen)
+    x = torch.randn(3, 2, 6, dtype=F64)
+    torch.testing.assert_close(compiled(x), layer(x)[1][0] * 2, rtol=1e-9, atol=1e-12)
+    assert not seen.recurrent
+
+
+def test_the_registered_name_with_options():
+    assert "unroll" in torch.compiler.list_backends()
+    case, seen = Case("LSTM", num_layers=2), Seen()
+    model = case.model(F64)
+    options = {"backend": seen, "plan": Plan("paired")}
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend="unroll", options=options, fullgraph=True)
+        compare(model, compiled, case.tensors(F64)).check()
+    assert seen.graphs
+    assert not seen.recurrent
+
+
+def test_the_plain_name_says_what_to_do():
+    with pytest.raises(Exception, match=r"use unroll.compile\(model\)") as caught:
+        torch.compile(nn.GRUCell(6, 5), backend="unroll")(torch.randn(2, 6))
+    assert isinstance(caught.value.inner_exception, UnrollError)
+
+
+def test_unknown_options_are_refused():
+    with (
+        torch._dynamo.config.patch(allow_rnn=True),
+        pytest.raises(Exception, match="has speed, unknown to the backend"),
+    ):
+        torch.compile(nn.GRUCell(6, 5), backend="unroll", options={"speed": 1})(torch.randn(2, 6))
+
+
+def test_packed_sequences_break_the_graph_and_agree():
+    case = PACKED[0]
+    model = case.model(F64)
+    compiled = library.compile(model, backend=Seen(), fullgraph=False)
+    compare(model, compiled, case.tensors(F64)).check()
