@@ -118,12 +118,10 @@ def test_graphs_of_dynamo(case):
     unrolled = unroll(graph)
     assert not recurrent(unrolled)
     assert any(node.name.startswith("rnn_l0_t") for node in unrolled.graph.nodes)
-    parameters = {f"parameters_{name}_": p for name, p in model.rnn.named_parameters()}
-    given = iter(args)
-    targets = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
-    assert len(targets) == len(args) + len(parameters)
-    real = tuple(next((p for end, p in parameters.items() if t.endswith(end)), None) for t in targets)
-    real = tuple(next(given) if p is None else p.detach() for p in real)
+    given = {f"L_self_modules_rnn_parameters_{name}_": p.detach() for name, p in model.rnn.named_parameters()}
+    given |= {"L_input_": args[0]} | {f"L_rest_{k}_": state for k, state in enumerate(args[1:])}
+    real = tuple(given[node.target] for node in graph.graph.nodes if node.op == "placeholder")
+    assert len(real) == len(given)
     compare(graph, unrolled, real).check()
 
 
