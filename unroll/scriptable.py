@@ -32,15 +32,16 @@ def prepare(layer: Any) -> Any:
     """
     problems = []
     names = [name for group in layer.recurrence.weight_names for name in group]
-    if type(layer) not in (UnrolledLayer, UnrolledCell, *SCRIPTABLE.values()):
-        finding = f"{type(layer).__name__} has methods of its own, which call super()"
-        problems.append(Problem(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace"))
-    elif computed := [name for name in names if name not in layer._parameters]:
+    if computed := [name for name in names if name not in layer._parameters]:
         mend = "remove the parametrization, or use torch.jit.trace"
         problems.append(Problem(layer.place, f"computes {', '.join(computed)} at every call", mend))
+    elif type(layer) not in (UnrolledLayer, UnrolledCell, *SCRIPTABLE.values()):
+        finding = f"{type(layer).__name__} has methods of its own, which call super()"
+        problems.append(Problem(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace"))
     if problems:
         raise UnrollError(*problems)
     recurrence = layer.recurrence
+    layer.__dict__.pop("__overloads__", None)  # left by torch.jit.script where the original was scripted before
     layer.__class__ = SCRIPTABLE[recurrence.is_cell, len(recurrence.state_sizes)]
     layer._kernel, layer._kernel_weights = _kernel(layer), _flat(layer)
     layer._kernel_rank = 2 if recurrence.is_cell else 3

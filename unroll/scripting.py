@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -192,11 +193,18 @@ class ScriptWriter(Writer):
         return [output, *states]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's notice that TorchScript is deprecated: whoever has a ScriptModule knows."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        yield
+
+
 @functools.cache
 def compiled(function: Callable) -> Any:
     """A function below in TorchScript."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    with quiet():
         return torch.jit.script(function)
 
 

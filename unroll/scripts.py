@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -30,6 +31,9 @@ from unroll.values import Value, many_objects
 LAYER_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
 """The classes whose submodules give a layer its name"""
 
+OTHER_KINDS = re.compile(r"(aten|quantized)::\w*(lstm|gru|rnn)(?!\w*(prepack|flatten|backward))\w*")
+"""Quantized operators and those of one backend, which are recurrent and refused"""
+
 
 def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: Plan, steps: Steps = None) -> Any:
     """A copy of the script module with explicit gate operations in place of recurrent operators.
@@ -41,7 +45,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     Raises:
         UnrollError: with everything that cannot be honoured.
     """
-    copied = _copy(module)
+    copied = _prepared_copy(module)
     _share(module, copied)
     sites = list(_sites(copied))
     problems = _unmatched(where, sites, copied)
@@ -53,9 +57,8 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
             problems.append(Problem(", ".join(site.instances), "share one piece of compiled code", mend))
         if True in picks:
             picked.append(number)
-    if problems:
-        raise UnrollError(*problems)
-    seen = None if args is None else _run_and_note(module, args)
+    _refuse(problems)
+    seen = None if args is None else _run_and_note(copied, args)
     jobs = []
     for number in picked:
         try:
@@ -64,8 +67,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
         except UnrollError as error:
             problems += error.problems
     problems += _unknown_names(steps, [sites[number] for number in picked])
-    if problems:
-        raise UnrollError(*problems)
+    _refuse(problems)
     with many_objects():
         for site, reading, weights, count in jobs:
             site.write(reading, weights, count, plan)
@@ -79,16 +81,35 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     return copied
 
 
+def _refuse(problems: Iterable[Problem]) -> None:
+    """Two methods of one layer, for padded and for packed input, may have the same."""
+    if different := list(dict.fromkeys(problems)):
+        raise UnrollError(*different)
+
+
 def _copy(module: Any) -> Any:
-    buffer = io.BytesIO()
     try:
-        torch.jit.save(module, buffer)
-        buffer.seek(0)
-        return torch.jit.load(buffer)
+        with scripting.quiet():
+            return torch.jit.load(io.BytesIO(module.save_to_buffer()))
     except Exception as error:
         finding = f"cannot be saved and loaded ({str(error).strip().splitlines()[0]})"
         mend = "take out what cannot be saved, such as functions under torch.jit.ignore"
         raise UnrollError(Problem(module.original_name, finding, mend)) from error
+
+
+def _prepared_copy(module: Any) -> Any:
+    """A copy in which operators stand in methods, none of them in a function that methods call."""
+    copied = _copy(module)
+    graphs: dict[int, tuple[Any, Any]] = {}
+    for part in copied.modules():
+        for name in part._c._method_names():
+            found = _walk(part._c._get_method(name).graph)
+            graphs |= {id(graph): (part, graph) for node, graph in found if node.kind() == "prim::CallFunction"}
+    if not graphs:
+        return copied
+    for graph in [graph for part, graph in graphs.values() if _calls_recurrent_function(part, graph)]:
+        torch._C._jit_pass_inline(graph)
+    return _copy(copied)  # inlining has compiled what is called; nothing that is to change may be compiled yet
 
 
 def _share(module: Any, copied: Any) -> None:
@@ -142,13 +163,16 @@ class _Reading:
 class _Site:
     """A node that runs a recurrent operator, in the code that some submodules share."""
 
-    def __init__(self, node: Any, graph: Any, instances: Mapping[str, Any]) -> None:
+    def __init__(self, node: Any, graph: Any, instances: Mapping[str, Any], *, is_called: bool) -> None:
         self.node = node
         self.graph = graph
         self.instances = instances
         """The submodules by the layer's name there"""
-        self.kind = node.kind().removeprefix("aten::").removesuffix("_cell")
-        self.is_cell = node.kind().endswith("_cell")
+        self.is_called = is_called
+        """Whether the model itself calls the method, and not only who takes a submodule out of it"""
+        self.operator = node.kind()
+        self.kind = self.operator.removeprefix("aten::").removesuffix("_cell")
+        self.is_cell = self.operator.endswith("_cell")
         self.packed = "batch_sizes" in node.schema()
 
     @property
@@ -168,6 +192,9 @@ class _Site:
 
     def read(self, noted: list[Any] | None) -> tuple[_Reading, list[Any]]:
         """What the operator runs, and its weights as far as they are known."""
+        if self.operator not in SCRIPT_KINDS:
+            mend = "unroll the model before it is traced or quantized, or leave the layer out by where="
+            raise UnrollError(Problem(self.name, f"runs {self.operator}, whose weights are in a form of its own", mend))
         readings = [self._read(name, instance, noted) for name, instance in self.instances.items()]
         if any(reading != readings[0][0] for reading, _ in readings):
             mend = "freeze the module first (torch.jit.freeze)"
@@ -208,7 +235,7 @@ class _Site:
 
     def steps(self, asked: Steps, noted: list[Any] | None) -> int | None:
         """The number of time steps to write, or None for a loop over any number."""
-        if self.is_cell:
+        if self.is_cell or not self.is_called:
             return None
         if isinstance(asked, Mapping):
             found = {asked[name] for name in self.instances if name in asked}
@@ -271,40 +298,69 @@ class _Site:
         node.destroy()
 
 
-def _recurrent_nodes(graph: Any) -> list[Any]:
-    """In the order of the graph, those in blocks included."""
-
-    def walk(block: Any) -> Iterator[Any]:
+def _walk(graph: Any) -> Iterator[tuple[Any, Any]]:
+    """All nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
+    blocks = [graph]
+    while blocks:
+        block = blocks.pop(0)
+        if isinstance(block, tuple):
+            yield block
+            continue
+        inside: list[Any] = []
         for node in block.nodes():
-            if node.kind() in SCRIPT_KINDS:
-                yield node
-            for inner in node.blocks():
-                yield from walk(inner)
+            inside += [(node, graph), *node.blocks()]
+            for name in node.attributeNames():
+                if node.kindOf(name) == "g":
+                    inside += _walk(node.g(name))
+        blocks = inside + blocks
 
-    return list(walk(graph))
+
+def _recurrent(kind: str) -> bool:
+    return kind in SCRIPT_KINDS or OTHER_KINDS.fullmatch(kind) is not None
+
+
+def _count(graph: Any) -> int:
+    return sum(_recurrent(node.kind()) for node, _ in _walk(graph))
 
 
 def _sites(root: Any) -> Iterator[_Site]:
     kinds: dict[str, dict[str, Any]] = {}
     for path, module in root.named_modules(remove_duplicate=False):
         kinds.setdefault(str(module._c._type()), {})[path] = module
-    for modules in kinds.values():
+    called = _called(root)
+    for kind, modules in kinds.items():
         module = next(iter(modules.values()))
         seen: Counter[str] = Counter()
         for method in module._c._method_names():
-            graph = module._c._get_method(method).graph
-            if _calls_recurrent_function(module, graph):
-                torch._C._jit_pass_inline(graph)
-            for node in _recurrent_nodes(graph):
-                suffix = _suffix(node, module, seen)
-                names = {".".join(filter(None, (path, suffix))): m for path, m in modules.items()}
-                yield _Site(node, graph, {name or m.original_name: m for name, m in names.items()})
+            for node, graph in _walk(module._c._get_method(method).graph):
+                if _recurrent(node.kind()):
+                    suffix = _suffix(node, module, seen)
+                    names = {".".join(filter(None, (path, suffix))): m for path, m in modules.items()}
+                    instances = {name or m.original_name: m for name, m in names.items()}
+                    yield _Site(
+                        node,
+                        graph,
+                        instances,
+                        is_called=module is root or bool(called & {(kind, method), ("", method)}),
+                    )
+
+
+def _called(root: Any) -> set[tuple[str, str]]:
+    """Methods that some method calls, by the name of their type; by none where only an interface is known."""
+    found = set()
+    for module in root.modules():
+        for method in module._c._method_names():
+            for node, _ in _walk(module._c._get_method(method).graph):
+                if node.kind() == "prim::CallMethod":
+                    kind = node.inputsAt(0).type()
+                    found.add(("" if kind.is_interface_type() else str(kind), node.s("name")))
+    return found
 
 
 def _suffix(node: Any, module: Any, seen: Counter[str]) -> str:
     """What a layer is called after the path of the module in whose method it runs."""
-    cell = node.kind().endswith("_cell")
-    path = _owner(node.namedInput("w_ih" if cell else "params"))
+    weights = re.search(r"w_ih|params|weight", node.schema())
+    path = _owner(node.namedInput(weights[0])) if weights else None
     if path is not None and functools.reduce(getattr, path, module).original_name in LAYER_NAMES:
         return ".".join(path)
     kind = node.kind().removeprefix("aten::")
@@ -314,15 +370,13 @@ def _suffix(node: Any, module: Any, seen: Counter[str]) -> str:
 
 def _calls_recurrent_function(module: Any, graph: Any) -> bool:
     """Whether a function that is not a method, called from this graph, holds a recurrent operator."""
-    if not graph.findAllNodes("prim::CallFunction"):
-        return False
     inlined = graph.copy()
     torch._C._jit_pass_inline(inlined)
-    count = len(_recurrent_nodes(inlined)) - len(_recurrent_nodes(graph))
+    count = _count(inlined) - _count(graph)
     for call in graph.findAllNodes("prim::CallMethod"):
         owner = _known(call.inputsAt(0), module)
         if owner is not _Unknown:
-            count -= len(_recurrent_nodes(owner._c._get_method(call.s("name")).inlined_graph))
+            count -= _count(owner._c._get_method(call.s("name")).inlined_graph)
     return count > 0
 
 
@@ -332,7 +386,7 @@ def _unmatched(where: Where, sites: Iterable[_Site], root: Any) -> list[Problem]
         return []
     names = [(name, instance) for site in sites for name, instance in site.instances.items()]
     done = [(name, module) for name, module in root.named_modules() if module.original_name in LAYER_NAMES]
-    known = ", ".join(name for name, _ in names) or "none"
+    known = ", ".join(dict.fromkeys(name for name, _ in names)) or "none"
     return [
         Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
         for pattern in ([where] if isinstance(where, str) else where)
@@ -343,7 +397,7 @@ def _unmatched(where: Where, sites: Iterable[_Site], root: Any) -> list[Problem]
 def _unknown_names(steps: Steps, sites: Iterable[_Site]) -> list[Problem]:
     if not isinstance(steps, Mapping):
         return []
-    names = [name for site in sites if not site.is_cell for name in site.instances]
+    names = list(dict.fromkeys(name for site in sites if not site.is_cell for name in site.instances))
     mend = f"the layers with steps are: {', '.join(names) or 'none'}"
     return [Problem(f"steps[{name!r}]", "names no recurrent layer", mend) for name in steps if name not in names]
 
