@@ -315,14 +315,14 @@ def test_what_depends_on_data_hides_only_what_comes_after_it():
     input = x()
     assert_same(unroll(trace(after), input)(input), after(input))
     assert_same(unroll(trace(before), steps=4)(input), before(input))
-    unknown, problem = problems(unroll, trace(before), input)
+    problem, unknown = problems(unroll, trace(before), input)
     assert unknown == f"rnn: the number of time steps is unknown; {UNKNOWN}"
     assert problem.startswith("args: the graph cannot be run on fake tensors like these (")
 
 
 def test_arguments_that_do_not_fit_are_refused():
     graph = trace(nn.Sequential(nn.Linear(7, 6), nn.GRU(6, 5)))
-    unknown, problem = problems(unroll, graph, torch.zeros(4, 3, 5))
+    problem, unknown = problems(unroll, graph, torch.zeros(4, 3, 5))
     assert unknown == f"1: the number of time steps is unknown; {UNKNOWN}"
     assert problem.startswith("args: the graph cannot be run on fake tensors like these (")
     assert problem.endswith("give arguments that fit the graph, or steps=")

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import unroll as package
-from tests.cases import CHOSEN, EMPTY, LAYER_KINDS, PACKED, PLANS, Case
+from tests.cases import CHOSEN, EMPTY, LAYER_KINDS, PACKED, PLANS, Case, flat
 from tests.checks import assert_equal, assert_same, gradients
-from unroll import Unrolled, unroll
+from unroll import Unrolled, UnrollError, unroll
 
 F64 = torch.float64
 TWO_LAYERS = [Case(kind, num_layers=2, bidirectional=True, batch_first=True) for kind in LAYER_KINDS]
@@ -109,6 +109,40 @@ def test_input_without_grad_gives_results_without_grad():
     with torch.inference_mode():
         assert layer(x)[0].is_inference()
     assert not layer.requires_grad_(False)(x)[0].requires_grad
+
+
+@pytest.mark.parametrize("form", ["batched", "unbatched", "packed"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_results_own_their_memory(kind, steps, form):
+    """What a model does in place to the output or to the state leaves the other alone, and the gradients right."""
+    case = Case(kind, form=form, steps=steps, batch=1 if steps == 1 else 3)
+    layer = case.layer(F64)
+
+    def model(layer, work):
+        output, state = layer(*case.args(F64))
+        work(output.data if form == "packed" else output, state if isinstance(state, tuple) else (state,))
+        return [*flat(output), *flat(state)]
+
+    def to_output(output, states):
+        output.mul_(2)
+
+    def to_states(output, states):
+        for state in states:
+            state.mul_(2)
+
+    def cut(output, states):
+        for state in states:
+            state.detach_()
+
+    for work in (to_output, to_states) if form == "unbatched" else (to_output, to_states, cut):
+        theirs, ours = model(layer, work), model(unroll(layer), work)
+        assert_same(ours, theirs)
+        for results in (theirs, ours):
+            layer.zero_grad()
+            results[0].sum().backward()
+            results.append([p.grad.clone() for p in layer.parameters()])
+        assert_same(ours[-1], theirs[-1])
 
 
 # --- the same parameters ----------------------------------------------------------------------------------------------
@@ -263,6 +297,14 @@ def test_weights_replaced_afterwards_are_heeded():
     for each in (layer, ours):
         each.weight_hh_l0 = nn.Parameter(torch.ones(15, 5, dtype=F64) / 7)
     assert_same(ours(x), layer(x))
+
+
+def test_a_weight_that_is_missing_is_named():
+    ours = unroll(nn.GRU(6, 5))
+    del ours.weight_hh_l0
+    with pytest.raises(UnrollError) as caught:
+        ours(torch.zeros(4, 3, 6))
+    assert str(caught.value) == "GRU: has no weight_hh_l0; set it before the call, as a parameter or a tensor"
 
 
 def test_flat_weights_may_be_set():

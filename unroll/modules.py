@@ -13,7 +13,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll import schedule
 from unroll.plan import Plan
-from unroll.recurrence import AUTOCAST, Recurrence, autocast_dtype, check_arguments, read_cell, read_layer
+from unroll.recurrence import (
+    AUTOCAST,
+    Problem,
+    Recurrence,
+    UnrollError,
+    autocast_dtype,
+    check_arguments,
+    read_cell,
+    read_layer,
+)
 
 
 class Unrolled(nn.Module):
@@ -38,7 +47,13 @@ class Unrolled(nn.Module):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The weights, a list for each layer and direction, in torch's order."""
-        return [[getattr(self, name) for name in names] for names in self.recurrence.weight_names]
+        names = self.recurrence.weight_names
+        try:
+            return [[getattr(self, name) for name in group] for group in names]
+        except AttributeError as error:
+            missing = ", ".join(name for group in names for name in group if not hasattr(self, name))
+            mend = "set it before the call, as a parameter or a tensor"
+            raise UnrollError(Problem(self.place, f"has no {missing}", mend)) from error
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from torch's distribution for recurrent layers."""
@@ -153,7 +168,8 @@ class UnrolledLayer(Unrolled):
         steps = input.shape[1 if batched and recurrence.batch_first else 0]
         result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), steps)
         output = schedule.joined_output(recurrence, result.outputs, batched=batched)
-        return output, _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
+        states = schedule.joined_states(recurrence, result.finals, batched=batched)
+        return _own(output, steps), _untuple([_own(state) for state in states])
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         recurrence = self.recurrence
@@ -167,8 +183,8 @@ class UnrolledLayer(Unrolled):
         if input.unsorted_indices is not None:
             states = [state.index_select(1, input.unsorted_indices) for state in states]
         # Not `_replace`, which Dynamo gets wrong after a graph break.
-        output = PackedSequence(schedule.joined_rows(result.outputs), *input[1:])
-        return output, _untuple(states)
+        output = PackedSequence(_own(schedule.joined_rows(result.outputs), len(sizes)), *input[1:])
+        return output, _untuple([_own(state) for state in states])
 
 
 class UnrolledCell(Unrolled):
@@ -209,3 +225,11 @@ def _tuple(hx: Any) -> tuple[Tensor, ...] | None:
 
 def _untuple(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return states[0] if len(states) == 1 else tuple(states)
+
+
+def _own(result: Tensor, steps: int = 1) -> Tensor:
+    """The result in memory of its own, as torch's: it may be detached or written to in place.
+
+    The output of several steps is so already, as the pieces were joined.
+    """
+    return result.clone() if steps == 1 else result
