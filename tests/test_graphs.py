@@ -163,6 +163,36 @@ def test_reads(form, read):
     assert_same(ours(input), expected)
 
 
+def write_to_last_step(y, h):
+    y[-1].mul_(2)
+    return y, h
+
+
+def write_to_state(y, h):
+    h[0].zero_()
+    return y, h
+
+
+def write_to_output(y, h):
+    y.relu_()
+    return y, h
+
+
+def write_and_agree(work):
+    module, input = Called(nn.GRU(6, 5, dtype=F64), lambda rnn, x, h, c: work(*unpack(rnn(x)))), x()
+    assert_same(unroll(trace(module), input)(input), module(input))
+
+
+@pytest.mark.xfail(strict=True, reason="the last step that is read shares its node with the final state")
+def test_a_step_may_be_written_to():
+    write_and_agree(write_to_last_step)
+
+
+@pytest.mark.parametrize("work", [write_to_state, write_to_output])
+def test_a_whole_result_may_be_written_to(work):
+    write_and_agree(work)
+
+
 def test_one_layer_called_twice_at_different_lengths():
     module = Called(nn.GRU(6, 5, dtype=F64), lambda rnn, x, h, c: (rnn(x)[0], rnn(x[:2], h)[1], rnn(x[1:])[1]))
     agree(module, x(), state())
