@@ -21,6 +21,7 @@ OPERATORS: dict[Any, Any] = {
     torch.addmm: aten.addmm.default,
     torch.arange: aten.arange.default,
     torch.cat: aten.cat.default,
+    torch.clone: aten.clone.default,
     torch.cumsum: aten.cumsum.default,
     torch.index_select: aten.index_select.default,
     torch.lt: aten.lt.Tensor,

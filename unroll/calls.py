@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import rnn
 
 from unroll import schedule
+from unroll.aliasing import is_written
 from unroll.cells import Prepared
 from unroll.modules import Unrolled
 from unroll.plan import Plan
@@ -58,6 +59,7 @@ class Call:
     def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
         self.node = node
         self.writer = writer
+        self.written = is_written(node)
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
         input, _ = self.operands()
@@ -144,7 +146,7 @@ class Call:
             writer.enter("results")
             wholes = schedule.joined_states(recurrence, result.finals, batched=self.batched)
             rank = (1 if recurrence.is_cell else 2) + self.batched
-            finals = [Returned(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
+            finals = [self._returned(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
             self._hand_over(node, self.arrange(self.output(result), finals))
         node.graph.erase_node(node)
 
@@ -176,6 +178,13 @@ class Call:
             same(of(getattr, tensor, "shape"), form, f"{name}_0 must have shape [{wanted}]")
         if state and len(state) == 2:
             same(of(getattr, state[1], "dtype"), of(getattr, state[0], "dtype"), "h_0 and c_0 must have one dtype")
+
+    def _returned(self, whole: Any, rank: int, read: Callable[[tuple[Any, ...]], Any]) -> Returned:
+        if not self.written:
+            return Returned(whole, rank, read)
+        # Results, and parts of them, may share memory here, which those of the layer do not.
+        own: Any = torch.clone(whole)
+        return Returned(own, rank, lambda index: None)
 
     def _hand_over(self, node: fx.Node, result: Any) -> None:
         """Give the users of `node` the results, through `getitem` chains of any depth."""
@@ -222,13 +231,16 @@ class Call:
             if not self.batched:
                 whole = torch.reshape(whole, (len(outputs) * self.recurrence.output_size,))
         rank = 1 + self.batched + (step is None)
-        return Returned(whole, rank, partial(self._read_output, outputs, step))
+        return self._returned(whole, rank, partial(self._read_output, outputs, step))
 
     def _read_output(self, outputs: list[list[Any]], step: int | None, index: tuple[Any, ...]) -> Any:
         """`output[:, -1]`, `output[..., :hidden_size]` and the like: one step, or one direction."""
         rest, chosen, at = list(index), outputs, step
         size, features = self.recurrence.output_size, index[-1]
-        if isinstance(features, slice) and len(outputs) == 2:
+        if len(outputs) == 2 and isinstance(features, int) and -2 * size <= features < 2 * size:
+            side, rest[-1] = divmod(features % (2 * size), size)
+            chosen = outputs[side : side + 1]
+        elif len(outputs) == 2 and isinstance(features, slice):
             begin, end, stride = features.indices(2 * size)
             if end <= size or begin >= size:
                 side = 0 if end <= size else 1

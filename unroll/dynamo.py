@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import config, lookup_backend
 
 from unroll.calls import FIXED, known_values
 from unroll.graphs import find_calls, rewrite
@@ -37,6 +36,8 @@ def unroll_backend(
     Raises:
         UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
     """
+    from torch._dynamo import config, lookup_backend
+
     given = dict(options or {})
     if unknown := given.keys() - BACKEND_OPTIONS:
         mend = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
@@ -100,6 +101,8 @@ def compile(
 
 def _permitting(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with recurrent layers shown to backends while it runs and is compiled."""
+
+    from torch._dynamo import config
 
     @functools.wraps(function)
     def permitting(*args: Any, **kwargs: Any) -> Any:

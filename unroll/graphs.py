@@ -128,8 +128,8 @@ class _FakeRun(fx.Interpreter):
         try:
             with mode:
                 self.run(*fakes)
-        except UnrollError:
-            raise
+        except UnrollError as error:  # without what the interpreter adds to the text
+            raise UnrollError(*error.problems) from None
         except Exception as error:  # it may have come after all layers, and then does no harm
             finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
             self.problem = Problem("args", finding, "give arguments that fit the graph, or steps=")

@@ -215,8 +215,9 @@ class UnrolledCell(Unrolled):
             return self._trace(input, hx)
         recurrence = self.recurrence
         check_arguments(recurrence, self.place, input, hx, weight=self.weight_ih)
-        result = self._run(schedule.flat_rows(recurrence, input), _tuple(hx), 1)
-        return _untuple(schedule.joined_states(recurrence, result.finals, batched=input.dim() == 2))
+        batched = input.dim() == 2
+        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), 1)
+        return _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
 
 
 def _tuple(hx: Any) -> tuple[Tensor, ...] | None:

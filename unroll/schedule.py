@@ -219,6 +219,8 @@ def _features(parts: Sequence[Value]) -> Value:
 
 def flat_rows(recurrence: Recurrence, input: Value, *, batched: bool = True) -> Value:
     """The input of a layer or cell as rows `[T * B, F]`, one step after the other."""
+    if recurrence.is_cell:
+        return input if batched else torch.reshape(input, (1, recurrence.input_size))
     if batched and recurrence.batch_first:
         input = torch.transpose(input, 0, 1)
     return torch.reshape(input, (-1, recurrence.input_size))
