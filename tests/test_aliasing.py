@@ -22,7 +22,7 @@ def into_the_state(y, h):
 
 
 def into_an_item(y, h):
-    h[0] = y[0, :, :5]
+    h[0].copy_(y[0, :, :5])
     return y, h, y[0]
 
 
