@@ -101,7 +101,7 @@ def export_command(
     target: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
     where: Where = None,
     gates: GatesOption = "paired",
-    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators, 18 or newer.")] = None,
+    opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     check: Annotated[bool, typer.Option(help="Compare ONNX Runtime with the original.")] = True,
     as_json: Json = False,
 ) -> None:

@@ -225,7 +225,7 @@ class Site:
         """The weights as the steps want them, laid out once for nodes that share them."""
         weights = self.weights(writer)
         known = all(w is None or isinstance(w, torch.Tensor) for group in weights for w in group)
-        key = (self.recurrence, tuple(map(id, self.node.inputs[1:])), self.node.op_type) if known else self
+        key = (self.recurrence, tuple(map(id, self.parameters))) if known else self
         if key not in prepared:
             prepared[key] = schedule.prepare(self.recurrence, weights, plan, self.dtype, writer)
         if not self.variants:

@@ -19,23 +19,34 @@ from unroll.recurrence import Problem, UnrollError
 NOISE = (
     r"The tensor attributes? .*_flat_weights",
     r".*isinstance\(treespec, LeafSpec\)",
+    r"# The axis name",
     r".*with projections is not supported with oneDNN",
+)
+
+
+# That torchvision is missing; that a version is converted, which is checked afterwards.
+LOGGERS = (
+    "torch.onnx._internal.exporter._registration",
+    "torch.onnx._internal.exporter._compat",
+    "onnxscript.version_converter",
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what torch says of its own workings."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             for message in NOISE:
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def named_dims(dynamic_shapes: Any) -> Any:

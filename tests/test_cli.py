@@ -1,0 +1,219 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from tests import onnx_standard as standard
+from tests.cases import Case
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("typer")
+from unroll.cli import main  # noqa: E402
+
+CASE = Case("LSTM", num_layers=2, bidirectional=True)
+
+
+def make():
+    return CASE.model().eval(), CASE.tensors()
+
+
+def make_dynamic():
+    return (*make(), {"dynamic_shapes": {"input": {0: Dim("T", min=1)}}, "output_names": ["y", "h", "c"]})
+
+
+def make_alone():
+    return CASE.model().eval()
+
+
+def make_packed():
+    case = Case("GRU", form="packed")
+    return case.model().eval(), case.tensors()
+
+
+def make_nothing():
+    return 3
+
+
+CELLS = nn.Sequential(nn.GRUCell(3, 5))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run the command line in an empty directory: its exit code, what it printed, and its errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def source(tmp_path):
+    inputs = standard.draw("GRU", {}, dtype=np.float32)
+    onnx.save(standard.model("GRU", {}, inputs, dynamic=("steps",)), tmp_path / "in.onnx")
+    return tmp_path / "in.onnx"
+
+
+def operators(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for word in ("onnx", "export", "inspect", "Exit codes: 0 done"):
+        assert word in out
+    for command, words in {
+        "onnx": ("--where", "--steps", "--gates", "--json", "Scan"),
+        "export": ("package.module:name", "--no-check", "--opset"),
+        "inspect": ("what stands in the way", "--json"),
+    }.items():
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert all(word in out for word in words), out
+
+
+def test_onnx(run, source):
+    code, out, _ = run("onnx", source, "out.onnx")
+    assert code == 0 and out.startswith("out.onnx: ") and " nodes, 0.0 MB" in out
+    assert "Scan" in operators("out.onnx") and "GRU" not in operators("out.onnx")
+    code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--gates", "split", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["path"] == "out.onnx" and found["size"] == os.path.getsize("out.onnx")
+    assert found["operators"]["Gemm"] == 3 * 4 + 3 - 2  # of the first step, one product with h alone is left
+    assert "Scan" not in operators("out.onnx")
+
+
+def test_errors_name_the_mend(run, source):
+    cases = [
+        (("onnx", "nothing.onnx", "out.onnx"), "nothing.onnx: cannot be read", "give the path of an ONNX file"),
+        (("onnx", source, "no/out.onnx"), "directory that does not exist", "make it first"),
+        (("onnx", source, "out.onnx", "--where", "x"), "names no recurrent node", "the recurrent nodes are: rnn"),
+        (("onnx", source, "out.onnx", "--gates", "all"), "got 'all'", "choose one of 'merged', 'paired', 'split'"),
+        (("export", "nomodule:make", "out.onnx"), "No module named 'nomodule'", "give package.module:name"),
+        (("export", "tests.test_cli:nothing", "out.onnx"), "has no attribute 'nothing'", "give package.module:name"),
+        (("export", "tests", "out.onnx"), "is not the name of a function", "give package.module:name"),
+        (("export", "tests.test_cli:make_nothing", "out.onnx"), "returns int", "let it return an nn.Module"),
+        (("export", "tests.test_cli:make_alone", "out.onnx"), "returns a model alone", "a tuple of example arguments"),
+        (("export", "tests.test_cli:make_packed", "out.onnx"), "cannot be captured", "make torch.export"),
+    ]
+    for arguments, finding, mend in cases:
+        code, out, err = run(*arguments)
+        assert code == 1 and out == ""
+        assert finding in err and mend in err and "Traceback" not in err, err
+        assert not os.path.exists("out.onnx")
+
+
+def test_usage_errors(run):
+    for arguments in (
+        ("onnx",),
+        ("export", "a:b"),
+        ("fly",),
+        ("inspect", "--loud"),
+        ("onnx", "a", "b", "--steps", "0"),
+    ):
+        assert run(*arguments)[0] == 2
+
+
+def test_export(run):
+    code, out, _ = run("export", "tests.test_cli:make", "out.onnx", "--opset", "18")
+    assert code == 0 and "opset 18" in out and "differs by at most" in out
+    assert not operators("out.onnx") & {"LSTM", "Scan"}
+    code, out, _ = run("export", "tests.test_cli:make_dynamic", "out.onnx", "--json")
+    found = json.loads(out)
+    assert code == 0 and set(found["differences"]) == {"y", "h", "c"}
+    assert found["operators"]["Scan"] == 4 and found["seconds"]["check"] > 0
+    code, out, _ = run("export", "tests.test_cli:make", "out.onnx", "--no-check", "--json")
+    assert json.loads(out)["differences"] is None
+
+
+def test_inspect(run, source):
+    code, out, _ = run("inspect", "tests.test_cli:make", "--json")
+    (layer,) = json.loads(out)["layers"]
+    parameters = sum(p.numel() for p in make_alone().parameters())
+    sizes = {"input_size": 6, "hidden_size": 5, "layers": 2, "directions": 2, "steps": 4, "parameters": parameters}
+    assert code == 0 and layer == {
+        "name": "rnn",
+        "kind": "LSTM",
+        **sizes,
+        "nodes": layer["nodes"],
+        "size": layer["size"],
+    }
+    run("export", "tests.test_cli:make", "out.onnx", "--no-check")
+    written = [node for node in onnx.load("out.onnx").graph.node if node.name.startswith("rnn.")]
+    assert layer["nodes"] == len(written)
+    assert abs(layer["size"] - sum(node.ByteSize() for node in written)) < 0.05 * layer["size"]
+
+    code, out, _ = run("inspect", "tests.test_cli:make")
+    assert code == 0
+    header, row = out.splitlines()[:2]
+    assert header.split() == ["layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB"]
+    assert row.split()[:8] == ["rnn", "LSTM", "6", "→", "5", "2", "2", "4"]
+
+    (layer,) = json.loads(run("inspect", source, "--json")[1])["layers"]
+    assert (layer["name"], layer["kind"], layer["steps"], layer["parameters"]) == ("rnn", "GRU", None, 45)
+    (alone,) = json.loads(run("inspect", "tests.test_cli:make_alone", "--json")[1])["layers"]
+    assert alone["nodes"] is None and alone["parameters"] == parameters
+    (cell,) = json.loads(run("inspect", "tests.test_cli:CELLS", "--json")[1])["layers"]
+    assert (cell["name"], cell["kind"], cell["steps"]) == ("0", "GRU cell", 1)
+
+    run("onnx", source, "out.onnx")
+    assert run("inspect", "out.onnx")[:2] == (0, "no recurrent layers\n")
+
+
+def test_inspect_says_what_stands_in_the_way(run, source):
+    model = onnx.load(source)
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("activations", ["Sigmoid", "Swish"]))
+    onnx.save(model, "odd.onnx")
+    code, out, _ = run("inspect", "odd.onnx", "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert code == 1 and problem["place"] == "rnn" and "'Swish' is unknown" in problem["finding"]
+    code, out, _ = run("inspect", "odd.onnx")
+    assert code == 1 and "in the way: rnn: the activation 'Swish' is unknown" in out.replace("\n", " ")
+    source.write_bytes(source.read_bytes()[:100])
+    assert run("inspect", source)[0] == 1
+
+
+def test_missing_extra_is_named(monkeypatch):
+    code = "import sys; sys.modules['rich'] = None\nimport unroll.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'torch-unroll[cli]'" in done.stderr
+    code = "import sys; sys.modules['onnx'] = None; import unroll; unroll.unroll('model.onnx')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'torch-unroll[onnx]'" in done.stderr
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import sys, unroll\n"
+        "names = {'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'rich', 'typer', 'matplotlib'}\n"
+        "sys.exit(str(names & set(sys.modules)) if names & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script_is_installed_under_its_name():
+    from importlib.metadata import entry_points
+
+    (script,) = [e for e in entry_points(group="console_scripts") if e.name == "unroll"] or [None]
+    if script is None:
+        pytest.skip("installed before there was a script")
+    assert script.value == "unroll.cli:main"
+    assert torch is not None

@@ -1,0 +1,363 @@
+"""From PyTorch to ONNX files: every kind of layer and model, dynamic sizes, options, and checks that can fail."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import unroll
+from tests.cases import CHOSEN, FEATURES, HIDDEN, Case, replace
+from tests.checks import assert_equal, assert_same
+from unroll import Plan, UnrollError, cells, export_onnx
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+RECURRENT = {"LSTM", "GRU", "RNN"}
+
+
+def run(path, *tensors):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {value.name: t.numpy() for value, t in zip(session.get_inputs(), tensors, strict=True)}
+    return tuple(torch.from_numpy(array) for array in session.run(None, feed))
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_case(case, tmp_path):
+    model, args = case.model(torch.float64).eval(), case.tensors(torch.float64)
+    with torch.no_grad():
+        expected = model(*args)
+    export = export_onnx(model, args, tmp_path / "model.onnx")
+    assert_same(run(export.path, *args), expected)
+    assert not set(export.operators) & (RECURRENT | {"Scan", "Loop"})
+    assert len(export.differences) == len(expected)
+    assert_same(model(*args), expected)
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+def shapes_of(input, *rest):
+    """Dynamic shapes of a holder's arguments."""
+    return {"input": input} | ({"rest": rest} if rest else {})
+
+
+DYNAMIC = [
+    Case("LSTM", num_layers=2, bidirectional=True, proj_size=2, state=True),
+    Case("GRU", num_layers=2, bidirectional=True, batch_first=True),
+    Case("RNN", nonlinearity="relu", bias=False),
+    Case("LSTM", form="unbatched", bidirectional=True),
+]
+
+
+@pytest.mark.parametrize("case", DYNAMIC, ids=str)
+def test_any_length_and_batch(case, tmp_path):
+    model, args = case.model(torch.float64).eval(), case.tensors(torch.float64)
+    dims = {"T": Dim("T", min=1), "B": Dim("B", min=1)}
+    time = 1 if case.batch_first else 0
+    batched = case.form == "batched"
+    input = {time: dims["T"]} | ({1 - time: dims["B"]} if batched else {})
+    shapes = shapes_of(input, *[{1: dims["B"]}] * (len(args) - 1))
+    export = export_onnx(model, args, tmp_path / "model.onnx", dynamic_shapes=shapes)
+    assert export.operators["Scan"] == case.num_layers * (1 + case.bidirectional)
+    assert len({row.shape for row in export.report.rows}) > len(export.differences)  # checked at several sizes
+    for steps, batch in ((1, 1), (2, 5), (13, 2), (4, 1)):
+        other = replace(case, steps=steps, batch=batch).tensors(torch.float64)
+        with torch.no_grad():
+            assert_same(run(export.path, *other), model(*other))
+
+
+def test_only_the_batch_is_dynamic(tmp_path):
+    case = Case("GRU", bidirectional=True)
+    model, args = case.model().eval(), case.tensors()
+    export = export_onnx(model, args, tmp_path / "m.onnx", dynamic_shapes={"input": {1: "batch"}})
+    assert "Scan" not in export.operators
+    input = onnx.load(export.path).graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in input] == [4, "batch", FEATURES]
+    other = replace(case, batch=9).tensors()
+    with torch.no_grad():
+        assert_same(run(export.path, *other), model(*other), rtol=1e-5)
+
+
+class Speech(nn.Module):
+    """Convolution, layers of several kinds one of which is called twice, a cell in a loop, and control flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, FEATURES)
+        self.front = nn.Conv1d(FEATURES, FEATURES, 3, padding=1)
+        self.encoder = nn.ModuleDict({"rnn": nn.LSTM(FEATURES, HIDDEN, 2, batch_first=True, dropout=0.5)})
+        self.twice = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+        self.cell = nn.RNNCell(HIDDEN, 4)
+
+    def forward(self, ids, *, gain):
+        x = self.front(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        y, (h, _) = self.encoder["rnn"](x)
+        if y.shape[-1] != HIDDEN:  # what symbolic tracing cannot follow
+            raise ValueError
+        y, last = self.twice(y)
+        y, last = self.twice(y * gain, last)
+        state = torch.zeros(ids.shape[0], 4)
+        for step in range(3):
+            state = self.cell(y[:, step], state)
+        return {"y": y, "states": [h, last.squeeze(0)], "state": state}
+
+
+@pytest.fixture
+def speech():
+    torch.manual_seed(0)
+    return Speech().eval(), (torch.randint(11, (2, 6)),), {"gain": torch.tensor(0.7)}
+
+
+def test_model_that_cannot_be_traced(speech, tmp_path):
+    model, args, kwargs = speech
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = ["y", "h", "last", "state"]
+    export = export_onnx(
+        model,
+        args,
+        tmp_path / "model.onnx",
+        kwargs=kwargs,
+        input_names=["ids", "gain"],
+        output_names=names,
+        dynamic_shapes={"ids": {0: "batch"}, "gain": None},
+    )
+    assert list(export.differences) == names and max(export.differences.values()) < 1e-6
+    graph = onnx.load(export.path).graph
+    assert [value.name for value in graph.input] == ["ids", "gain"]
+    assert [value.name for value in graph.output] == names
+    matches = [re.match(r"(.*\.l\d)\.t\d", name) for node in graph.node for name in node.output]
+    prefixes = {match[1] for match in matches if match}
+    cells = {"cell.l0", "cell_2.l0", "cell_3.l0"}
+    assert prefixes == {"encoder.rnn.l0", "encoder.rnn.l1", "twice.l0", "twice_2.l0", *cells}
+    # Three of an LSTM's four are as large, and of a GRU that is called twice each is stored once.
+    counts = Counter(tuple(i.dims) for i in graph.initializer if len(i.dims) == 2)
+    assert counts[(HIDDEN, 2 * HIDDEN)] == 2 and counts[(HIDDEN, 3 * HIDDEN)] == 3 and counts[(HIDDEN, 4)] == 1
+    assert_equal(dict(model.state_dict()), before)
+    assert isinstance(model.twice, nn.GRU)
+
+
+@pytest.mark.parametrize("kind", ["GraphModule", "ExportedProgram", "unrolled"])
+def test_other_kinds_of_model(kind, speech, tmp_path):
+    model, args, kwargs = speech
+    given = {"kwargs": kwargs}
+    if kind == "ExportedProgram":
+        source, args, given = torch.export.export(model, args, kwargs, strict=False), None, {}
+    elif kind == "unrolled":
+        source = unroll.unroll(model)
+    else:
+        case = Case("LSTM", proj_size=2, bidirectional=True)
+        model, args, given = nn.Sequential(case.layer()).eval(), case.tensors(), {}
+        source = unroll.trace(model)
+    export = export_onnx(source, args, tmp_path / "model.onnx", **given)
+    assert not set(export.operators) & RECURRENT
+    assert export.report.ok
+    names = {name for node in onnx.load(export.path).graph.node for name in node.output}
+    layer = "0" if kind == "GraphModule" else "encoder.rnn"
+    assert f"{layer}.l0.t3.forget" in names
+
+
+def test_report(tmp_path):
+    case = Case("GRU", num_layers=2)
+    export = export_onnx(case.model().eval(), case.tensors(), tmp_path / "model.onnx", output_names=["y", "h"])
+    assert export.size == export.path.stat().st_size
+    assert export.opset == 20 and export.refused == 0
+    assert set(export.seconds) == {"capture", "translate", "unroll", "save", "check"}
+    text = str(export)
+    assert text.startswith(f"{export.path}: {sum(export.operators.values())} nodes, 0.0 MB, opset 20, in ")
+    assert "  y: differs by at most" in text and "  h: differs by at most" in text
+    unchecked = export_onnx(case.model().eval(), case.tensors(), tmp_path / "model.onnx", check=False)
+    assert unchecked.report is None and str(unchecked).endswith("not checked")
+
+
+def test_inputs_that_the_model_refuses_are_reported(tmp_path):
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(FEATURES, HIDDEN)
+
+        def forward(self, x):
+            if not torch.compiler.is_exporting() and x.shape[0] == 5:
+                raise ValueError
+            return self.rnn(x)[0]
+
+    x = torch.randn(2, 3, FEATURES)
+    export = export_onnx(Picky().eval(), x, tmp_path / "m.onnx", dynamic_shapes=({0: Dim("T", min=1)},))
+    assert export.refused == 1 and "1 random inputs left out" in str(export)
+
+
+@pytest.mark.parametrize("opset", [15, 17, 18, 21, 23])
+def test_opset(opset, tmp_path):
+    case = Case("LSTM")
+    for dynamic in (None, {"input": {0: "time", 1: "batch"}}):
+        export = export_onnx(
+            case.model().eval(),
+            case.tensors(),
+            tmp_path / "m.onnx",
+            opset_version=opset,
+            dynamic_shapes=dynamic,
+        )
+        assert export.opset == opset
+
+
+@pytest.mark.parametrize("gates", ["merged", "paired", "split"])
+def test_plan(gates, tmp_path):
+    case = Case("LSTM", steps=5)
+    export = export_onnx(case.model().eval(), case.tensors(), tmp_path / "m.onnx", plan=Plan(gates=gates))
+    products = {"merged": 1, "paired": 2, "split": 4}[gates]
+    assert export.operators["Gemm"] == products * 5  # one with all inputs, four steps with a state
+
+
+def test_where_and_rules(speech, tmp_path):
+    model, args, kwargs = speech
+    export = export_onnx(model, args, tmp_path / "m.onnx", kwargs=kwargs, where="encoder.*")
+    names = {name for node in onnx.load(export.path).graph.node for name in node.output}
+    assert "encoder.rnn.l0.t0.forget" in names
+    assert not any(name.startswith(("twice", "cell")) for name in names)
+
+    class Odd(nn.GRU):
+        def forward(self, input):
+            return torch.ops.aten.mul(super().forward(input)[0], 2)
+
+    class Twice(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = nn.GRU(FEATURES, HIDDEN)
+            self.layer.load_state_dict(layer.state_dict())
+
+        def forward(self, input):
+            return self.layer(input)[0] * 2
+
+    odd, x = Odd(FEATURES, HIDDEN).eval(), torch.randn(4, 3, FEATURES)
+    export = export_onnx(nn.Sequential(odd).eval(), x, tmp_path / "m.onnx", rules={Odd: lambda layer: Twice(layer).eval()})
+    assert export.report.ok
+
+
+def test_dropout_is_gone_in_evaluation_and_refused_in_training(tmp_path):
+    case = Case("LSTM", num_layers=2, dropout=0.5)
+    model, args = case.model(), case.tensors()
+    assert export_onnx(model.eval(), args, tmp_path / "m.onnx").report.ok
+    with pytest.raises(UnrollError, match=r"Holder: is in training mode.*call model\.eval\(\) first"):
+        export_onnx(model.train(), args, tmp_path / "m.onnx")
+    model.eval().rnn.train()
+    with pytest.raises(UnrollError, match="drops out between layers in training mode; call eval"):
+        export_onnx(model, args, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("packed", ["module", "unrolled"])
+def test_packed_is_refused(packed, tmp_path):
+    case = Case("GRU", form="packed")
+    model = case.model().eval()
+    model = unroll.unroll(model) if packed == "unrolled" else model
+    with pytest.raises(UnrollError, match=r"cannot be captured|runs on a PackedSequence"):
+        export_onnx(model, case.tensors(), tmp_path / "m.onnx")
+
+
+def test_refusals(tmp_path):
+    case = Case("RNN")
+    model, args, path = case.model().eval(), case.tensors(), tmp_path / "m.onnx"
+    refused = [
+        ({"opset_version": 9}, r"opset_version=9: torch's exporter wrote \d+; ask for 18 or newer"),
+        ({"input_names": ["x", "y"]}, r"input_names=\['x', 'y'\]: does not fit \['x'\]"),
+        ({"output_names": ["y", "y2", "y3"]}, r"output_names=.*does not fit"),
+        ({"where": "nothing"}, "names no recurrent layer"),
+        ({"kwargs": {"other": 1}}, "cannot be captured by torch.export"),
+    ]
+    for options, message in refused:
+        with pytest.raises(UnrollError, match=message):
+            export_onnx(model, args, path, **options)
+    with pytest.raises(UnrollError, match=r"got OrderedDict; give an nn\.Module"):
+        export_onnx(model.state_dict(), args, path)
+    with pytest.raises(UnrollError, match="directory that does not exist"):
+        export_onnx(model, args, tmp_path / "nowhere" / "m.onnx")
+    program = torch.export.export(model, args, strict=False)
+    with pytest.raises(UnrollError, match=r"export_onnx\(args=\.\.\.\): was given for an ExportedProgram"):
+        export_onnx(program, args, path)
+    with pytest.raises(UnrollError, match="is called under autocast"), torch.autocast("cpu", torch.bfloat16):
+        export_onnx(model, args, path)
+    assert os.listdir(tmp_path) == []
+
+
+def mistaken_lstm(x, state, weights, label):
+    """Its input and forget gates swapped."""
+    h, c = state
+    if c is None:
+        return cells._lstm(x, state, weights, label)
+    pre = [torch.addmm(xi, h, w.weight) for xi, w in zip(x, weights.hidden)]
+    i, f, o = torch.chunk(torch.sigmoid(pre[0]), 3, 1)
+    c = torch.add(torch.mul(i, c), torch.mul(f, torch.tanh(pre[1])))
+    return torch.mul(o, torch.tanh(c)), c
+
+
+def test_failed_check_leaves_nothing_behind(tmp_path, monkeypatch):
+    case = Case("LSTM")
+    model, args, path = case.model().eval(), case.tensors(), tmp_path / "m.onnx"
+    path.write_bytes(b"older")
+    good = cells.CELLS["LSTM"]
+    monkeypatch.setitem(cells.CELLS, "LSTM", cells.Cell(good.gates, good.sigmoid, good.states, True, mistaken_lstm))
+    with pytest.raises(UnrollError, match=r"differs by .* more than"):
+        export_onnx(model, args, path)
+    assert os.listdir(tmp_path) == ["m.onnx"] and path.read_bytes() == b"older"
+
+
+def test_operators_outside_the_standard_are_refused(tmp_path):
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return torch.onnx.ops.symbolic("mine::Op", (x,), {}, dtype=x.dtype, shape=x.shape, version=1)
+
+    with pytest.raises(UnrollError, match="mine::Op is not in version 1 of the standard"):
+        export_onnx(Foreign().eval(), torch.randn(2), tmp_path / "m.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
+    from unroll.onnx import files
+
+    monkeypatch.setattr(files.delivered.__wrapped__, "__kwdefaults__", {"largest": 100})
+    case = Case("GRU")
+    model, args = case.model().eval(), case.tensors()
+    export = export_onnx(model, args, tmp_path / "m.onnx")
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
+    assert export.size == sum((tmp_path / name).stat().st_size for name in os.listdir(tmp_path))
+    with torch.no_grad():
+        assert_same(run(export.path, *args), model(*args), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype, tmp_path):
+    case = Case("LSTM", state=True)
+    model, args = case.model(dtype).eval(), case.tensors(dtype)
+    if dtype is torch.float16:
+        assert export_onnx(model, args, tmp_path / "m.onnx").report.ok
+        return
+    with pytest.raises(UnrollError, match=r"refused by ONNX Runtime.*pass check=False for another runtime"):
+        export_onnx(model, args, tmp_path / "m.onnx")
+    export = export_onnx(model, args, tmp_path / "m.onnx", check=False)
+    from onnx.reference import ReferenceEvaluator
+
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    names = [value.name for value in onnx.load(export.path).graph.input]
+    feed = {name: t.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) for name, t in zip(names, args, strict=True)}
+    results = ReferenceEvaluator(str(export.path)).run(None, feed)
+    with torch.no_grad():
+        for result, expected in zip(results, model(*args), strict=True):
+            np.testing.assert_allclose(result.astype(np.float32), expected.float().numpy(), atol=0.02)
+
+
+def test_time_grows_with_the_steps_alone(tmp_path):
+    """What torch's exporter is given does not grow."""
+    sizes = []
+    for steps in (4, 64):
+        case = Case("LSTM", num_layers=2, bidirectional=True, steps=steps)
+        seen = []
+        export = export_onnx(case.model().eval(), case.tensors(), tmp_path / "m.onnx", progress=seen.append)
+        assert seen == ["capture", "translate", "unroll", "save", "check"]
+        sizes.append(sum(export.operators.values()))
+    per_step = (sizes[1] - sizes[0]) / 60
+    assert per_step == 4 * 10  # Gemm, Sigmoid, Split, Gemm, Tanh, Mul, Mul, Add, Tanh, Mul in each of four passes
