@@ -183,7 +183,6 @@ def write_and_agree(work):
     assert_same(unroll(trace(module), input)(input), module(input))
 
 
-@pytest.mark.xfail(strict=True, reason="the last step that is read shares its node with the final state")
 def test_a_step_may_be_written_to():
     write_and_agree(write_to_last_step)
 
