@@ -33,7 +33,7 @@ def unroll(
 
     Args:
         model: an `nn.Module` (also a single layer), a `torch.fx.GraphModule`, a
-            `torch.export.ExportedProgram`, or an ONNX model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the
+            `torch.export.ExportedProgram`, a `torch.jit.ScriptModule`, or an ONNX model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the
             path of a file, which is read as an `onnx_ir.Model`.
         args: for a graph, example inputs, from which the number of time steps is read where the graph's
             metadata does not tell it.
@@ -43,7 +43,7 @@ def unroll(
             a module that does the same and can.
         plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given.
         steps: for a graph, the number of time steps, for all layers or by layer name. An ONNX model that leaves
-            it open needs none: its steps then run in a loop.
+            it open, and a ScriptModule, need none: their steps then run in a loop.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
