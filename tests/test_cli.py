@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 from torch.export import Dim
 
@@ -82,7 +81,7 @@ def test_help(run):
     for command, words in {
         "onnx": ("--where", "--steps", "--gates", "--json", "Scan"),
         "export": ("package.module:name", "--no-check", "--opset"),
-        "inspect": ("what stands in the way", "--json"),
+        "inspect": ("what unrolling makes of each", "--json"),
     }.items():
         code, out, _ = run(command, "--help")
         assert code == 0
@@ -96,7 +95,7 @@ def test_onnx(run, source):
     code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--gates", "split", "--json")
     found = json.loads(out)
     assert code == 0 and found["path"] == "out.onnx" and found["size"] == os.path.getsize("out.onnx")
-    assert found["operators"]["Gemm"] == 3 * 4 + 3 - 2  # of the first step, one product with h alone is left
+    assert found["operators"]["Gemm"] == 3 * 3  # the first step has no state, and there is no bias
     assert "Scan" not in operators("out.onnx")
 
 
@@ -199,16 +198,6 @@ def test_missing_extra_is_named(monkeypatch):
     assert "pip install 'torch-unroll[onnx]'" in done.stderr
 
 
-def test_import_needs_torch_alone():
-    code = (
-        "import sys, unroll\n"
-        "names = {'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'rich', 'typer', 'matplotlib'}\n"
-        "sys.exit(str(names & set(sys.modules)) if names & set(sys.modules) else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_script_is_installed_under_its_name():
     from importlib.metadata import entry_points
 
@@ -216,4 +205,3 @@ def test_the_script_is_installed_under_its_name():
     if script is None:
         pytest.skip("installed before there was a script")
     assert script.value == "unroll.cli:main"
-    assert torch is not None

@@ -16,7 +16,8 @@ from onnx.reference.ops import op_scan
 
 from tests import onnx_standard as standard
 from unroll import Plan, UnrollError, cells, unroll
-from unroll.onnx import files, sites
+from unroll.onnx import files
+from unroll.onnx import standard as reader
 from unroll.onnx.models import unroll_model
 
 ir = pytest.importorskip("onnx_ir")
@@ -541,16 +542,16 @@ def test_broken_files(tmp_path):
 
 MUTANTS = {
     "input and forget gates swapped": lambda patch: patch.setitem(
-        sites.GATES, "LSTM", ("forget", "output", "input", "cell")
+        reader.GATES, "LSTM", ("forget", "output", "input", "cell")
     ),
-    "update and reset gates swapped": lambda patch: patch.setitem(sites.GATES, "GRU", ("reset", "update", "new")),
+    "update and reset gates swapped": lambda patch: patch.setitem(reader.GATES, "GRU", ("reset", "update", "new")),
     "reset after the product": lambda patch: patch.setitem(cells.ONNX_CELLS, "GRU_RESETTING_FIRST", cells.CELLS["GRU"]),
     "peepholes of the last c for the output gate": lambda patch: patch.setattr(
         cells, "_peek", lambda gate, c, weight: gate
     ),
-    "padding that steps on": lambda patch: patch.setattr(sites.StandardSite, "lengths", None),
+    "padding that steps on": lambda patch: patch.setattr(reader.StandardSite, "lengths", None),
     "no clip": lambda patch: patch.setattr(cells.torch, "clamp", lambda x, low, high: x),
-    "forward for reverse": lambda patch: patch.setattr(sites.Recurrence, "directions", ("", "")),
+    "forward for reverse": lambda patch: patch.setattr(reader.Recurrence, "directions", ("", "")),
 }
 
 

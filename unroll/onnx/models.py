@@ -13,7 +13,8 @@ from onnx_ir.passes import common
 
 from unroll.cells import Prepared
 from unroll.onnx.files import load
-from unroll.onnx.sites import DOMAIN, LAYER, STANDARD, Site, StandardSite, Steps, TorchSite
+from unroll.onnx.sites import DOMAIN, LAYER, Site, Steps, TorchSite
+from unroll.onnx.standard import STANDARD, StandardSite
 from unroll.onnx.values import Constants, OnnxWriter
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError

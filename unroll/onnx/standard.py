@@ -1,0 +1,180 @@
+"""The recurrent operators of the ONNX standard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from unroll import schedule
+from unroll.cells import Value, Variant, Weights
+from unroll.onnx import loops
+from unroll.onnx.activations import read_activations
+from unroll.onnx.sites import Site, Steps
+from unroll.onnx.values import OnnxWriter
+from unroll.recurrence import Problem, Recurrence, UnrollError
+
+STANDARD = ("LSTM", "GRU", "RNN")
+"""The recurrent operators of the ONNX standard."""
+
+GATES = {
+    "LSTM": ("input", "output", "forget", "cell"),
+    "GRU": ("update", "reset", "new"),
+    "RNN": ("hidden",),
+}
+"""In the order in which the standard stacks them."""
+
+ACTIVATED = {
+    "LSTM": ["Sigmoid", "Tanh", "Tanh"],
+    "GRU": ["Sigmoid", "Tanh"],
+    "GRU_RESETTING_FIRST": ["Sigmoid", "Tanh"],
+    "RNN_TANH": ["Tanh"],
+    "RNN_RELU": ["Relu"],
+}
+"""The standard's activations for what a node runs, if it names no others."""
+
+
+class StandardSite(Site):
+    """An `LSTM`, `GRU` or `RNN` node of the ONNX standard."""
+
+    def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
+        self.node, self.name = node, name
+        self.recurrence = self._recurrence()
+        self.variants = self._variants()
+        super().__init__(node, name, steps)
+
+    def _recurrence(self) -> Recurrence:
+        kind, direction = self.node.op_type, self.attribute("direction", "forward")
+        problems = []
+        if direction not in ("forward", "reverse", "bidirectional"):
+            mend = "it is forward, reverse or bidirectional"
+            problems.append(Problem(self.name, f"direction is {direction!r}", mend))
+        if self.attribute("layout", 0) not in (0, 1):
+            problems.append(Problem(self.name, f"layout is {self.attribute('layout')}", "it is 0 or 1"))
+        w, r, x = (self.shape(self.input(k)) for k in (1, 2, 0))
+        hidden = self.attribute("hidden_size") or (r[2] if r and len(r) == 3 else None)
+        features = w[2] if w and len(w) == 3 and w[2] else x[2] if x and len(x) == 3 else None
+        if hidden is None or features is None:
+            mend = "give W and R shapes, or make them initializers"
+            problems.append(Problem(self.name, "the sizes of its weights are unknown", mend))
+        count, both = len(GATES[kind]), direction == "bidirectional"
+        for what, shape, wanted in (
+            ("W", w, (1 + both, count * (hidden or 0), features)),
+            ("R", r, (1 + both, count * (hidden or 0), hidden)),
+            ("B", self.shape(self.input(3)), (1 + both, 2 * count * (hidden or 0))),
+        ):
+            sizes = zip(shape or (), wanted, strict=False)
+            if (
+                hidden
+                and shape is not None
+                and (len(shape) != len(wanted) or any(n not in (None, m) for n, m in sizes))
+            ):
+                problems.append(
+                    Problem(f"{self.name}: {what}", f"has shape {list(shape)}", f"it must be {list(wanted)}")
+                )
+        if problems:
+            raise UnrollError(*problems)
+        assert hidden is not None and features is not None
+        mode = kind
+        if kind == "GRU" and not self.attribute("linear_before_reset", 0):
+            mode = "GRU_RESETTING_FIRST"
+        if kind == "RNN":
+            names = {name.lower() for name in self.attribute("activations") or ()}
+            mode = "RNN_RELU" if names == {"relu"} else "RNN_TANH"
+        return Recurrence(
+            mode,
+            features,
+            hidden,
+            bias=self.input(3) is not None,
+            batch_first=bool(self.attribute("layout", 0)),
+            bidirectional=both,
+            reverse=direction == "reverse",
+        )
+
+    def _variants(self) -> list[Variant | None]:
+        """For each direction, how its steps differ from torch's."""
+        directions = len(self.recurrence.directions)
+        names = list(self.attribute("activations") or ())
+        standard = ACTIVATED[self.recurrence.mode]
+        size = len(standard)
+        if self.node.op_type == "RNN" and directions == 1 and names == ["Tanh", "Tanh"]:
+            names = ["Tanh"]  # the standard's default, whatever the direction
+        if names and len(names) != size * directions:
+            mend = f"give {size} for each direction"
+            raise UnrollError(Problem(self.name, f"has {len(names)} activations for {directions} direction(s)", mend))
+        clip = self.attribute("clip")
+        coupled = self.node.op_type == "LSTM" and bool(self.attribute("input_forget", 0))
+        alphas, betas = (list(self.attribute(f"activation_{kind}") or ()) for kind in ("alpha", "beta"))
+        # Read even if they are the standard's, to find parameters that nothing takes.
+        functions = read_activations(self.name, names or standard * directions, alphas, betas)
+        if [name.lower() for name in names] in ([], [name.lower() for name in standard * directions]):
+            functions = []
+        if not functions and clip is None and not coupled:
+            return [None] * directions
+        groups = [tuple(functions[k * size : (k + 1) * size]) for k in range(directions)]
+        return [Variant(group, clip, coupled) for group in groups]
+
+    @property
+    def states(self) -> list[ir.Value | None]:
+        return [self.input(5), self.input(6)][: len(self.recurrence.state_sizes)]
+
+    @property
+    def lengths(self) -> ir.Value | None:
+        return self.input(4)
+
+    @property
+    def parameters(self) -> list[ir.Value | None]:
+        return [self.input(k) for k in (1, 2, 3, 7)]
+
+    def _state(self, writer: OnnxWriter) -> tuple[Value | None, ...]:
+        # [B, D, H] where the layout puts the batch first
+        state = super()._state(writer)
+        swap = self.recurrence.batch_first
+        return tuple(torch.transpose(s, 0, 1) if swap and s is not None else s for s in state)
+
+    def weights(self, writer: OnnxWriter) -> list[Weights]:
+        writer.enter("weights")
+        count = len(GATES[self.node.op_type])
+        order = [GATES[self.node.op_type].index(gate) for gate in self.recurrence.cell.gates]
+        directions, size = len(self.recurrence.directions), self.recurrence.hidden_size
+
+        def each(tensor: Any, shape: tuple[int, ...]) -> list[Any]:
+            """One for each direction."""
+            if tensor is None:
+                return [None] * directions
+            parts = torch.chunk(tensor, directions) if directions > 1 else (tensor,)
+            return [torch.reshape(part, shape) for part in parts]
+
+        def ordered(rows: Any, places: Sequence[int]) -> Any:
+            """With the gates in torch's order."""
+            parts = torch.chunk(rows, len(places)) if len(places) > 1 else (rows,)
+            return torch.cat([parts[k] for k in places])
+
+        w = each(self.operand(writer, 1, 3), (count * size, self.recurrence.input_size))
+        r = each(self.operand(writer, 2, 3), (count * size, size))
+        biases = each(self.operand(writer, 3, 2), (2 * count * size,))
+        peepholes = each(self.operand(writer, 7, 2) if self.node.op_type == "LSTM" else None, (3 * size,))
+        found = []
+        for w_ih, w_hh, b, peephole in zip(w, r, biases, peepholes, strict=True):
+            b_ih, b_hh = (None, None) if b is None else (ordered(part, order) for part in torch.chunk(b, 2))
+            # stacked as input, output, forget
+            peephole = None if peephole is None else ordered(peephole, [0, 2, 1])
+            found.append(Weights(ordered(w_ih, order), ordered(w_hh, order), b_ih, b_hh, peephole=peephole))
+        return found
+
+    def results(self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Value, Value]) -> list[Value]:
+        recurrence = self.recurrence
+        size, swap = recurrence.hidden_size, recurrence.batch_first
+        outputs, directions = result.outputs, len(result.outputs)
+        if self.steps is not None and len(outputs[0]) == self.steps:
+            rows = torch.cat(list(chain.from_iterable(zip(*outputs, strict=True))))
+            y = torch.reshape(rows, (self.steps, directions, -1, size))
+        else:
+            y = torch.cat([loops.reshaped(writer, rows, lead[0], 1, lead[1], size) for (rows,) in outputs], 1)
+        if swap:
+            y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})
+        states = schedule.joined_states(recurrence, result.finals)
+        return [y, *(torch.transpose(s, 0, 1) if swap else s for s in states)]
