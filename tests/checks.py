@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+
+from unroll import UnrollError
 
 
 def assert_same(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
@@ -46,6 +49,13 @@ def gradients(function: Callable[..., Any], args: tuple[Any, ...], seed: int = 0
     )
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), found, strict=True)}
+
+
+def problems(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """What the UnrollError of a call says, problem by problem."""
+    with pytest.raises(UnrollError) as caught:
+        function(*args, **kwargs)
+    return [str(problem) for problem in caught.value.problems]
 
 
 def repacked(packed: PackedSequence, data: Tensor) -> PackedSequence:

@@ -1,0 +1,254 @@
+"""Subclasses of recurrent layers, which of them can be honoured, and rules for the others."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tests.checks import assert_equal, assert_same, problems
+from unroll import Unrolled, UnrollError, unroll
+
+F64 = torch.float64
+
+
+def x():
+    return torch.randn(4, 3, 6, dtype=F64)
+
+
+def gru():
+    return nn.GRU(6, 5, dtype=F64)
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class WithLengths(nn.GRU):
+    """Prepares its arguments and calls `super().forward`."""
+
+    scale = 2
+
+    def __init__(self, *args, name="", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label = name
+
+    def forward(self, x, lengths=None, *, twice=False):
+        x = x * self.scale
+        if lengths is not None:
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        y, h = super().forward(x)
+        if lengths is not None:
+            y, _ = nn.utils.rnn.pad_packed_sequence(y)
+        return y * self.factor(twice), h
+
+    def factor(self, twice):
+        return 2 if twice else 1
+
+
+class Deeper(WithLengths):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)[0]
+
+    def factor(self, twice):
+        return super().factor(twice) + 1
+
+
+class Residual:
+    """A mixin."""
+
+    def forward(self, x, hx=None):
+        y, h = super().forward(x, hx)
+        return x + y, h
+
+
+class ResidualLSTM(Residual, nn.LSTM):
+    pass
+
+
+class Sized(nn.LSTM):
+    """Changes nothing about the computation."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(size, size, num_layers=2, **kwargs)
+
+    @property
+    def size(self):
+        return self.hidden_size
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias_ih_l0[: self.hidden_size] += 1
+
+
+class SkippingCell(nn.LSTMCell):
+    def forward(self, x, state):
+        h, c = super().forward(x, state)
+        return h + state[0], c
+
+
+@pytest.mark.parametrize("cls", [WithLengths, Deeper])
+@pytest.mark.parametrize("kwargs", [{}, {"lengths": torch.tensor([2, 4, 3])}, {"twice": True}])
+def test_subclass_that_calls_super(cls, kwargs):
+    layer, input = cls(6, 5, name="mine", dtype=F64), x()
+    ours = unroll(layer)
+    assert_same(ours(input, **kwargs), layer(input, **kwargs))
+    assert (type(ours).__name__, ours.label) == (cls.__name__, "mine")
+    assert not isinstance(ours, nn.RNNBase) and isinstance(ours, Unrolled)
+
+
+def test_mixins_and_plain_subclasses():
+    for layer in (ResidualLSTM(6, 6, dtype=F64), Sized(6, dtype=F64)):
+        ours, input = unroll(layer), x()
+        assert_same(ours(input), layer(input))
+    assert ours.size == 6
+    with torch.no_grad():
+        ours.reset_parameters()
+    assert ours.bias_ih_l0[:6].min() > 0.5
+    cell, input = SkippingCell(6, 5, dtype=F64), x()[0]
+    state = torch.randn(2, 3, 5, dtype=F64).unbind()
+    assert_same(unroll(cell)(input, state), cell(input, state))
+
+
+def test_subclasses_copy_and_pickle():
+    ours, input = unroll(nn.Sequential(Deeper(6, 5, dtype=F64))), x()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(other[0]) is type(ours[0])
+        assert_equal(other(input), ours(input))
+
+
+def test_subclass_with_parametrized_weights():
+    layer = parametrizations.weight_norm(ResidualLSTM(6, 6, dtype=F64), "weight_hh_l0")
+    input = x()
+    assert_same(unroll(layer)(input), layer(input))
+
+
+class Own(nn.LSTM):
+    def forward(self, x):
+        return x
+
+
+class Past(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x) if x.dim() == 3 else nn.LSTM.forward(self, x)
+
+
+class OldSuper(nn.LSTM):
+    def forward(self, x):
+        return super(OldSuper, self).forward(x)  # noqa: UP008
+
+
+class OtherState(nn.GRU):
+    def permute_hidden(self, hx, permutation):
+        return hx
+
+
+class Kernel:
+    def forward(self, x, hx=None):
+        return torch._VF.gru_cell(x, hx, self.weight_ih, self.weight_hh)
+
+
+class MixedKernel(Kernel, nn.GRUCell):
+    pass
+
+
+class Registered(nn.GRU):
+    def __init_subclass__(cls):
+        raise AssertionError("a class was made behind the user's back")
+
+
+class InProperty(nn.GRU):
+    @property
+    def described(self):
+        return super().extra_repr()
+
+
+class OwnCell(nn.RNNCellBase):
+    def __init__(self):
+        super().__init__(6, 5, bias=False, num_chunks=1)
+
+    def forward(self, x, h):
+        return torch.tanh(x @ self.weight_ih.T + h @ self.weight_hh.T)
+
+
+OBJECTIONS = {
+    "own": (Own(6, 5), "Own overrides forward without calling super().forward"),
+    "past": (Past(6, 5), "Past reaches past super() in forward, by LSTM"),
+    "old": (OldSuper(6, 5), "OldSuper names its own class in forward, where super() without arguments would do"),
+    "state": (OtherState(6, 5), "OtherState overrides permute_hidden"),
+    "kernel": (MixedKernel(6, 5), "MixedKernel overrides forward without calling super().forward"),
+    "registered": (Registered(6, 5), "Registered overrides __init_subclass__"),
+    "property": (InProperty(6, 5), "InProperty calls super() in described, a property"),
+    "cell": (OwnCell(), "OwnCell overrides forward without calling super().forward"),
+    "base": (nn.RNNBase("GRU", 6, 5), "RNNBase is no subclass of torch.nn.LSTM, GRU, RNN or their cells"),
+}
+
+
+def test_every_subclass_that_cannot_be_honoured_is_named_at_once():
+    model = nn.ModuleDict({name: layer for name, (layer, _) in OBJECTIONS.items()} | {"fine": gru()})
+    found = problems(unroll, model)
+    for line, (name, (layer, objection)) in zip(found, OBJECTIONS.items(), strict=True):
+        kind = type(layer).__name__
+        assert line == (
+            f"{name}: {type(layer).__module__}.{objection}; give a rule, "
+            f"unroll(model, rules={{{kind}: function from the layer to a module}}), or leave it out by where="
+        )
+    with pytest.raises(UnrollError, match=f"^{len(OBJECTIONS)} problems\nown: "):
+        unroll(model)
+
+
+def test_refused_layers_may_be_left_out():
+    ours = unroll(nn.ModuleDict({"own": Own(6, 5), "fine": gru()}), where="fine")
+    assert type(ours["own"]) is Own and isinstance(ours["fine"], Unrolled)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+class Doubling(nn.Module):
+    """What stands in for an `Own`: another recurrent layer with something around it."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.rnn = nn.GRU(own.input_size, own.hidden_size, dtype=F64)
+
+    def forward(self, x):
+        return self.rnn(x)[0] * 2
+
+
+def test_rules():
+    made = []
+
+    def rule(own):
+        made.append(Doubling(own))
+        return made[-1]
+
+    own = Own(6, 5, dtype=F64)
+    ours = unroll(nn.ModuleList([own, own, gru()]), rules={Own: rule})
+    assert len(made) == 1 and ours[0] is ours[1]
+    assert isinstance(ours[0].rnn, Unrolled) and isinstance(ours[2], Unrolled)
+    assert ours[0].rnn.weight_hh_l0 is made[0].rnn.weight_hh_l0
+    input = x()
+    assert_same(ours[0](input), made[0](input))
+
+
+def test_rules_for_wrappers_and_for_a_parametrized_class():
+    class Wrapper(nn.Module):
+        def forward(self, x):
+            return x
+
+    ours = unroll(nn.Sequential(Wrapper()), rules={Wrapper: lambda m: nn.Identity()})
+    assert type(ours[0]) is nn.Identity
+    own = parametrizations.weight_norm(Own(6, 5), "weight_hh_l0")
+    assert type(unroll(nn.Sequential(own), rules={Own: Doubling})[0]) is Doubling
+
+
+def test_rules_that_help_nothing_are_refused():
+    model = nn.Sequential(Own(6, 5))
+    assert problems(unroll, model, rules={Own: lambda m: None}) == [
+        "0: the rule for Own returned NoneType; return an nn.Module"
+    ]
+    (problem,) = problems(unroll, model, rules={Own: lambda m: m})
+    assert "overrides forward without calling super().forward" in problem
