@@ -17,7 +17,8 @@ def run(script: Path | str, *arguments: str) -> str:
     """What a script prints, given its path or the name of an example."""
     command = [sys.executable, str(script if isinstance(script, Path) else EXAMPLES / f"{script}.py"), *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    place = script.parent if isinstance(script, Path) else None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env, cwd=place)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout

@@ -117,7 +117,7 @@ def compare(
         A report; `print(report)` shows it, `report.check()` raises if anything differs.
 
     Raises:
-        UnrollError: if the original cannot be copied for its float64 result.
+        UnrollError: if the original cannot be copied for its float64 result, or the copy cannot run.
 
     Example:
         >>> layer = nn.GRU(3, 5)
@@ -167,7 +167,14 @@ def _run(
     args, kwargs = pytree.tree_map(fresh, (tuple(args), kwargs))
     torch.manual_seed(seed)
     with torch.set_grad_enabled(gradients):
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            if not double:
+                raise
+            finding = f"its float64 copy cannot run ({type(error).__name__}: {error})"
+            mend = "it may hold dtypes as constants, as exported graphs do: compare with reference=False"
+            raise UnrollError(Problem("original", finding, mend)) from error
     if not gradients:
         return result, {}
     outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
