@@ -33,8 +33,8 @@ def unroll(
 
     Args:
         model: an `nn.Module` (also a single layer), a `torch.fx.GraphModule`, a
-            `torch.export.ExportedProgram`, a `torch.jit.ScriptModule`, or an ONNX model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the
-            path of a file, which is read as an `onnx_ir.Model`.
+            `torch.export.ExportedProgram`, a `torch.jit.ScriptModule`, or an ONNX model: an `onnx.ModelProto`, an
+            `onnx_ir.Model`, or the path of a file, which is read as an `onnx_ir.Model`.
         args: for a graph, example inputs, from which the number of time steps is read where the graph's
             metadata does not tell it.
         where: which layers: a name or shell pattern such as `"encoder.*"`, several of them, or a function
