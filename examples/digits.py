@@ -6,22 +6,18 @@ The images are scikit-learn's handwritten digits, 1797 of 8 x 8 pixels, each rea
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import onnxruntime
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unroll import compare, unroll
+from unroll import compare, export_onnx, unroll
 
 RECURRENT = {"LSTM", "GRU", "RNN", "Loop", "Scan"}
 
@@ -56,31 +52,6 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
             optimizer.zero_grad()
             functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-
-
-def export(model: nn.Module, images: Tensor, file: Path) -> None:
-    """Write the model as an ONNX file for any number of images."""
-    for chatty in ("torch.onnx", "onnxscript"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the exporter, about itself
-        torch.onnx.export(
-            model,
-            (images[:2],),
-            file,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            input_names=["images"],
-            output_names=["scores"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
-
-
-def operators(file: Path) -> Counter[str]:
-    """How often each operator occurs in an ONNX file, in its graph and its functions."""
-    model = onnx.load(file)
-    return Counter(node.op_type for part in (model.graph, *model.functions) for node in part.node)
 
 
 def session(file: Path) -> Callable[[Tensor], Tensor]:
@@ -127,9 +98,16 @@ def main() -> None:
         tell(f"Unrolled it; scores and {len(report.rows) - 1} gradients agree", begin)
 
         begin = time.perf_counter()
-        export(unrolled, images, options.file)
+        exported = export_onnx(
+            model,
+            (images[:2],),
+            options.file,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["scores"],
+        )
         in_runtime = session(options.file)
-        counts = operators(options.file)
+        counts = exported.operators
         assert not RECURRENT & counts.keys(), counts
         tell("Exported it to ONNX and loaded it in ONNX Runtime", begin)
 
