@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
@@ -453,6 +454,50 @@ def test_steps():
         unroll_model(fixed, steps=5)
     with pytest.raises(UnrollError, match="whole number from 1"):
         unroll_model(model, steps=0)
+
+
+def test_wrong_shapes_inside_a_model_are_not_believed():
+    inputs = standard.draw("GRU", {}, dtype=np.float32)
+    model = standard.model("GRU", {}, inputs, dynamic=("steps", "batch"))
+    model.graph.node.insert(0, onnx.helper.make_node("Relu", ["X"], ["X2"]))
+    model.graph.node[1].input[0] = "X2"
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("X2", 1, [4, None, 2]))
+    result = unroll_model(model)
+    assert "Scan" not in operators(result)
+    assert_close(run_ort(result, inputs), run_ort(model, inputs), rtol=1e-5)
+    with pytest.raises(Exception, match="Split"):
+        run_ort(result, {"X": np.concatenate([inputs["X"]] * 2)})
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
+def test_files_of_other_exporters(kind, dynamic, dynamo, tmp_path):
+    if dynamo and (dynamic or kind != "LSTM"):
+        pytest.skip("that exporter writes neither a dynamic length nor these operators")
+    layer = getattr(torch.nn, kind)(3, 5, num_layers=2, bidirectional=True, batch_first=True)
+    model, x = Wrapped(layer).eval(), torch.randn(2, 6, 3)
+    path = tmp_path / "model.onnx"
+    axes = {"dynamic_axes": {"x": {0: "N", 1: "T"}}} if dynamic else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], external_data=False, **axes)
+    original = onnx.load(path)
+    assert operators(original) & set(KINDS)
+    result = unrolled(original)
+    assert ("Scan" in operators(result)) == dynamic
+    for shape in ((2, 6, 3), (1, 9, 3), (4, 1, 3)) if dynamic else ((2, 6, 3),):
+        inputs = {"x": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+        assert_close(run_ort(result, inputs), run_ort(original, inputs), rtol=1e-5)
 
 
 def test_same_kind_comes_out(tmp_path):

@@ -110,9 +110,12 @@ def export_command(
     if args is None and not isinstance(model, ExportedProgram):
         mend = "let it return the model and a tuple of example arguments"
         raise UnrollError(Problem(factory, "returns a model alone", mend))
-    options = {"opset_version": opset, "where": where, **options}
+    asked = {"opset_version": opset, "where": where}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if both := ", ".join(asked.keys() & options.keys()):
+        raise UnrollError(Problem(factory, f"gives {both}, and so does the command line", "give it once"))
     with _parts() as part:
-        export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **options)
+        export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **asked, **options)
     if as_json:
         _print_json(_plain(export))
     else:

@@ -124,7 +124,7 @@ def check_values(
 
     def expected(*leaves: Any) -> list[Tensor]:
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return [leaf for leaf in pytree.tree_leaves(original(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf.cpu() for leaf in pytree.tree_leaves(original(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
     leaves = [tuple(pytree.tree_leaves(pair)) for pair in inputs]
     tensors = [t for t in (*program.state_dict.values(), *leaves[0]) if isinstance(t, Tensor)]
@@ -164,7 +164,7 @@ def fresh_inputs(
         for leaf, example in zip(leaves, examples, strict=False):
             if isinstance(leaf, Tensor) and isinstance(example, Tensor):
                 shape = [int(n) if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in example.shape]
-                leaf = _drawn(leaf, shape, generator)
+                leaf = _drawn(leaf, shape, generator).to(leaf.device)
             drawn.append(leaf)
         yield pytree.tree_unflatten(drawn, spec)
 

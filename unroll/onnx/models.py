@@ -96,6 +96,8 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> lis
                 problems.append(Problem(f"where={pattern!r}", "names no recurrent node", mend))
     if any(_is_open(node.inputs[0]) for node in chosen):
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
+    # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
+    fixed = not any(map(_is_open, model.graph.inputs))
     sites, used = [], set[str]()
     for node in chosen:
         kind = TorchSite if node.domain == DOMAIN else StandardSite
@@ -104,6 +106,8 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> lis
         except UnrollError as error:
             problems += error.problems
             continue
+        if isinstance(site, StandardSite) and not fixed and site.given not in model.graph.inputs:
+            site.guarded = site.steps is not None
         number, label = 1, site.name
         while site.name in used:
             number += 1

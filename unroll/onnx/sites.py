@@ -39,7 +39,7 @@ class Site:
         self.node = node
         self.name = name
         self.dtype = self._dtype()
-        self.steps, self.asked = self._steps(steps)
+        self.steps, self.guarded = self._steps(steps)
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         """The parameters of each layer and direction, as tensors where they are known and else as values."""
@@ -86,13 +86,13 @@ class Site:
         """The sizes of a value, with None for those that are not known."""
         shape = None if value is None else value.shape
         if shape is None:
-            tensor = None if value is None else ir.convenience.get_const_tensor(value)
+            tensor = None if value is None else _constant(value)
             return None if tensor is None else tuple(int(n) for n in tensor.shape)  # pyright: ignore[reportArgumentType]
         return tuple(n if isinstance(n, int) else None for n in shape.dims)
 
     def _dtype(self) -> torch.dtype:
         for value in self.node.inputs[:3]:
-            found = value and (value.dtype or getattr(ir.convenience.get_const_tensor(value), "dtype", None))
+            found = value and (value.dtype or getattr(_constant(value), "dtype", None))
             if found:
                 dtype = tensor_adapters.to_torch_dtype(found)
                 if dtype in FLOATS:
@@ -102,7 +102,7 @@ class Site:
         raise UnrollError(Problem(self.name, "the type of its input is unknown", mend))
 
     def _steps(self, steps: Steps) -> tuple[int | None, bool]:
-        """The number of time steps, or None if only the running model knows it; and whether it was asked for."""
+        """The number of time steps, or None if only the running model knows it; and whether it must be checked then."""
         if self.recurrence.is_cell:
             return 1, False
         asked = steps.get(self.name) if isinstance(steps, Mapping) else steps
@@ -129,7 +129,7 @@ class Site:
         writer.enter("given")
         x = writer.value(self.given, self.dtype, self.rank)
         lead = self._lead(writer, x)
-        if self.asked:
+        if self.guarded:
             x = self._fixed(writer, x)
         rows = schedule.flat_rows(recurrence, x, batched=self.batched)
         state = self._state(writer)
@@ -162,7 +162,7 @@ class Site:
         return steps, writer.op("Gather", shape, [batch], rank=1) if self.batched else writer.value(one, torch.int64, 1)
 
     def _fixed(self, writer: OnnxWriter, x: Value) -> Value:
-        """The input, by an operator that fails for any other number of steps than was asked for.
+        """The input, by an operator that fails for any other number of steps than is written out.
 
         A Split into one piece of that many does; two Reshapes in a row would be made one by ONNX Runtime, and pass.
         """
@@ -270,7 +270,7 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     producer = value.producer()
     if producer is not None and producer.op_type == "Identity" and producer.domain == "" and producer.inputs[0]:
         return known_tensor(producer.inputs[0])
-    tensor = ir.convenience.get_const_tensor(value)
+    tensor = _constant(value)
     if tensor is None:
         return None
     raw = tensor.raw if isinstance(tensor, tensor_adapters.TorchTensor) else None
@@ -287,6 +287,20 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.view("uint16").copy()).view(dtype)
     return torch.from_numpy(array.copy())
+
+
+def _constant(value: ir.Value) -> Any:
+    """The tensor of an initializer or a `Constant` node, if the value is one."""
+    producer = value.producer()
+    if (
+        producer is not None
+        and producer.op_type == "Constant"
+        and producer.domain == ""
+        and "value" in producer.attributes
+    ):
+        attribute = producer.attributes["value"]
+        return None if attribute.is_ref() else attribute.as_tensor()  # get_const_tensor would name the tensor
+    return ir.convenience.get_const_tensor(value)
 
 
 def _is_zero(value: ir.Value) -> bool:
