@@ -127,7 +127,7 @@ class PackedCall(FunctionCall):
 
     def rows(self, input: Any) -> Any:
         self.count = self._size(self.state[0], 1)
-        sizes = Value(self.writer, node=self.given["batch_sizes"])
+        sizes: Any = Value(self.writer, node=self.given["batch_sizes"])
         self.ends = torch.cumsum(sizes, 0)
         self.starts = torch.sub(self.ends, sizes)
         row = self.writer.call(torch.arange, (self.count,), {})

@@ -168,7 +168,7 @@ def run(
     for layer in range(recurrence.num_layers):
         if layer:
             names.enter(f"l{layer}")
-            rows = _features([torch.cat(hs) for hs in outputs])
+            rows = joined_rows(outputs)
             rows = dropout(rows) if dropout else rows
         outputs = []
         for direction in recurrence.directions:

@@ -318,7 +318,7 @@ def _rebound(method: types.MethodType, stand_in: Any) -> Any:
 
 def _furnish(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]) -> None:
     """Give the empty replacement everything that the layer has."""
-    gone = ("_flat_weights", "_flat_weight_refs")
+    gone = ("_flat_weights", "_flat_weight_refs", "__overloads__")  # the last is left by torch.jit.script
     shell.__dict__.update(copy.deepcopy({key: value for key, value in vars(layer).items() if key not in gone}, memo))
     shell.place, shell.plan = name or type(layer).__name__, plan
     if isinstance(shell, UnrolledCell):
