@@ -30,6 +30,10 @@ def make_dynamic():
     return (*make(), {"dynamic_shapes": {"input": {0: Dim("T", min=1)}}, "output_names": ["y", "h", "c"]})
 
 
+def make_for_opset():
+    return (*make(), {"opset_version": 18})
+
+
 def make_alone():
     return CASE.model().eval()
 
@@ -110,6 +114,11 @@ def test_errors_name_the_mend(run, source):
         (("export", "tests", "out.onnx"), "is not the name of a function", "give package.module:name"),
         (("export", "tests.test_cli:make_nothing", "out.onnx"), "returns int", "let it return an nn.Module"),
         (("export", "tests.test_cli:make_alone", "out.onnx"), "returns a model alone", "a tuple of example arguments"),
+        (
+            ("export", "tests.test_cli:make_for_opset", "out.onnx", "--opset", "19"),
+            "gives opset_version, and so does the command line",
+            "give it once",
+        ),
         (("export", "tests.test_cli:make_packed", "out.onnx"), "cannot be captured", "make torch.export"),
     ]
     for arguments, finding, mend in cases:

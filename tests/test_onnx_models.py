@@ -64,7 +64,10 @@ class Scan(op_scan.Scan):
 
 def run_reference(model, inputs):
     names = {value.name for value in model.graph.input}
-    return ReferenceEvaluator(model, new_ops=[Scan]).run(None, {name: v for name, v in inputs.items() if name in names})
+    with np.errstate(over="ignore"):  # its Elu and Sigmoid compute more than they return
+        return ReferenceEvaluator(model, new_ops=[Scan]).run(
+            None, {name: v for name, v in inputs.items() if name in names}
+        )
 
 
 def run_ort(model, inputs):
@@ -152,7 +155,7 @@ def nodes(draw):
     return kind, attributes, chosen, sizes
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     nodes(),
     st.sets(st.sampled_from(("steps", "batch"))),
