@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tests.checks import assert_same, problems
-from unroll import Plan, Unrolled, unroll
+from unroll import Plan, Unrolled, compare, unroll
+from unroll.trees import is_recurrent
 
 F64 = torch.float64
 
@@ -223,16 +224,38 @@ def test_a_copy_of_its_own_is_noticed():
     assert problems(unroll, Model()) == ["layer: is still recurrent in the copy; report this model"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torchscript_quantized_and_compiled_modules_are_refused():
-    model = nn.Module()
-    model.scripted = torch.jit.script(nn.GRU(6, 5))
-    model.traced = torch.jit.trace(nn.Sequential(nn.LSTM(6, 5)), torch.zeros(2, 3, 6))
-    model.harmless = torch.jit.script(nn.Linear(2, 2))
-    script = "is TorchScript with a recurrent operator; unroll the module before scripting it"
-    assert problems(unroll, model) == [f"scripted: {script}", f"traced: {script}"]
-    assert isinstance(unroll(model, where=lambda name, layer: False).scripted, torch.jit.ScriptModule)
+class Outputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 5)
 
+    def forward(self, x):
+        return self.gru(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torchscript_inside_of_a_module_is_unrolled_where_it_stands():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted = torch.jit.script(Outputs())
+            self.traced = torch.jit.trace(nn.Sequential(nn.LSTM(5, 4)), torch.zeros(2, 3, 5))
+            self.harmless = torch.jit.script(nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.harmless(self.traced(self.scripted(x))[0])
+
+    model = Model()
+    ours = unroll(model)
+    compare(model, ours, (torch.randn(2, 3, 6),), reference=False).check()
+    assert not any(is_recurrent(module) for module in ours.modules())
+    kept = unroll(model, where="traced")
+    assert is_recurrent(kept.scripted)
+    assert not is_recurrent(kept.traced)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_quantized_and_compiled_modules_are_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kinds = {nn.LSTM, nn.GRU, nn.GRUCell}

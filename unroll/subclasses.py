@@ -11,7 +11,6 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -36,10 +35,6 @@ def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
     """
     kind = parametrize.type_before_parametrizations(layer)
     place, called = name or kind.__name__, f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(layer, torch.jit.ScriptModule):
-        raise UnrollError(
-            Problem(place, "is TorchScript with a recurrent operator", "unroll the module before scripting it")
-        )
     if "quantized" in kind.__module__.split("."):
         raise UnrollError(Problem(place, f"{called} is quantized", "unroll the float module, then quantize the result"))
     objection = next((o for base in kind.__mro__ if (o := _objection(base))), None)

@@ -244,6 +244,10 @@ def replace(
                     finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
                     raise UnrollError(Problem(names[0], finding, "return an nn.Module"))
                 memo[id(layer)] = replace(stand_in, plan, rules={k: rule for k, rule in rules.items() if k is not kind})
+            elif isinstance(layer, torch.jit.ScriptModule):
+                from unroll.scripts import unroll_script
+
+                memo[id(layer)] = unroll_script(layer, plan=plan)
             else:
                 kind = counterpart(names[0], layer)
                 memo[id(layer)] = shell = kind.__new__(kind)
