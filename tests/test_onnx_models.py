@@ -318,6 +318,8 @@ def test_what_nobody_reads_is_not_computed():
         model = standard.model("GRU", attributes, inputs, outputs=["", "Y_h"], dynamic=dynamic)
         result = unrolled(model)
         assert "Y" not in {name for node in result.graph.node for name in node.output}
+        scans = [node for node in result.graph.node if node.op_type == "Scan"]
+        assert [len(node.output) for node in scans] == [1, 1] * bool(dynamic)
         assert_close(run_ort(result, inputs), run_ort(model, inputs), rtol=1e-5)
     # Y's last step of the forward direction needs nothing of the other one
     model = standard.model("GRU", attributes, inputs, outputs=["", "Y_h"])

@@ -103,3 +103,16 @@ def scan(
         return [rows], tuple(writer.value(v, start.dtype, 2) for v, start in zip(finals, starts, strict=True))
 
     return loop
+
+
+def drop_unread_outputs(node: ir.Node) -> None:
+    """Let a `Scan` keep its last states alone, if nothing reads what its steps put out."""
+    stacked = node.outputs[-1]
+    if stacked.uses() or stacked.is_graph_output():
+        return
+    node.resize_outputs(len(node.outputs) - 1)
+    node.attributes.pop("scan_output_directions", None)
+    body = node.attributes["body"].as_graph()
+    copied = body.outputs.pop().producer()
+    assert copied is not None
+    body.remove(copied, safe=True)

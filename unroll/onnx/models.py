@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.cells import Prepared
+from unroll.onnx import loops
 from unroll.onnx.files import load
 from unroll.onnx.sites import DOMAIN, LAYER, Site, Steps, TorchSite
 from unroll.onnx.standard import STANDARD, StandardSite
@@ -211,6 +212,8 @@ def _without_unread(made: list[ir.Node]) -> list[ir.Node]:
     kept = []
     for node in reversed(made):
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            if node.op_type == "Scan":
+                loops.drop_unread_outputs(node)
             kept.append(node)
         else:
             _detach(node)
