@@ -14,12 +14,15 @@ from torch.nn import functional
 from unroll import schedule
 from unroll.calls import Call, Known, Returned
 from unroll.plan import Plan
-from unroll.recurrence import CELL_MODES, LAYERS, Problem, UnrollError, read_call
+from unroll.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
 from unroll.values import GraphWriter, Value
 
 CLASS_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
 
 KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+OPTIONS = ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")
 
 
 def _functions() -> dict[Any, tuple[str, str]]:
@@ -64,18 +67,17 @@ class FunctionCall(Call):
         flat = [w for w in given["params"] if w is not None]
         self.key = (*flat, given["has_biases"])
         self.train = given["train"]
-        options = {key: given[key] for key in ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")}
         problems = [
             Problem(self.name, f"{key} is computed in the graph", "make it a constant")
-            for key, value in options.items()
-            if isinstance(value, fx.Node)
+            for key in OPTIONS
+            if isinstance(given[key], fx.Node)
         ]
         if any(w not in known for w in flat[:2]):
             problems.append(Problem(self.name, "the shapes of its weights are unknown", "give example inputs"))
         if problems:
             raise UnrollError(*problems)
         self.dtype = known[flat[0]].dtype
-        self.recurrence = read_call(kind, [known[w].shape for w in flat[:2]], **options, is_cell=self.form == "cell")
+        self.recurrence = read_given(kind, self.form, given, [known[w].shape for w in flat[:2]])
         super().__init__(node, writer(self.name, node.graph, node.meta), known, steps)
 
     @property
@@ -169,15 +171,23 @@ def bind(form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
     return {"batch_first": False, **given}
 
 
+def form_of_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of recurrence that a call of one of `FUNCTIONS` runs, and the form of its arguments."""
+    kind, form = FUNCTIONS[function]
+    packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (list, tuple)))
+    return kind, "packed" if form == "layer" and packed else form
+
+
 def form_of(node: fx.Node) -> tuple[str, str] | None:
-    """The kind of recurrence that a node's function runs and the form of its arguments, if it runs one."""
+    """The same for a node, or None if it runs no recurrence."""
     if node.op != "call_function" or node.target not in FUNCTIONS:
         return None
-    kind, form = FUNCTIONS[node.target]
-    packed = form == "layer" and (
-        "batch_sizes" in node.kwargs or (len(node.args) > 3 and isinstance(node.args[3], (list, tuple)))
-    )
-    return kind, "packed" if packed else form
+    return form_of_call(node.target, node.args, node.kwargs)
+
+
+def read_given(kind: str, form: str, given: Mapping[str, Any], shapes: Sequence[Any]) -> Recurrence:
+    """The recurrence of a call, from its bound arguments and the shapes of its weights."""
+    return read_call(kind, shapes, **{key: given[key] for key in OPTIONS}, is_cell=form == "cell")
 
 
 def layer_name(node: fx.Node) -> str:

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from unroll import schedule
 from unroll.calls import Call, known_values
-from unroll.functions import FUNCTIONS, bind, form_of, layer_name
+from unroll.functions import FUNCTIONS, bind, form_of, layer_name, read_given
 from unroll.graphs import find_calls, rewrite
 from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError, read_call
+from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Where, unknown_names
 
 
@@ -113,8 +113,7 @@ def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> 
     """What the operator computes, on tensors."""
     given = bind(form, args, kwargs)
     weights = [weight for weight in given["params"] if weight is not None]
-    options = {key: given[key] for key in ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")}
-    recurrence = read_call(kind, [weight.shape for weight in weights[:2]], **options, is_cell=form == "cell")
+    recurrence = read_given(kind, form, given, [weight.shape for weight in weights[:2]])
     input, state = given["input"], given["hx"]
     state = tuple(state) if isinstance(state, (tuple, list)) else (state,)
     sizes = given["batch_sizes"].tolist() if form == "packed" else None

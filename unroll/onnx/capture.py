@@ -18,11 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from unroll import trees
-from unroll.functions import ARGUMENTS, FUNCTIONS
+from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
 from unroll.modules import UnrolledCell, UnrolledLayer
 from unroll.onnx.sites import DOMAIN, LAYER
 from unroll.plan import Plan
-from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_call
+from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments
 from unroll.trees import Rules, Where
 
 
@@ -98,24 +98,13 @@ class _Calls(TorchFunctionMode):
 
 def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
-    kind, form = FUNCTIONS[func]
-    if (
-        form == "packed"
-        or "batch_sizes" in kwargs
-        or (form == "layer" and len(args) > 3 and isinstance(args[3], (list, tuple)))
-    ):
+    kind, form = form_of_call(func, args, kwargs)
+    if form == "packed":
         raise _packed(kind)
-    given = dict(zip(ARGUMENTS[form], args)) | kwargs
-    if form == "cell":
-        weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-        options: dict[str, Any] = {"has_biases": given.get("b_ih") is not None}
-    else:
-        weights = given["params"]
-        names = ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")
-        options = {name: given[name] for name in names}
-    weights = [w for w in weights if w is not None]
-    recurrence = read_call(kind, [tuple(w.shape) for w in weights[:2]], **options, is_cell=form == "cell")
-    results = _node(recurrence, kind, given["input"], given["hx"], weights, training=given.get("train", False))
+    given = bind(form, args, kwargs)
+    weights = [w for w in given["params"] if w is not None]
+    recurrence = read_given(kind, form, given, [tuple(w.shape) for w in weights[:2]])
+    results = _node(recurrence, kind, given["input"], given["hx"], weights, training=bool(given["train"]))
     return results[0] if len(results) == 1 else tuple(results)
 
 
