@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import rnn
+from torch.nn.utils import parametrize, rnn
 
 from unroll import schedule
 from unroll.aliasing import is_written
 from unroll.cells import Prepared
-from unroll.modules import Unrolled
+from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
 from unroll.values import GraphWriter, Value
@@ -104,7 +104,7 @@ class Call:
             raise UnrollError(Problem(name, "the number of time steps is unknown", mend))
         if known is not None and found != known:
             raise UnrollError(Problem(name, f"has {known} time steps", f"leave out steps={asked} or make it {known}"))
-        if not isinstance(found, int) or found < 1:
+        if type(found) is not int or found < 1:
             raise UnrollError(Problem(name, f"steps={found!r}", "give a whole number from 1 upwards"))
         return found
 
@@ -260,6 +260,9 @@ class Call:
         return value if all(part == slice(None) for part in index) else self.writer.index(value, index)
 
 
+PLAIN_FORWARDS = (UnrolledLayer.forward, UnrolledCell.forward)
+
+
 class ModuleCall(Call):
     """`call_module` of an `Unrolled` layer, whose place in the module tree goes on holding the weights."""
 
@@ -269,16 +272,23 @@ class ModuleCall(Call):
         self.recurrence, self.plan = layer.recurrence, layer.plan
         self.dtype = layer.all_weights[0][0].dtype
         problems = []
+        given = vars(layer).keys() & {"forward", "__call__"}
+        if given or parametrize.type_before_parametrizations(layer).forward not in PLAIN_FORWARDS:
+            finding = "has a forward of its own, which no graph would run"
+            problems.append(Problem(self.name, finding, "use unroll(module), or trace into it"))
+        if unknown := node.kwargs.keys() - {"input", "hx"}:
+            problems.append(Problem(self.name, f"is called with {', '.join(unknown)}", "a layer takes input and hx"))
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(layer, hook) for hook in hooks):
             mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
             problems.append(Problem(self.name, "has hooks, which no graph would call", mend))
-        input, _ = operands(node.args, node.kwargs)
-        if isinstance(input, fx.Node) and input.target is rnn.pack_padded_sequence:
+        packed = _is_packed(operands(node.args, node.kwargs)[0])
+        if packed:
             mend = "use unroll(module) for models that pack"
             problems.append(Problem(self.name, "is called with a PackedSequence in an FX graph", mend))
         try:
-            super().__init__(node, GraphWriter(self.name, node.graph, node.meta), known, steps)
+            if not packed:
+                super().__init__(node, GraphWriter(self.name, node.graph, node.meta), known, steps)
         except UnrollError as error:
             problems += error.problems
         if problems:
@@ -331,6 +341,27 @@ def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """Input and state of a layer's call, however they were passed."""
     given = dict(zip(("input", "hx"), args)) | dict(kwargs)
     return given.get("input"), given.get("hx")
+
+
+def _is_packed(input: Any) -> bool:
+    """Whether a node gives a `PackedSequence`: by packing, or as the output of a layer that is given one."""
+    while isinstance(input, fx.Node):
+        if input.target in (rnn.pack_padded_sequence, rnn.pack_sequence, rnn.PackedSequence):
+            return True
+        layer = input.args[0] if input.target is operator.getitem and input.args[1] == 0 else None
+        if not isinstance(layer, fx.Node) or layer.op != "call_module":
+            return False
+        input, _ = operands(layer.args, layer.kwargs)
+    return False
+
+
+def unknown_steps(steps: Any, names: Iterable[str]) -> list[Problem]:
+    """A problem for each layer in `steps`, if it is by name, that is not among these."""
+    if not isinstance(steps, Mapping):
+        return []
+    names = list(dict.fromkeys(names))
+    mend = f"the layers with steps are: {', '.join(names) or 'none'}"
+    return [Problem(f"steps[{name!r}]", "names no recurrent layer", mend) for name in steps if name not in names]
 
 
 def _whole(result: Any) -> Any:

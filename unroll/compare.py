@@ -121,7 +121,8 @@ def compare(
         A report; `print(report)` shows it, `report.check()` raises if anything differs.
 
     Raises:
-        UnrollError: if the original cannot be copied for its float64 result, or the copy cannot run.
+        UnrollError: for arguments of another form; if the original cannot be copied for its float64 result, or
+            the copy cannot run.
 
     Example:
         >>> layer = nn.GRU(3, 5)
@@ -129,6 +130,9 @@ def compare(
         True
     """
     inputs = args if isinstance(args, list) else [(args,) if isinstance(args, Tensor) else args]
+    if not inputs or not all(isinstance(given, tuple) for given in inputs):
+        mend = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
+        raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", mend))
     exact = _double(original) if reference and isinstance(original, nn.Module) else None
     rows: list[Row] = []
     for number, given in enumerate(inputs):
@@ -148,8 +152,8 @@ def _double(original: nn.Module) -> nn.Module | None:
     if all(t.dtype == torch.float64 for t in tensors if t.is_floating_point()):
         return None
     # Results kept in attributes, such as the weight that weight_norm computes anew in each call.
-    kept = (value for module in original.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+    kept = (value for module in original.modules() for value in pytree.tree_leaves(vars(module)))
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     try:
         return copy.deepcopy(original, memo).double()
     except Exception as error:

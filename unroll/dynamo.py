@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import fx, nn
 
 from unroll.calls import FIXED, known_values
-from unroll.graphs import find_calls, rewrite
+from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
-from unroll.trees import Where
+from unroll.trees import Where, is_recurrent, unknown_names
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
 
@@ -46,9 +45,11 @@ def unroll_backend(
         finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
         mend = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
         raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
-    calls = find_calls(graph, given.get("where"), given.get("plan") or Plan(), known_values(graph), FIXED)
-    rewrite(graph.graph, calls, asserts=False)  # Dynamo guards every shape
-    graph.recompile()
+    plan, where = Plan.of(given.get("plan")), given.get("where")
+    parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
+    for part, calls in [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]:
+        rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
+        part.recompile()
     following = lookup_backend(given.get("backend", "inductor"))
     if "options" not in given:
         return following(graph, inputs)
@@ -88,25 +89,29 @@ def compile(
         >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
         torch.Size([7, 2, 5])
     """
-    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
+    ours: dict[str, Any] = {"backend": backend, "plan": Plan.of(plan), "where": where}
     if options is not None:
         ours["options"] = dict(options)
-    compiler: Any = functools.partial(unroll_backend, options=ours)
-    compiled = torch.compile(model, backend=compiler, fullgraph=fullgraph, dynamic=dynamic)
-    if not isinstance(compiled, nn.Module):
-        return _permitting(compiled)
-    compiled.forward = _permitting(compiled.forward)
-    return compiled
+    if isinstance(model, nn.Module):
+        names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
+        if problems := unknown_names(where, names):
+            raise UnrollError(*problems)
+    return torch._dynamo.optimize(_Permitted(ours), nopython=fullgraph, dynamic=dynamic)(model)
 
 
-def _permitting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with recurrent layers shown to backends while it runs and is compiled."""
+class _Permitted:
+    """The backend with options, which Dynamo shows recurrent layers, and constants for their dropout."""
 
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        # Dynamo asks by this name for a context in which to run and compile; it looks among the instance's attributes.
+        self.backend_ctx_ctor = _permission
+
+    def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return unroll_backend(graph, inputs, options=self.options)
+
+
+def _permission() -> Any:
     from torch._dynamo import config
 
-    @functools.wraps(function)
-    def permitting(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(allow_rnn=True):
-            return function(*args, **kwargs)
-
-    return permitting
+    return config.patch(allow_rnn=True, specialize_float=True)

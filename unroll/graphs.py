@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from unroll import trees
 from unroll.aten import Metadata, writer_for
-from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands
+from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands, unknown_steps
 from unroll.cells import Prepared
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
@@ -63,24 +63,62 @@ class _Tracer(fx.Tracer):
 
 
 def unroll_graph(
-    module: fx.GraphModule, args: Any, *, where: Where, rules: Rules | None, plan: Plan, steps: Steps
+    module: fx.GraphModule, args: Any, *, where: Where, rules: Rules | None, plan: Plan | None, steps: Steps
 ) -> fx.GraphModule:
     """A copy of the graph module with explicit gate operations in place of recurrent calls."""
-    functional = [layer_name(node) for node in module.graph.nodes if form_of(node)]
+    parts = graph_parts(module)
+    functional = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     copied: Any = trees.replace(module, plan, where, rules, others=functional)
     run = _FakeRun(copied)
-    known = known_values(copied) | (run.of(args) if args is not None else {})
-    try:
-        calls = find_calls(copied, where, plan, known, steps)
-    except UnrollError as error:
-        raise UnrollError(*([run.problem] if run.problem else []), *error.problems) from None
-    rewrite(copied.graph, calls)
-    copied.recompile()
+    known = run.of(args) if args is not None else {}
+    found: list[tuple[fx.GraphModule, list[Call]]] = []
+    problems: list[Problem] = []
+    for part, original in zip(graph_parts(copied), parts, strict=True):
+        try:
+            calls = find_calls(part, where, Plan.of(plan), known_values(part) | known, steps, original, part is copied)
+            found.append((part, calls))
+        except UnrollError as error:
+            problems += error.problems
+    modules = [node.target for node in copied.graph.find_nodes(op="call_module") if _is_unrolled(copied, node)]
+    problems += unknown_steps(steps, [*functional, *modules])
+    if run.problem and any("unknown" in problem.finding for problem in problems):
+        problems.insert(0, run.problem)
+    if problems:
+        raise UnrollError(*problems)
+    for part, calls in found:
+        rewrite(part.graph, calls)
+        part.recompile()
     return copied
 
 
-def find_calls(module: fx.GraphModule, where: Where, plan: Plan, known: Known, steps: Any) -> list[Call]:
+def _is_unrolled(module: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(module.get_submodule(str(node.target)), Unrolled)
+
+
+def graph_parts(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph module and those inside of it: branches of control flow, checkpoints and the like."""
+    return [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+
+
+def find_calls(
+    module: fx.GraphModule,
+    where: Where,
+    plan: Plan,
+    known: Known,
+    steps: Any,
+    original: nn.Module | None = None,
+    modules: bool = True,
+) -> list[Call]:
     """The calls in a graph module that run a recurrence.
+
+    Args:
+        module: the graph module.
+        where: which of them.
+        plan: for functional calls; modules have their own.
+        known: what is known of the values.
+        steps: the number of time steps, as for `unroll`.
+        original: where the layers are those that `where` asks about, before they became `Unrolled`.
+        modules: whether calls of `Unrolled` modules count. Inside of another graph they may stay: they are explicit.
 
     Raises:
         UnrollError: with every call that cannot be honoured.
@@ -94,9 +132,11 @@ def find_calls(module: fx.GraphModule, where: Where, plan: Plan, known: Known, s
                 if chooses(where, [layer_name(node)], node):
                     kind = PackedCall if form[1] == "packed" else FunctionCall
                     found.append(kind(node, form, plan, known, steps, writer_for(node, metadata)))
-            elif node.op == "call_module":
-                layer = module.get_submodule(str(node.target))
-                if isinstance(layer, Unrolled) and chooses(where, [str(node.target)], layer):
+            elif node.op == "call_module" and modules:
+                name = str(node.target)
+                layer = module.get_submodule(name)
+                asked = original.get_submodule(name) if original else layer
+                if isinstance(layer, Unrolled) and chooses(where, [name], asked):
                     found.append(ModuleCall(node, layer, known, steps))
         except UnrollError as error:
             problems += error.problems
@@ -151,6 +191,10 @@ class _FakeRun(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
+        if isinstance(layer, fx.GraphModule) and not kwargs:
+            inner = type(self)(layer)
+            inner.found = self.found
+            return inner.run(*args)
         if not isinstance(layer, Unrolled):
             return super().call_module(target, args, kwargs)
         input, state = operands(args, kwargs)

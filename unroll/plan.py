@@ -26,6 +26,20 @@ class Plan:
 
     gates: Gates = "merged"
 
+    @staticmethod
+    def of(plan: Plan | None) -> Plan:
+        """The plan that an argument `plan=` stands for.
+
+        Raises:
+            UnrollError: if it is no plan.
+        """
+        if plan is None:
+            return Plan()
+        if not isinstance(plan, Plan):
+            mend = "give a Plan, such as Plan(gates='paired')"
+            raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", mend))
+        return plan
+
     def __post_init__(self) -> None:
         if self.gates not in get_args(Gates):
             choices = ", ".join(map(repr, get_args(Gates)))

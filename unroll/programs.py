@@ -16,7 +16,7 @@ from torch.nn import functional
 from unroll import schedule
 from unroll.calls import Call, known_values
 from unroll.functions import FUNCTIONS, bind, form_of, layer_name, read_given
-from unroll.graphs import find_calls, rewrite
+from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Where, unknown_names
@@ -29,7 +29,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     signature stay.
     """
     module = _copied(program.graph_module)
-    parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]  # branches of control flow, too
+    parts = graph_parts(module)
     names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     problems: list[Problem] = unknown_names(where, names)
     found: list[tuple[fx.GraphModule, list[Call]]] = []
@@ -38,6 +38,9 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
             found.append((part, find_calls(part, where, plan, known_values(part), None)))
         except UnrollError as error:
             problems += error.problems
+    if callable(where) and names and not any(calls for _, calls in found):
+        mend = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
+        problems.append(Problem("where", "picks none of the program's recurrent calls", mend))
     if problems:
         raise UnrollError(*problems)
     signature = copy.deepcopy(program.graph_signature)
@@ -106,7 +109,8 @@ def decompositions(plan: Plan | None = None) -> dict[Any, Callable[..., Any]]:
         False
     """
     operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
-    return {target: partial(_decomposed, *form, plan or Plan()) for target, form in operators.items()}
+    plan = Plan.of(plan)
+    return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
 
 
 def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> Any:

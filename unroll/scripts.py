@@ -7,8 +7,7 @@ parameters and the names of submodules stay as they were.
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any, get_type_hints
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from unroll import scripting
-from unroll.calls import Steps
+from unroll.calls import Steps, unknown_steps
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.script_calls import (
@@ -30,7 +29,7 @@ from unroll.script_calls import (
     methods,
     walk,
 )
-from unroll.trees import SCRIPT_KINDS, Where, chooses
+from unroll.trees import SCRIPT_KINDS, Where, chooses, unknown_names
 from unroll.values import many_objects
 
 
@@ -55,7 +54,8 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     calls = find_calls(copied)
     picked = _picked(where, calls, copied)
     noted = None if args is None else _run_and_note(copied, args)
-    jobs, problems = [], _unknown_names(steps, [calls[number] for number in picked])
+    stepping = [calls[number] for number in picked if not calls[number].is_cell]
+    jobs, problems = [], unknown_steps(steps, (name for call in stepping for name in call.instances))
     for number in picked:
         call, seen = calls[number], None if noted is None else noted.get(number, [])
         try:
@@ -78,16 +78,9 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
 
 def _picked(where: Where, calls: Sequence[ScriptCall], root: Any) -> list[int]:
     """The numbers of the calls that are to be replaced."""
-    problems = []
-    if where is not None and not callable(where):
-        names = [(name, instance) for call in calls for name, instance in call.instances.items()]
-        done = [(name, module) for name, module in root.named_modules() if module.original_name in LAYER_NAMES]
-        listed = ", ".join(dict.fromkeys(name for name, _ in names)) or "none"
-        problems += [
-            Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {listed}")
-            for pattern in ([where] if isinstance(where, str) else where)
-            if not any(chooses(pattern, [name], module) for name, module in itertools.chain(names, done))
-        ]
+    names = [name for call in calls for name in call.instances]
+    done = [name for name, module in root.named_modules() if module.original_name in LAYER_NAMES]
+    problems = unknown_names(where, list(dict.fromkeys([*names, *done])))
     picked = []
     for number, call in enumerate(calls):
         picks = {chooses(where, [name], instance) for name, instance in call.instances.items()}
@@ -98,14 +91,6 @@ def _picked(where: Where, calls: Sequence[ScriptCall], root: Any) -> list[int]:
             picked.append(number)
     _refuse(problems)
     return picked
-
-
-def _unknown_names(steps: Steps, calls: Iterable[ScriptCall]) -> list[Problem]:
-    if not isinstance(steps, Mapping):
-        return []
-    names = list(dict.fromkeys(name for call in calls if not call.is_cell for name in call.instances))
-    mend = f"the layers with steps are: {', '.join(names) or 'none'}"
-    return [Problem(f"steps[{name!r}]", "names no recurrent layer", mend) for name in steps if name not in names]
 
 
 def _refuse(problems: Iterable[Problem]) -> None:

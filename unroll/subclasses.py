@@ -62,7 +62,7 @@ def _objection(kind: type) -> str | None:
         if method is None:
             continue
         code = method.__code__
-        names = {n for part in _codes(code) for n in part.co_names}
+        names = {n for part in _codes(code) for n in (*part.co_names, *part.co_freevars)}
         rebinds = "__class__" in code.co_freevars
         if name == "forward" and not (rebinds and "forward" in names):
             return "overrides forward without calling super().forward"

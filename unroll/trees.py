@@ -221,11 +221,12 @@ QUANTIZED = (quantized.LSTM, rnn.RNNBase, rnn.RNNCellBase)
 
 
 def replace(
-    root: nn.Module, plan: Plan, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()
+    root: nn.Module, plan: Plan | None, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()
 ) -> nn.Module:
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
-    References to a layer are followed wherever they are (containers, plain objects, methods, closures).
+    References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
+    are `Unrolled` already keep their plan, unless one is given.
 
     Raises:
         UnrollError: with every layer that cannot be honoured, before anything is copied.
@@ -247,7 +248,7 @@ def replace(
             elif isinstance(layer, torch.jit.ScriptModule):
                 from unroll.scripts import unroll_script
 
-                memo[id(layer)] = unroll_script(layer, plan=plan)
+                memo[id(layer)] = unroll_script(layer, plan=Plan.of(plan))
             else:
                 kind = counterpart(names[0], layer)
                 memo[id(layer)] = shell = kind.__new__(kind)
@@ -267,7 +268,7 @@ def replace(
     memo |= {id(function): _empty_copy(function, memo) for function in functions}
     try:
         for name, layer, shell in shells:
-            _furnish(shell, layer, name, plan, memo)
+            _furnish(shell, layer, name, Plan.of(plan), memo)
         copied = copy.deepcopy(root, memo)
         for function in functions:
             _fill(memo[id(function)], function, memo)
@@ -278,6 +279,9 @@ def replace(
         raise UnrollError(
             Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
         ) from error
+    for name, module in copied.named_modules():
+        if plan is not None and isinstance(module, Unrolled) and chooses(where, [name], module):
+            module.plan = plan
     left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
     if left:
         raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))

@@ -38,7 +38,8 @@ def unroll(
         args: for a graph, example inputs, from which the number of time steps is read where the graph's
             metadata does not tell it.
         where: which layers: a name or shell pattern such as `"encoder.*"`, several of them, or a function
-            of name and layer; all by default.
+            of name and layer; all by default. Where a model has no module for a layer any more, the function
+            is given what it has: a node of the graph, or a part of the ScriptModule.
         rules: for classes of your own that cannot be unrolled as they are, a function from the layer to
             a module that does the same and can.
         plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given.
@@ -58,19 +59,19 @@ def unroll(
         True
     """
     where = where if where is None or isinstance(where, str) or callable(where) else list(where)
+    Plan.of(plan)  # raises if it is none
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
         return _onnx(model, where, plan, steps)
-    plan = plan or Plan()
     if isinstance(model, ExportedProgram):
         _refuse("an ExportedProgram, which has them in its metadata", args=args, steps=steps)
         _refuse("an ExportedProgram, which has no modules any more", rules=rules)
-        return programs.unroll_program(model, where=where, plan=plan)
+        return programs.unroll_program(model, where=where, plan=Plan.of(plan))
     if isinstance(model, fx.GraphModule):
         return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps)
     if isinstance(model, torch.jit.ScriptModule):
         _refuse("a ScriptModule, which has no Python classes any more", rules=rules)
-        return scripts.unroll_script(model, args, where=where, plan=plan, steps=steps)
+        return scripts.unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
         return trees.replace(model, plan, where, rules)
