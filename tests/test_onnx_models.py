@@ -474,6 +474,67 @@ def test_wrong_shapes_inside_a_model_are_not_believed():
         run_ort(result, {"X": np.concatenate([inputs["X"]] * 2)})
 
 
+def with_shape(model, name, shape):
+    """The model, with other sizes of an input; None for an open one."""
+    value = next(i for i in model.graph.input if i.name == name)
+    value.CopyFrom(onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape))
+    return model
+
+
+def test_negative_sizes_are_open():
+    inputs = standard.draw("GRU", {}, dtype=np.float32)
+    model = standard.model("GRU", {}, inputs)
+    original = with_shape(standard.model("GRU", {}, inputs), "X", [None, 3, 2])
+    for shape in ([-1, 3, 2], [-1, -1, -1]):
+        result = unrolled(with_shape(model, "X", shape))
+        assert "Scan" in operators(result)
+        assert_close(run_ort(result, inputs), run_ort(original, inputs), rtol=1e-5)
+
+
+def test_both_names_of_the_standard():
+    inputs = standard.draw("LSTM", {})
+    model = standard.model("LSTM", {}, inputs)
+    expected = unroll_model(model)
+    model.opset_import[0].domain = model.graph.node[0].domain = "ai.onnx"
+    assert unroll_model(model) == expected
+
+
+def test_no_steps_at_all():
+    model = standard.model("RNN", {}, standard.draw("RNN", {}))
+    with pytest.raises(UnrollError, match="rnn: has 0 time steps; give it a sequence of at least one"):
+        unroll_model(with_shape(model, "X", [0, 3, 2]))
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_open_features_are_checked_in_a_run(layout):
+    attributes = {"layout": layout}
+    inputs = standard.draw("LSTM", attributes, dtype=np.float32)
+    model = standard.model("LSTM", attributes, inputs)
+    result = unroll_model(with_shape(model, "X", [3, 4, None] if layout else [4, 3, None]))
+    assert_close(run_ort(result, inputs), standard.evaluate("LSTM", attributes, inputs), rtol=1e-5)
+    with pytest.raises(Exception, match="Split"):
+        run_ort(result, {"X": np.concatenate([inputs["X"]] * 2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("X", [4, 3, 4], r"X: has shape \[4, 3, 4\]; it must be \[4, 3, 2\]"),
+        ("X", [None, None, 4], r"X: has shape \[\?, \?, 4\]; it must be \[steps, batch, 2\]"),
+        ("X", [4, 2], r"X: has shape \[4, 2\]; it must be"),
+        ("initial_h", [1, 1, 3], r"initial_h: has shape \[1, 1, 3\]; it must be \[1, 3, 3\]"),
+        ("initial_c", [1, 3, 1], r"initial_c: has shape \[1, 3, 1\]; it must be \[1, 3, 3\]"),
+        ("sequence_lens", [1], r"sequence_lens: has shape \[1\]; it must be \[3\]"),
+        ("P", [1, 3], r"P: has shape \[1, 3\]; it must be \[1, 9\]"),
+    ],
+)
+def test_inputs_of_other_shapes_are_refused(name, shape, message):
+    inputs = standard.draw("LSTM", {}, optional=("B", "sequence_lens", "initial_h", "initial_c", "P"))
+    model = standard.model("LSTM", {}, inputs, known=("W", "R", "B"))
+    with pytest.raises(UnrollError, match=message):
+        unroll_model(with_shape(model, name, shape))
+
+
 class Wrapped(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()

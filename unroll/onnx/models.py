@@ -60,6 +60,7 @@ def is_recurrent(node: ir.Node) -> bool:
 
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
+    _normalize(model)
     opset = model.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
         mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
@@ -107,8 +108,8 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> lis
         except UnrollError as error:
             problems += error.problems
             continue
-        if isinstance(site, StandardSite) and not fixed and site.given not in model.graph.inputs:
-            site.guarded = site.steps is not None
+        if isinstance(site, StandardSite) and site.steps is not None:
+            site.guard(fixed or site.given in model.graph.inputs)
         number, label = 1, site.name
         while site.name in used:
             number += 1
@@ -149,6 +150,17 @@ def _names(model: ir.Model) -> Iterator[str]:
     for graph in (model.graph, *model.graph.subgraphs()):
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         yield from (item.name for item in (*values, *graph) if item.name)
+
+
+def _normalize(model: ir.Model) -> None:
+    """Write what the standard allows to be written in two ways in one: its domain's name, and sizes that are open."""
+    for holder in (model, *model.functions.values()):
+        if "ai.onnx" in holder.opset_imports:
+            holder.opset_imports[""] = holder.opset_imports.pop("ai.onnx")
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            if value.shape is not None and any(isinstance(n, int) and n < 0 for n in value.shape.dims):
+                value.shape = ir.Shape([None if isinstance(n, int) and n < 0 else n for n in value.shape.dims])
 
 
 def _inline(model: ir.Model) -> None:

@@ -39,7 +39,8 @@ class Site:
         self.node = node
         self.name = name
         self.dtype = self._dtype()
-        self.steps, self.guarded = self._steps(steps)
+        self.steps, guarded = self._steps(steps)
+        self.guarded: Sequence[int] = [self.time] if guarded else []
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         """The parameters of each layer and direction, as tensors where they are known and else as values."""
@@ -57,6 +58,11 @@ class Site:
     @property
     def lengths(self) -> ir.Value | None:
         return None
+
+    @property
+    def time(self) -> int:
+        """The axis of the steps in the input."""
+        return 1 if self.batched and self.recurrence.batch_first else 0
 
     @property
     def parameters(self) -> list[ir.Value | None]:
@@ -107,7 +113,9 @@ class Site:
             return 1, False
         asked = steps.get(self.name) if isinstance(steps, Mapping) else steps
         shape = self.shape(self.given)
-        known = shape[1 if self.batched and self.recurrence.batch_first else 0] if shape else None
+        known = shape[self.time] if shape else None
+        if known == 0:
+            raise UnrollError(Problem(self.name, "has 0 time steps", "give it a sequence of at least one"))
         if asked is None or asked == known:
             return known, False
         if known is not None:
@@ -129,8 +137,8 @@ class Site:
         writer.enter("given")
         x = writer.value(self.given, self.dtype, self.rank)
         lead = self._lead(writer, x)
-        if self.guarded:
-            x = self._fixed(writer, x)
+        for axis in self.guarded:
+            x = self._fixed(writer, x, axis)
         rows = schedule.flat_rows(recurrence, x, batched=self.batched)
         state = self._state(writer)
         weights = self._prepared(writer, plan, prepared)
@@ -155,19 +163,20 @@ class Site:
     def _lead(self, writer: OnnxWriter, x: Value) -> tuple[Value, Value]:
         """T and B when the model runs, each of shape `[1]`. Not written unless something reads it."""
         shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
-        time, batch = (1, 0) if self.batched and self.recurrence.batch_first else (0, 1)
+        time, batch = self.time, 1 - self.time
         one = writer.operand([1], torch.int64)
         assert one is not None
         steps = writer.op("Gather", shape, [time], rank=1)
         return steps, writer.op("Gather", shape, [batch], rank=1) if self.batched else writer.value(one, torch.int64, 1)
 
-    def _fixed(self, writer: OnnxWriter, x: Value) -> Value:
-        """The input, by an operator that fails for any other number of steps than is written out.
+    def _fixed(self, writer: OnnxWriter, x: Value, axis: int) -> Value:
+        """The input, by an operator that fails for another number of steps, or of features, than is written out.
 
         A Split into one piece of that many does; two Reshapes in a row would be made one by ONNX Runtime, and pass.
         """
-        assert self.steps is not None
-        (piece,) = writer.split(x, [self.steps], 1 if self.batched and self.recurrence.batch_first else 0)
+        size = self.steps if axis == self.time else self.recurrence.input_size
+        assert size is not None
+        (piece,) = writer.split(x, [size], axis)
         return piece
 
     def _state(self, writer: OnnxWriter) -> tuple[Value | None, ...]:

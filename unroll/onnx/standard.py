@@ -37,6 +37,16 @@ ACTIVATED = {
 """The standard's activations for what a node runs, if it names no others."""
 
 
+def _fits(shape: Sequence[int | None], wanted: Sequence[int | str]) -> bool:
+    """Whether sizes, None for those that are unknown, are these, whose names stand for any."""
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(n is None or isinstance(m, str) or n == m for n, m in pairs)
+
+
+def _listed(sizes: Sequence[int | str | None]) -> str:
+    return f"[{', '.join('?' if size is None else str(size) for size in sizes)}]"
+
+
 class StandardSite(Site):
     """An `LSTM`, `GRU` or `RNN` node of the ONNX standard."""
 
@@ -60,21 +70,9 @@ class StandardSite(Site):
         if hidden is None or features is None:
             mend = "give W and R shapes, or make them initializers"
             problems.append(Problem(self.name, "the sizes of its weights are unknown", mend))
-        count, both = len(GATES[kind]), direction == "bidirectional"
-        for what, shape, wanted in (
-            ("W", w, (1 + both, count * (hidden or 0), features)),
-            ("R", r, (1 + both, count * (hidden or 0), hidden)),
-            ("B", self.shape(self.input(3)), (1 + both, 2 * count * (hidden or 0))),
-        ):
-            sizes = zip(shape or (), wanted, strict=False)
-            if (
-                hidden
-                and shape is not None
-                and (len(shape) != len(wanted) or any(n not in (None, m) for n, m in sizes))
-            ):
-                problems.append(
-                    Problem(f"{self.name}: {what}", f"has shape {list(shape)}", f"it must be {list(wanted)}")
-                )
+        both = direction == "bidirectional"
+        if hidden is not None and features is not None:
+            problems += self._misfits(1 + both, hidden, features)
         if problems:
             raise UnrollError(*problems)
         assert hidden is not None and features is not None
@@ -93,6 +91,41 @@ class StandardSite(Site):
             bidirectional=both,
             reverse=direction == "reverse",
         )
+
+    def guard(self, checked: bool) -> None:
+        """Choose the axes of the input that the running model must check, as every step is written out.
+
+        Args:
+            checked: whether the sizes that are known of the input are checked already in a run.
+        """
+        shape = self.shape(self.given)
+        features = None if shape is None else shape[2]
+        self.guarded = [self.time] if self.guarded or not checked else []
+        if features is None or not checked:
+            self.guarded = [*self.guarded, 2]
+
+    def _misfits(self, directions: int, hidden: int, features: int) -> list[Problem]:
+        """A problem for each input whose shape is known and is not what the standard demands of it."""
+        count, swap = len(GATES[self.node.op_type]), self.attribute("layout", 0)
+        shapes = [self.shape(self.input(k)) for k in range(8)]
+        x = shapes[0] or ()
+        steps, batch = ("steps", x[1 - swap] if len(x) == 3 and x[1 - swap] is not None else "batch")
+        state = (batch, directions, hidden) if swap else (directions, batch, hidden)
+        wanted = {
+            "X": (batch, steps, features) if swap else (steps, batch, features),
+            "W": (directions, count * hidden, features),
+            "R": (directions, count * hidden, hidden),
+            "B": (directions, 2 * count * hidden),
+            "sequence_lens": (batch,),
+            "initial_h": state,
+            "initial_c": state,
+            "P": (directions, 3 * hidden),
+        }
+        return [
+            Problem(f"{self.name}: {what}", f"has shape {_listed(shape)}", f"it must be {_listed(sizes)}")
+            for shape, (what, sizes) in zip(shapes, wanted.items(), strict=True)
+            if shape is not None and not _fits(shape, sizes)
+        ]
 
     def _variants(self) -> list[Variant | None]:
         """For each direction, how its steps differ from torch's."""
