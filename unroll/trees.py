@@ -226,7 +226,7 @@ def replace(
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
-    are `Unrolled` already keep their plan, unless one is given.
+    are `Unrolled` already keep their plan, unless `where` picks them or there are no others.
 
     Raises:
         UnrollError: with every layer that cannot be honoured, before anything is copied.
@@ -280,7 +280,8 @@ def replace(
             Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
         ) from error
     for name, module in copied.named_modules():
-        if plan is not None and isinstance(module, Unrolled) and chooses(where, [name], module):
+        again = plan is not None and (where is not None or not found)
+        if again and isinstance(module, Unrolled) and chooses(where, [name], module):
             module.plan = plan
     left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
     if left:
