@@ -280,8 +280,8 @@ def replace(
             Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
         ) from error
     for name, module in copied.named_modules():
-        again = plan is not None and (where is not None or not found)
-        if again and isinstance(module, Unrolled) and chooses(where, [name], module):
+        asked = where is not None or not found
+        if plan is not None and asked and isinstance(module, Unrolled) and chooses(where, [name], module):
             module.plan = plan
     left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
     if left:

@@ -42,7 +42,8 @@ def unroll(
             is given what it has: a node of the graph, or a part of the ScriptModule.
         rules: for classes of your own that cannot be unrolled as they are, a function from the layer to
             a module that does the same and can.
-        plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given.
+        plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given. Layers that are
+            unrolled already keep theirs, unless `where` picks them or there are no others.
         steps: for a graph, the number of time steps, for all layers or by layer name. An ONNX model that leaves
             it open, and a ScriptModule, need none: their steps then run in a loop.
 
