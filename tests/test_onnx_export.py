@@ -19,6 +19,8 @@ from unroll import Plan, UnrollError, cells, export_onnx
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+from unroll.onnx.inspection import inspect_module  # noqa: E402
+
 RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
@@ -235,8 +237,78 @@ def test_where_and_rules(speech, tmp_path):
             return self.layer(input)[0] * 2
 
     odd, x = Odd(FEATURES, HIDDEN).eval(), torch.randn(4, 3, FEATURES)
-    export = export_onnx(nn.Sequential(odd).eval(), x, tmp_path / "m.onnx", rules={Odd: lambda layer: Twice(layer).eval()})
+    export = export_onnx(
+        nn.Sequential(odd).eval(), x, tmp_path / "m.onnx", rules={Odd: lambda layer: Twice(layer).eval()}
+    )
     assert export.report.ok
+
+
+class Two(nn.Module):
+    """An LSTM after an LSTM, which torch's exporter writes as the standard's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.LSTM(FEATURES, HIDDEN), nn.LSTM(HIDDEN, HIDDEN)
+
+    def forward(self, x, *, shift, scale):
+        return self.b(self.a(x)[0])[0] * scale + shift
+
+
+def test_layers_left_out_stay(tmp_path):
+    model, kwargs = Two().eval(), {"scale": torch.tensor(2.0), "shift": torch.tensor(1.0)}
+    args = (torch.randn(4, 3, FEATURES),)
+    export = export_onnx(model, args, tmp_path / "m.onnx", kwargs=kwargs, where="a")
+    assert export.operators["LSTM"] == 1 and export.report.ok
+    assert [layer.name for layer in inspect_module(model, args, {"kwargs": kwargs}, where="a").layers] == ["a"]
+
+
+def test_order_of_keyword_arguments(tmp_path):
+    model, x, scale, shift = Two().eval(), torch.randn(4, 3, FEATURES), torch.tensor([2.0]), torch.tensor([[1.0]])
+    names = ["x", "shift", "scale"]
+    for kwargs in ({"scale": scale, "shift": shift}, {"shift": shift, "scale": scale}):
+        export = export_onnx(model, x, tmp_path / "m.onnx", kwargs=kwargs, input_names=names)
+        assert [len(value.type.tensor_type.shape.dim) for value in onnx.load(export.path).graph.input] == [3, 2, 1]
+        with torch.no_grad():
+            assert_same(run(export.path, x, shift, scale), (model(x, **kwargs),), rtol=1e-5)
+
+
+def test_inspection_takes_a_single_argument_and_named_dimensions():
+    model, x = nn.GRU(FEATURES, HIDDEN).eval(), torch.randn(4, 3, FEATURES)
+    (layer,) = inspect_module(model, x, {"dynamic_shapes": {"input": {0: "T"}, "hx": None}}).layers
+    assert (layer.kind, layer.steps) == ("GRU", None)
+
+
+def test_inspection_shows_layers_beside_what_stands_in_the_way():
+    class Packs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.LSTM(FEATURES, HIDDEN), nn.GRU(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            return self.second(nn.utils.rnn.pack_sequence(list(self.first(x)[0])))[1]
+
+    found = inspect_module(Packs().eval(), torch.randn(4, 3, FEATURES))
+    assert [layer.name for layer in found.layers] == ["first", "second"]
+    assert len(found.problems) == 1 and found.layers[0].nodes is None
+
+
+@pytest.mark.parametrize("kind", ["module", "ExportedProgram"])
+def test_changed_buffers_are_refused(kind, tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(FEATURES, HIDDEN)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.rnn(x)[0] + self.calls
+
+    model, x = Counts().eval(), torch.randn(4, 3, FEATURES)
+    given = (model, x) if kind == "module" else (torch.export.export(model, (x,), strict=False), None)
+    with pytest.raises(UnrollError, match="calls: is a buffer that the model changes"):
+        export_onnx(*given, tmp_path / "m.onnx")
+    assert model.calls == 0 and os.listdir(tmp_path) == []
 
 
 def test_dropout_is_gone_in_evaluation_and_refused_in_training(tmp_path):

@@ -19,6 +19,7 @@ from tests import onnx_standard as standard
 from unroll import Plan, UnrollError, cells, unroll
 from unroll.onnx import files
 from unroll.onnx import standard as reader
+from unroll.onnx.inspection import inspect_model
 from unroll.onnx.models import unroll_model
 
 ir = pytest.importorskip("onnx_ir")
@@ -405,6 +406,23 @@ def test_inside(place, kind, dynamic):
     assert_close(run_ort(result, inputs), run_ort(model, inputs), rtol=1e-5)
 
 
+def test_inspection_sees_into_functions():
+    inputs = standard.draw("GRU", {}, optional=("B", "initial_h"), dtype=np.float32)
+    model = ir.from_proto(inside(standard.model("GRU", {}, inputs, outputs=["", "Y_h"]), "function"))
+    found = inspect_model(model)
+    (layer,) = found.layers
+    assert not found.problems and (layer.kind, layer.steps) == ("GRU", 4) and layer.nodes > 20
+    assert len(model.functions) == 2
+
+
+def test_inspection_shows_what_can_be_read():
+    model, _ = two_layers()
+    model.graph.node[2].attribute.append(onnx.helper.make_attribute("direction", "up"))
+    found = inspect_model(ir.from_proto(model))
+    assert [layer.name for layer in found.layers] == ["first"]
+    assert [problem.place for problem in found.problems] == ["second"]
+
+
 def two_layers(names=("first", "second")):
     """Two GRUs that share their weights, one after the other."""
     inputs = standard.draw("GRU", {}, optional=("B",), features=3, dtype=np.float32)
@@ -457,6 +475,10 @@ def test_steps():
     fixed = standard.model("LSTM", {}, inputs)
     with pytest.raises(UnrollError, match="rnn: has 4 time steps; leave out steps=5 or make it 4"):
         unroll_model(fixed, steps=5)
+    with pytest.raises(UnrollError, match=r"steps\['typo'\]: names no recurrent layer; .*: rnn"):
+        unroll_model(model, steps={"rnn": 4, "typo": 4})
+    with pytest.raises(UnrollError, match="is a dict; give a Plan"):
+        unroll_model(model, plan={"gates": "split"})
     with pytest.raises(UnrollError, match="whole number from 1"):
         unroll_model(model, steps=0)
 
@@ -519,7 +541,7 @@ def test_open_features_are_checked_in_a_run(layout):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("X", [4, 3, 4], r"X: has shape \[4, 3, 4\]; it must be \[4, 3, 2\]"),
+        ("X", [4, 3, 4], r"X: has shape \[4, 3, 4\]; it must be \[steps, 3, 2\]"),
         ("X", [None, None, 4], r"X: has shape \[\?, \?, 4\]; it must be \[steps, batch, 2\]"),
         ("X", [4, 2], r"X: has shape \[4, 2\]; it must be"),
         ("initial_h", [1, 1, 3], r"initial_h: has shape \[1, 1, 3\]; it must be \[1, 3, 3\]"),

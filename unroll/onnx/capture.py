@@ -5,6 +5,7 @@ Torch's exporter then has nothing to do with the steps, and its cost does not gr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,9 +27,23 @@ from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments
 from unroll.trees import Rules, Where
 
 
+def example_args(args: Any) -> tuple[Any, ...]:
+    """Example inputs as a tuple: a single one need not be in one."""
+    return () if args is None else tuple(args) if isinstance(args, (tuple, list)) else (args,)
+
+
+def in_order(model: nn.Module | ExportedProgram, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments as the model's forward names them, which is the order of a file's inputs."""
+    given = dict(kwargs or {})
+    if isinstance(model, ExportedProgram):
+        return given
+    names = [name for name in inspect.signature(model.forward).parameters if name in given]
+    return {name: given[name] for name in [*names, *given]}
+
+
 def capture(
     model: nn.Module | ExportedProgram,
-    args: tuple[Any, ...],
+    args: Any,
     kwargs: Mapping[str, Any] | None,
     *,
     dynamic_shapes: Any = None,
@@ -38,8 +53,34 @@ def capture(
     """The model as an ExportedProgram in which every recurrent layer is one `unroll::Recurrence` node.
 
     Raises:
-        UnrollError: for layers that cannot be honoured, and if `torch.export` fails.
+        UnrollError: for layers that cannot be honoured, for a model that changes its buffers, and if
+            `torch.export` fails.
     """
+    program = _captured(model, example_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
+    problems = [
+        Problem(name, "is a buffer that the model changes, and an ONNX file keeps none", "return it instead")
+        for name in _changed_buffers(program)
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return program
+
+
+def _changed_buffers(program: ExportedProgram) -> list[str]:
+    """Names of the buffers that a run changes, which a program tells only of functional operators."""
+    if not program.graph_signature.buffers:
+        return []
+    return list(program.run_decompositions({}).graph_signature.buffers_to_mutate.values())
+
+
+def _captured(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    where: Where,
+    rules: Rules | None,
+) -> ExportedProgram:
     if isinstance(model, ExportedProgram):
         given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "where": where, "rules": rules}
         _refuse(given, "was given for an ExportedProgram, which has its own")
@@ -54,7 +95,7 @@ def capture(
         model = trees.replace(model, Plan(), where, rules)
     try:
         with _layers_as_nodes(every):
-            return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
     except Exception as error:

@@ -118,15 +118,15 @@ def export_onnx(
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
     from unroll.onnx import check as checks
     from unroll.onnx import files
-    from unroll.onnx.capture import capture
-    from unroll.onnx.models import unroll_ir
+    from unroll.onnx.capture import capture, example_args, in_order
+    from unroll.onnx.models import from_torch, unroll_ir
     from unroll.onnx.translate import named_dims, quiet, translate
 
-    path = files.checked_place(path)
+    path, plan = files.checked_place(path), plan if plan is None else Plan.of(plan)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
-    args = () if args is None else tuple(args) if isinstance(args, (tuple, list)) else (args,)
+    args, kwargs = example_args(args), in_order(model, kwargs)
     clock = _Clock(progress)
     with quiet():
         clock("capture")
@@ -134,11 +134,11 @@ def export_onnx(
         clock("translate")
         written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
     clock("unroll")
-    unroll_ir(written, plan=plan)
+    unroll_ir(written, where=None if where is None else from_torch, plan=plan)
     if isinstance(model, ExportedProgram):
         original, (args, given) = model.module(), model.example_inputs or (args, {})
     else:
-        original, given = model, dict(kwargs or {})
+        original, given = model, kwargs
     report, refused = None, 0
     clock("save")
     with files.delivered(written, path) as draft:
@@ -149,7 +149,7 @@ def export_onnx(
             checks.check_file(draft)
             outputs = [str(value.name) for value in written.graph.outputs]
             with quiet():
-                report, refused = checks.check_values(draft, program, original, args, dict(given), outputs)
+                report, refused = checks.check_values(draft, program, original, args, given, outputs)
     counted = checks.operators(written)
     return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
 

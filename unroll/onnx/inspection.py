@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 from unroll import trees
 from unroll.cells import ONNX_CELLS
 from unroll.onnx.capture import capture
-from unroll.onnx.models import read_sites, unroll_ir
+from unroll.onnx.models import PLAN, from_torch, read_sites, write_sites
 from unroll.onnx.sites import Site, Steps
-from unroll.onnx.translate import quiet, translate
+from unroll.onnx.translate import named_dims, quiet, translate
 from unroll.plan import Plan
 from unroll.recurrence import CELL_MODES, Problem, Recurrence, UnrollError, read_cell, read_layer
-from unroll.trees import Where
+from unroll.trees import Rules, Where
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,19 @@ class Inspection:
 
 
 def inspect_model(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> Inspection:
-    """Unroll a copy of the model, and count."""
+    """Unroll a copy of the model, and count; where something stands in the way, tell what the nodes tell."""
+    plan = PLAN if plan is None else Plan.of(plan)
+    copy = model.clone()
     try:
-        unrolled = unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
-        sites = read_sites(model, where, steps)
+        sites, problems = read_sites(copy, where, steps)
+        layers = [_read(site) for site in sites]
+        if not problems:
+            write_sites(copy, sites, plan)
+            nodes = list(copy.graph.all_nodes())
+            layers = [_counted(layer, nodes) for layer in layers]
     except UnrollError as error:
         return Inspection((), error.problems)
-    nodes = list(unrolled.graph.all_nodes())
-    return Inspection(tuple(_layer(site, nodes) for site in sites))
+    return Inspection(tuple(layers), tuple(problems))
 
 
 def inspect_module(
@@ -85,24 +90,36 @@ def inspect_module(
     Args:
         options: keyword arguments of `export_onnx`: `kwargs`, `dynamic_shapes` and `rules` are read.
     """
-    given = options or {}
+    given = dict(options or {})
+    rules = given.get("rules")
     if args is None and isinstance(model, nn.Module):
-        found = trees.find(model, where, given.get("rules"))
-        return Inspection(tuple(_told(entry.names[0], entry.layer) for entry in found))
-    with quiet():
-        chosen = {key: given.get(key) for key in ("dynamic_shapes", "rules")}
-        program = capture(model, args or (), given.get("kwargs"), where=where, **chosen)
-        return inspect_model(translate(program, None, None, None, None), plan=plan)
+        return Inspection(_told(model, where, rules))
+    try:
+        with quiet():
+            shapes = named_dims(given.get("dynamic_shapes"))
+            program = capture(model, args, given.get("kwargs"), dynamic_shapes=shapes, where=where, rules=rules)
+            written = translate(program, None, None, None, None)
+    except UnrollError as error:
+        return Inspection(_told(model, where, rules), error.problems)
+    return inspect_model(written, where=None if where is None else from_torch, plan=plan)
 
 
-def _told(name: str, layer: Any) -> Layer:
-    """What a module tells of itself."""
-    mode = next((mode for kind, mode in CELL_MODES.items() if isinstance(layer, kind)), None)
-    recurrence = read_cell(layer, mode) if mode else read_layer(layer)
-    return _described(recurrence, name, None, sum(p.numel() for p in layer.parameters()))
+def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
+    """What the modules tell of themselves, if they can be unrolled; a program has none."""
+    try:
+        found = trees.find(model, where, rules) if isinstance(model, nn.Module) else []
+    except UnrollError:
+        return ()
+    layers = []
+    for entry in found:
+        mode = next((mode for kind, mode in CELL_MODES.items() if isinstance(entry.layer, kind)), None)
+        recurrence = read_cell(entry.layer, mode) if mode else read_layer(entry.layer)
+        parameters = sum(p.numel() for p in entry.layer.parameters())
+        layers.append(_described(recurrence, entry.names[0], None, parameters))
+    return tuple(layers)
 
 
-def _described(recurrence: Recurrence, name: str, steps: int | None, parameters: int | None, **rest: Any) -> Layer:
+def _described(recurrence: Recurrence, name: str, steps: int | None, parameters: int | None) -> Layer:
     kind = "GRU" if recurrence.mode in ONNX_CELLS else recurrence.mode
     return Layer(
         name,
@@ -113,17 +130,21 @@ def _described(recurrence: Recurrence, name: str, steps: int | None, parameters:
         len(recurrence.directions),
         1 if recurrence.is_cell else steps,
         parameters,
-        **rest,
     )
 
 
-def _layer(site: Site, nodes: Iterable[ir.Node]) -> Layer:
-    made = [node for node in nodes if (node.name or "").startswith(f"{site.name}.")]
+def _read(site: Site) -> Layer:
+    """What a node tells."""
     shapes = [site.shape(value) for value in site.parameters if value is not None]
     known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]
     parameters = sum(known) if len(known) == len(shapes) else None
-    size = sum(map(_bytes, made))
-    return _described(site.recurrence, site.name, site.steps, parameters, nodes=len(made), size=size)
+    return _described(site.recurrence, site.name, site.steps, parameters)
+
+
+def _counted(layer: Layer, nodes: Iterable[ir.Node]) -> Layer:
+    """With what took its place among these."""
+    made = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
+    return replace(layer, nodes=len(made), size=sum(map(_bytes, made)))
 
 
 def _bytes(node: ir.Node) -> int:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from unroll.calls import unknown_steps
 from unroll.cells import Prepared
 from unroll.onnx import loops
 from unroll.onnx.files import load
@@ -53,6 +54,11 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | None = None, s
     return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
 
 
+def from_torch(name: str, node: Any) -> bool:
+    """For `where`: the nodes that stand for layers of torch which were chosen before."""
+    return node.domain == DOMAIN
+
+
 def is_recurrent(node: ir.Node) -> bool:
     """Whether this pass has something to do with a node."""
     return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
@@ -60,36 +66,34 @@ def is_recurrent(node: ir.Node) -> bool:
 
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
-    _normalize(model)
-    opset = model.opset_imports.get("", 0)
-    if opset < OLDEST_OPSET:
-        mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
-        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
-    _inline(model)
-    sites = read_sites(model, where, steps)
-    taken = set(_names(model))
-    constants, prepared = Constants(model.graph), dict[Any, list[Prepared]]()
-    with many_objects():
-        for site in sites:
-            _replace(site, OnnxWriter(site.name, constants, opset, taken), plan or PLAN, prepared)
-        for graph in (model.graph, *model.graph.subgraphs()):
-            _drop_unread_initializers(graph)
-    model.opset_imports.pop(DOMAIN, None)
+    plan = PLAN if plan is None else Plan.of(plan)
+    sites, problems = read_sites(model, where, steps)
+    if problems:
+        raise UnrollError(*problems)
+    write_sites(model, sites, plan)
     left = [node for node in _nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
     return model
 
 
-def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> list[Site]:
-    """The recurrent nodes that `where` picks, read and checked.
+def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Site], list[Problem]]:
+    """The recurrent nodes that `where` picks, read and checked, and everything that cannot be honoured.
+
+    Functions that hold such nodes are written out in the model.
 
     Raises:
-        UnrollError: with everything that cannot be honoured.
+        UnrollError: for a model in which no node can be read.
     """
+    _normalize(model)
+    opset = model.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
+        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
+    _inline(model)
     nodes = [node for node in _nodes(model) if is_recurrent(node)]
     chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
-    problems = []
+    problems = unknown_steps(steps, map(_label, chosen))
     if where is not None and not callable(where):
         names = ", ".join(map(_label, nodes)) or "none"
         for pattern in [where] if isinstance(where, str) else where:
@@ -116,9 +120,19 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> lis
             site.name = f"{label}_{number}"
         used.add(site.name)
         sites.append(site)
-    if problems:
-        raise UnrollError(*problems)
-    return sites
+    return sites, problems
+
+
+def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
+    """Put plain operators in the place of nodes of a model."""
+    taken, opset = set(_names(model)), model.opset_imports[""]
+    constants, prepared = Constants(model.graph), dict[Any, list[Prepared]]()
+    with many_objects():
+        for site in sites:
+            _replace(site, OnnxWriter(site.name, constants, opset, taken), plan, prepared)
+        for graph in (model.graph, *model.graph.subgraphs()):
+            _drop_unread_initializers(graph)
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def _any(node: ir.Node) -> Any:
