@@ -50,6 +50,45 @@ def make_nothing():
     return 3
 
 
+def make_noisily():
+    print("noise")
+    return make()
+
+
+def make_named():
+    return (*make(), {"where": "r*"})
+
+
+def make_with_plan():
+    return (*make(), {"plan": None, "nonsense": 1})
+
+
+def make_with_list():
+    return (*make(), [1])
+
+
+def make_of(size):
+    return size
+
+
+def make_none():
+    raise RuntimeError("no weights in [/red]")
+
+
+class Packs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(6, 5)
+
+    def forward(self, x):
+        return self.rnn(nn.utils.rnn.pack_sequence(list(x)))[1]
+
+
+def make_packing():
+    return Packs().eval(), CASE.tensors()[0]
+
+
+NOTHING = None
 CELLS = nn.Sequential(nn.GRUCell(3, 5))
 
 
@@ -122,6 +161,13 @@ def test_errors_name_the_mend(run, source):
             "gives opset_version, and so does the command line",
             "give it once",
         ),
+        (("export", "tests.test_cli:NOTHING", "out.onnx"), "is a NoneType", "give a function"),
+        (("export", "tests.test_cli:make_none", "out.onnx"), "RuntimeError: no weights in [/red]", "give a function"),
+        (("export", "tests.test_cli:make_of", "out.onnx"), "needs size", "give a function without arguments"),
+        (("export", "tests.test_cli:make_with_list", "out.onnx"), "returns a list for options", "return a dictionary"),
+        (("export", "tests.test_cli:make_with_plan", "out.onnx"), "the options plan, nonsense", "it may give kwargs, "),
+        (("onnx", source, "."), "is no name of a file", "give the path of the file to write"),
+        (("onnx", "[/red].onnx", "out.onnx"), "[/red].onnx: cannot be read", "give the path of an ONNX file"),
         (("export", "tests.test_cli:make_packed", "out.onnx"), "cannot be captured", "make torch.export"),
     ]
     for arguments, finding, mend in cases:
@@ -199,6 +245,43 @@ def test_inspect_says_what_stands_in_the_way(run, source):
     assert code == 1 and "in the way: rnn: the activation 'Swish' is unknown" in out.replace("\n", " ")
     source.write_bytes(source.read_bytes()[:100])
     assert run("inspect", source)[0] == 1
+
+
+def test_inspection_of_what_cannot_be_exported(run):
+    code, out, _ = run("inspect", "tests.test_cli:make_packing")
+    assert code == 1 and out.splitlines()[1].split()[:2] == ["rnn", "GRU"] and "in the way: " in out
+    code, out, _ = run("inspect", "tests.test_cli:make", "--steps", "9")
+    assert code == 1 and "--steps 9: was given for a PyTorch model" in out
+    code, out, _ = run("inspect", "tests.test_cli:make_named", "--where", "rnn")
+    assert code == 1 and "gives where, and so does the command line" in out
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("export", "out.onnx")], ids=lambda c: c[0])
+def test_json_alone_is_printed(command, run):
+    code, out, err = run(command[0], "tests.test_cli:make_noisily", *command[1:], "--json")
+    assert code == 0 and json.loads(out) and "noise" in err
+
+
+def test_a_source_that_is_not_valid(run, source):
+    model = onnx.load(source)
+    model.graph.node.append(onnx.helper.make_node("Relu", ["X"], ["Z"], alpha=1.0))
+    onnx.save(model, "odd.onnx")
+    code, _, err = run("onnx", "odd.onnx", "out.onnx")
+    assert code == 1 and "odd.onnx: is itself not valid ONNX" in err and not os.path.exists("out.onnx")
+
+
+def test_names_with_brackets(run, source):
+    model = onnx.load(source)
+    model.graph.node[0].name = "[/red]"
+    onnx.save(model, source)
+    assert "[/red]" in run("inspect", source)[1]
+    code, out, _ = run("onnx", source, "[bold].onnx")
+    assert code == 0 and out.startswith("[bold].onnx: ")
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "unroll", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Exit codes" in done.stdout
 
 
 def test_missing_extra_is_named(monkeypatch):

@@ -339,6 +339,8 @@ def test_refusals(tmp_path):
         ({"input_names": ["x", "y"]}, r"input_names=\['x', 'y'\]: does not fit \['x'\]"),
         ({"output_names": ["y", "y2", "y3"]}, r"output_names=.*does not fit"),
         ({"where": "nothing"}, "names no recurrent layer"),
+        ({"output_names": "y"}, "output_names='y': is a single string; give a list of names"),
+        ({"plan": "split"}, "plan='split': is a str; give a Plan"),
         ({"kwargs": {"other": 1}}, "cannot be captured by torch.export"),
     ]
     for options, message in refused:
@@ -346,6 +348,9 @@ def test_refusals(tmp_path):
             export_onnx(model, args, path, **options)
     with pytest.raises(UnrollError, match=r"got OrderedDict; give an nn\.Module"):
         export_onnx(model.state_dict(), args, path)
+    for place in ("", tmp_path):
+        with pytest.raises(UnrollError, match="is no name of a file; give the path"):
+            export_onnx(model, args, place)
     with pytest.raises(UnrollError, match="directory that does not exist"):
         export_onnx(model, args, tmp_path / "nowhere" / "m.onnx")
     program = torch.export.export(model, args, strict=False)

@@ -614,6 +614,10 @@ def test_external_data(tmp_path):
             assert draft.exists() and not target.exists()
         assert target.with_name(target.name + ".data").exists() == beside
         assert_close(run_ort(target, inputs), run_ort(place, inputs), rtol=1e-5)
+    weights = place.with_name("weights")
+    weights.write_bytes(weights.read_bytes()[:8])
+    with pytest.raises(UnrollError, match="its data is in a file that cannot be read"):
+        unroll(place)
     with pytest.raises(UnrollError, match="its data is in a file that cannot be read"):
         unroll(onnx.load(place, load_external_data=False))
 

@@ -7,14 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:  # pragma: no cover
@@ -39,6 +41,9 @@ app = typer.Typer(
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
 
+OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "opset_version", "where", "rules")
+"""The keyword arguments that a factory may give."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
 GatesOption = Annotated[
@@ -55,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UnrollError as error:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         for place, finding, mend in error.problems:
-            console.print(f"[red]error:[/red] {place}: {finding}", markup=True)
+            console.print(f"[red]error:[/red] {escape(f'{place}: {finding}')}")
             console.print(f"       {mend}", markup=False)
         raise SystemExit(1) from None
 
 
-@app.command("onnx")
+@app.command("onnx", short_help="Unroll an ONNX file.")
 def onnx_command(
     source: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="Where the unrolled model goes.", show_default=False)],
@@ -87,15 +92,15 @@ def onnx_command(
         with files.delivered(model, target) as draft:
             part("check")
             size = files.size(draft)
-            check.check_file(draft)
+            check.check_file(draft, target, source)
     counted = check.operators(model)
     if as_json:
         _print_json({"path": str(target), "size": size, "operators": dict(counted)})
     else:
-        Console().print(f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB", highlight=False)
+        Console().print(f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB", highlight=False, markup=False)
 
 
-@app.command("export")
+@app.command("export", short_help="Write a PyTorch model as an unrolled ONNX file.")
 def export_command(
     factory: Annotated[str, typer.Argument(help=FACTORY, show_default=False)],
     target: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
@@ -106,23 +111,21 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
-    model, args, options = _made_by(factory)
-    if args is None and not isinstance(model, ExportedProgram):
-        mend = "let it return the model and a tuple of example arguments"
-        raise UnrollError(Problem(factory, "returns a model alone", mend))
-    asked = {"opset_version": opset, "where": where}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if both := ", ".join(asked.keys() & options.keys()):
-        raise UnrollError(Problem(factory, f"gives {both}, and so does the command line", "give it once"))
-    with _parts() as part:
-        export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **asked, **options)
+    with _stdout_for(as_json):
+        model, args, given = _made_by(factory)
+        if args is None and not isinstance(model, ExportedProgram):
+            mend = "let it return the model and a tuple of example arguments"
+            raise UnrollError(Problem(factory, "returns a model alone", mend))
+        options = _options(factory, given, opset_version=opset, where=where)
+        with _parts() as part:
+            export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **options)
     if as_json:
         _print_json(_plain(export))
     else:
-        Console().print(str(export), highlight=False)
+        Console().print(str(export), highlight=False, markup=False)
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="Show the recurrent layers of a model.")
 def inspect_command(
     model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
     where: Where = None,
@@ -139,13 +142,17 @@ def inspect_command(
     from unroll.onnx.inspection import Inspection, inspect_model, inspect_module
 
     plan = _plan(gates)
-    with _parts() as part:
+    with _stdout_for(as_json), _parts() as part:
         part("read")
         try:
             if ":" in model and not Path(model).exists():
-                made, args, options = _made_by(model)
+                if steps is not None:
+                    mend = "leave it out: the example arguments tell"
+                    raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", mend))
+                made, args, given = _made_by(model)
+                options = _options(model, given, where=where)
                 part("unroll")
-                found = inspect_module(made, args, options, where=where, plan=plan)
+                found = inspect_module(made, args, options, where=options.get("where"), plan=plan)
             else:
                 ir_model = load(model)
                 part("unroll")
@@ -177,7 +184,10 @@ def _made_by(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         raise UnrollError(Problem(factory, f"cannot be found ({error})", mend)) from error
-    made = value if isinstance(value, (nn.Module, ExportedProgram)) else value()
+    except Exception as error:
+        finding = f"cannot be imported ({type(error).__name__}: {error})"
+        raise UnrollError(Problem(factory, finding, f"make import {module} work first")) from error
+    made = value if isinstance(value, (nn.Module, ExportedProgram)) else _called(factory, value)
     given: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
     if not 1 <= len(given) <= 3:
         finding = f"returns {len(given)} things"
@@ -187,14 +197,53 @@ def _made_by(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]
     if not isinstance(model, (nn.Module, ExportedProgram)):
         finding = f"returns {type(model).__name__}"
         raise UnrollError(Problem(factory, finding, "let it return an nn.Module or an ExportedProgram"))
+    if not isinstance(options, dict):
+        finding = f"returns a {type(options).__name__} for options"
+        raise UnrollError(Problem(factory, finding, "let it return a dictionary"))
+    if unknown := [str(key) for key in options if key not in OPTIONS]:
+        finding = f"returns the options {', '.join(unknown)}"
+        raise UnrollError(
+            Problem(factory, finding, f"it may give {', '.join(OPTIONS)}; the rest is for the command line")
+        )
     return model, args, options
+
+
+def _called(factory: str, function: Any) -> Any:
+    """What the function returns."""
+    mend = "give a function that returns the model"
+    if not callable(function):
+        raise UnrollError(Problem(factory, f"is a {type(function).__name__}", mend))
+    open_kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    try:
+        parameters = signature(function).parameters.values()
+        if needed := [p.name for p in parameters if p.default is Parameter.empty and p.kind not in open_kinds]:
+            raise UnrollError(Problem(factory, f"needs {', '.join(needed)}", "give a function without arguments"))
+        return function()
+    except UnrollError:
+        raise
+    except Exception as error:
+        raise UnrollError(Problem(factory, f"fails ({type(error).__name__}: {error})", mend)) from error
+
+
+def _options(factory: str, given: dict[str, Any], **asked: Any) -> dict[str, Any]:
+    """What the factory gives and what the command line asks, of which neither may overrule the other."""
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if both := ", ".join(asked.keys() & given.keys()):
+        raise UnrollError(Problem(factory, f"gives {both}, and so does the command line", "give it once"))
+    return {**given, **asked}
+
+
+def _stdout_for(as_json: bool) -> Any:
+    """While this lasts, what others print does not get among the JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 @contextmanager
 def _parts() -> Iterator[Callable[[str], None]]:
     """A function that shows which part of the work is being done, and for how long, on a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda part: progress.update(task, description=part)
 
@@ -226,9 +275,11 @@ def _print_layers(found: Any) -> None:
             steps = "any" if layer.steps is None else str(layer.steps)
             counts = ["?" if values[key] is None else f"{values[key]:,}" for key in ("parameters", "nodes")]
             size = "?" if layer.size is None else f"{layer.size / 1000:,.1f}"
-            table.add_row(layer.name, layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size)
+            table.add_row(
+                escape(layer.name), layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size
+            )
         console.print(table)
     elif not found.problems:
         console.print("no recurrent layers")
     for place, finding, mend in found.problems:
-        console.print(f"[red]in the way:[/red] {place}: {finding}; {mend}", markup=True)
+        console.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {mend}')}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import onnx
@@ -16,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.compare import Report, Row, compare
-from unroll.onnx.models import is_recurrent
+from unroll.onnx.models import all_nodes, is_recurrent
 from unroll.recurrence import Problem, UnrollError
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -25,8 +24,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 def operators(model: ir.Model) -> Counter[str]:
     """How often each operator is written in a model, `domain::name` where the domain is not the standard's."""
-    nodes = chain(model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values()))
-    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
+    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in all_nodes(model))
 
 
 def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
@@ -41,7 +39,7 @@ def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
     """
     problems = {}
     local = {(domain, name) for domain, name, _ in model.functions}
-    for node in chain(model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values())):
+    for node in all_nodes(model):
         if is_recurrent(node) and not recurrent:
             problems[node.op_type] = Problem(node.name or node.op_type, "is still recurrent", "report this model")
         version = model.opset_imports.get(node.domain, 1)
@@ -55,17 +53,42 @@ def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
         raise UnrollError(*problems.values())
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that `onnx.checker` refuses."""
+def check_file(
+    path: str | os.PathLike[str], name: str | os.PathLike[str], source: str | os.PathLike[str] | None = None
+) -> None:
+    """Refuse a file that `onnx.checker` refuses.
+
+    Args:
+        path: where it lies.
+        name: what it is called in messages.
+        source: the file that it was made of, which may be refused itself.
+    """
+    error = _fault(path)
+    if error is None:
+        return
+    before = None if source is None else _fault(source)
+    if source is not None and before is not None:
+        finding = f"is itself not valid ONNX ({_first_line(before)})"
+        raise UnrollError(Problem(os.fspath(source), finding, "mend it first")) from before
+    finding = f"is not valid ONNX ({_first_line(error)})"
+    raise UnrollError(Problem(os.fspath(name), finding, "report this model")) from error
+
+
+def _fault(path: str | os.PathLike[str]) -> Exception | None:
+    """What `onnx.checker` says against a file."""
     try:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:
-        finding = f"is not valid ONNX ({str(error).splitlines()[0]})"
-        raise UnrollError(Problem(os.fspath(path), finding, "report this model")) from error
+        return error
+    return None
 
 
-def session(path: str | os.PathLike[str]) -> Any:
-    """An ONNX Runtime session on the CPU, for one thread."""
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
+    """An ONNX Runtime session on the CPU, for one thread, with a file that is called `name` in messages."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,13 +96,14 @@ def session(path: str | os.PathLike[str]) -> Any:
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        finding = f"is refused by ONNX Runtime ({str(error).splitlines()[0]})"
+        finding = f"is refused by ONNX Runtime ({_first_line(error)})"
         mend = "export in float32, or pass check=False for another runtime"
-        raise UnrollError(Problem(os.fspath(path), finding, mend)) from error
+        raise UnrollError(Problem(os.fspath(name), finding, mend)) from error
 
 
 def check_values(
     path: str | os.PathLike[str],
+    name: str | os.PathLike[str],
     program: ExportedProgram,
     original: Callable[..., Any],
     args: tuple[Any, ...],
@@ -90,13 +114,22 @@ def check_values(
 
     Where sizes are dynamic, fresh inputs have other sizes. Inputs that the original itself refuses are left out.
 
+    Args:
+        path: where the file lies.
+        name: what it is called in messages.
+        program: the model as it was captured, which tells which sizes are dynamic.
+        original: what the file must agree with.
+        args: example inputs.
+        kwargs: example keyword arguments.
+        output_names: of the file.
+
     Returns:
         A report with the outputs' names for places, and how many inputs the original refused.
 
     Raises:
         UnrollError: naming what differs.
     """
-    runner = session(path)
+    runner = session(path, name)
     names = [value.name for value in runner.get_inputs()]
     inputs, refused = [(args, kwargs)], 0
     for fresh in fresh_inputs(program, args, kwargs):
@@ -112,13 +145,13 @@ def check_values(
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if len(tensors) != len(names):
             finding = f"has {len(names)} inputs, the model takes {len(tensors)} tensors"
-            raise UnrollError(Problem(os.fspath(path), finding, "leave out unused arguments, or pass check=False"))
+            raise UnrollError(Problem(os.fspath(name), finding, "leave out unused arguments, or pass check=False"))
         feed = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         try:
             return [torch.from_numpy(array) for array in runner.run(None, feed)]
         except Exception as error:
-            finding = f"fails in ONNX Runtime ({str(error).splitlines()[0]})"
-            raise UnrollError(Problem(os.fspath(path), finding, "report this model")) from error
+            finding = f"fails in ONNX Runtime ({_first_line(error)})"
+            raise UnrollError(Problem(os.fspath(name), finding, "report this model")) from error
 
     spec = pytree.tree_structure(inputs[0])
 

@@ -146,10 +146,10 @@ def export_onnx(
         if check:
             clock("check")
             checks.check_operators(written, recurrent=where is not None)
-            checks.check_file(draft)
+            checks.check_file(draft, path)
             outputs = [str(value.name) for value in written.graph.outputs]
             with quiet():
-                report, refused = checks.check_values(draft, program, original, args, given, outputs)
+                report, refused = checks.check_values(draft, path, program, original, args, given, outputs)
     counted = checks.operators(written)
     return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
 
@@ -160,7 +160,7 @@ class _Clock:
     def __init__(self, progress: Callable[[str], None] | None) -> None:
         self.progress = progress
         self.seconds: dict[str, float] = {}
-        self.part = ""
+        self.part, self.began = "", 0.0
 
     def __call__(self, part: str) -> None:
         now = time.perf_counter()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -52,9 +51,11 @@ def checked_place(path: str | os.PathLike[str]) -> Path:
     """The path, if a file can be written there.
 
     Raises:
-        UnrollError: if its directory does not exist.
+        UnrollError: if its directory does not exist, or it is one.
     """
-    path = Path(path)
+    given, path = os.fspath(path), Path(path)
+    if not given or path.is_dir():
+        raise UnrollError(Problem(repr(given), "is no name of a file", "give the path of the file to write"))
     if not path.parent.is_dir():
         raise UnrollError(Problem(str(path), "is in a directory that does not exist", "make it first"))
     return path
@@ -63,13 +64,26 @@ def checked_place(path: str | os.PathLike[str]) -> Path:
 @contextmanager
 def delivered(model: ir.Model, path: Path, *, largest: int = LARGEST) -> Iterator[Path]:
     """Write a model to a draft, and move it to `path` when the block that checks it has ended without an error."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        save(model, draft, largest=largest)
+    with ExitStack() as stack:
+        with _writing(path):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")))
+            draft = folder / path.name
+            save(model, draft, largest=largest)
         yield draft
-        # The model last: without its weights it is not valid.
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
-            shutil.move(file, path.parent / file.name)
+        with _writing(path):
+            # The model last: without its weights it is not valid.
+            for file in sorted(folder.iterdir(), key=lambda file: file == draft):
+                os.replace(file, path.parent / file.name)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says of what the system refuses which file was to be written."""
+    try:
+        yield
+    except OSError as error:
+        finding = f"cannot be written ({error.strerror or error})"
+        raise UnrollError(Problem(str(path), finding, "choose a place where you may write")) from error
 
 
 def size(path: Path) -> int:

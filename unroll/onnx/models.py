@@ -71,7 +71,7 @@ def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | None = None,
     if problems:
         raise UnrollError(*problems)
     write_sites(model, sites, plan)
-    left = [node for node in _nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
+    left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
     return model
@@ -91,7 +91,7 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
         mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
         raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
     _inline(model)
-    nodes = [node for node in _nodes(model) if is_recurrent(node)]
+    nodes = [node for node in all_nodes(model) if is_recurrent(node)]
     chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
     problems = unknown_steps(steps, map(_label, chosen))
     if where is not None and not callable(where):
@@ -153,7 +153,8 @@ def _label(node: ir.Node) -> str:
     return name or node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type.lower()
 
 
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of a model, with those inside of others and of its functions."""
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()

@@ -288,8 +288,8 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     dtype = tensor_adapters.to_torch_dtype(tensor.dtype)
     try:
         array = tensor.numpy()
-    except OSError as error:
-        mend = "give the path of the model in place of what was read from it"
+    except (OSError, ValueError) as error:  # no file there, or one that is too short
+        mend = "give the path of the model in place of what was read from it, with its data whole"
         raise UnrollError(
             Problem(str(value.name), f"its data is in a file that cannot be read ({error})", mend)
         ) from error

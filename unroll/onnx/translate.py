@@ -63,6 +63,11 @@ def translate(
     opset_version: int | None,
 ) -> ir.Model:
     """What torch's exporter makes of the program, its recurrent layers still single nodes."""
+    named = (("input_names", input_names), ("output_names", output_names))
+    if texts := [(kind, names) for kind, names in named if isinstance(names, str)]:
+        raise UnrollError(
+            *(Problem(f"{k}={names!r}", "is a single string", "give a list of names") for k, names in texts)
+        )
     try:
         translated = torch.onnx.export(
             program,
