@@ -361,6 +361,14 @@ def test_refusals(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("kwargs", [{}, {"hx": torch.zeros(1, 3, HIDDEN)}], ids=["args", "kwargs"])
+def test_scripts_are_refused(kwargs, tmp_path):
+    script = torch.jit.script(nn.GRU(FEATURES, HIDDEN).eval())
+    with pytest.raises(UnrollError, match=r"cannot be captured by torch\.export"):
+        export_onnx(script, torch.randn(4, 3, FEATURES), tmp_path / "m.onnx", kwargs=kwargs)
+
+
 def mistaken_lstm(x, state, weights, label):
     """Its input and forget gates swapped."""
     h, c = state

@@ -614,6 +614,11 @@ def test_external_data(tmp_path):
             assert draft.exists() and not target.exists()
         assert target.with_name(target.name + ".data").exists() == beside
         assert_close(run_ort(target, inputs), run_ort(place, inputs), rtol=1e-5)
+    (tmp_path / "full.onnx.data").mkdir()
+    delivery = files.delivered(unroll(place), tmp_path / "full.onnx", largest=100)
+    with pytest.raises(UnrollError, match=r"full\.onnx: cannot be written"), delivery:
+        pass
+    assert not (tmp_path / "full.onnx").exists()
     weights = place.with_name("weights")
     weights.write_bytes(weights.read_bytes()[:8])
     with pytest.raises(UnrollError, match="its data is in a file that cannot be read"):

@@ -35,7 +35,7 @@ def example_args(args: Any) -> tuple[Any, ...]:
 def in_order(model: nn.Module | ExportedProgram, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keyword arguments as the model's forward names them, which is the order of a file's inputs."""
     given = dict(kwargs or {})
-    if isinstance(model, ExportedProgram):
+    if not given or isinstance(model, (ExportedProgram, torch.jit.ScriptModule)):
         return given
     names = [name for name in inspect.signature(model.forward).parameters if name in given]
     return {name: given[name] for name in [*names, *given]}
