@@ -13,6 +13,7 @@ from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Where, is_recurrent, unknown_names
+from unroll.values import many_objects
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
 
@@ -47,9 +48,11 @@ def unroll_backend(
         raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
     plan, where = Plan.of(given.get("plan")), given.get("where")
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
-    for part, calls in [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]:
-        rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
-        part.recompile()
+    found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
+    with many_objects():
+        for part, calls in found:
+            rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
+            part.recompile()
     following = lookup_backend(given.get("backend", "inductor"))
     if "options" not in given:
         return following(graph, inputs)

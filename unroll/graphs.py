@@ -85,9 +85,10 @@ def unroll_graph(
         problems.insert(0, run.problem)
     if problems:
         raise UnrollError(*problems)
-    for part, calls in found:
-        rewrite(part.graph, calls)
-        part.recompile()
+    with many_objects():
+        for part, calls in found:
+            rewrite(part.graph, calls)
+            part.recompile()
     return copied
 
 
@@ -148,10 +149,9 @@ def find_calls(
 def rewrite(graph: fx.Graph, calls: Sequence[Call], *, asserts: bool = True) -> None:
     """Put explicit operations in place of the calls."""
     prepared: dict[Any, list[Prepared]] = {}
-    with many_objects():
-        for call in calls:
-            call.write(prepared, asserts=asserts)
-        erase_dead(node for call in calls for node in call.writer.made)
+    for call in calls:
+        call.write(prepared, asserts=asserts)
+    erase_dead(node for call in calls for node in call.writer.made)
 
 
 class _FakeRun(fx.Interpreter):

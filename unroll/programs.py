@@ -20,6 +20,7 @@ from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Where, unknown_names
+from unroll.values import many_objects
 
 
 def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> ExportedProgram:
@@ -45,27 +46,28 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
         raise UnrollError(*problems)
     signature = copy.deepcopy(program.graph_signature)
     calls_graph = [_copied_entry(entry) for entry in program.module_call_graph]
-    for part, calls in found:
-        rewrite(part.graph, calls, asserts=False)
-        if part is not module:
-            part.recompile()
-            continue
-        for old, new in (pair for call in calls for pair in call.replaced.items()):
-            signature.replace_all_uses(old.name, new.name)
-            for entry in calls_graph:
-                if entry.signature is not None:
-                    entry.signature.replace_all_uses_with(old, new)
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=signature,
-        state_dict=program.state_dict,
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=calls_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
+    with many_objects():  # making the program writes its code
+        for part, calls in found:
+            rewrite(part.graph, calls, asserts=False)
+            if part is not module:
+                part.recompile()
+                continue
+            for old, new in (pair for call in calls for pair in call.replaced.items()):
+                signature.replace_all_uses(old.name, new.name)
+                for entry in calls_graph:
+                    if entry.signature is not None:
+                        entry.signature.replace_all_uses_with(old, new)
+        return ExportedProgram(
+            root=module,
+            graph=module.graph,
+            graph_signature=signature,
+            state_dict=program.state_dict,
+            range_constraints=dict(program.range_constraints),
+            module_call_graph=calls_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
