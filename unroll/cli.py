@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -22,9 +20,9 @@ try:
 except ImportError as error:  # pragma: no cover
     raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
 
-from torch import nn
 from torch.export import ExportedProgram
 
+from unroll.factories import made_by, options_of
 from unroll.onnx import require
 from unroll.onnx.export import Export, export_onnx
 from unroll.plan import Gates, Plan
@@ -40,9 +38,6 @@ app = typer.Typer(
 
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
-
-OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "opset_version", "where", "rules")
-"""The keyword arguments that a factory may give."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
@@ -112,11 +107,11 @@ def export_command(
 ) -> None:
     """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
     with _stdout_for(as_json):
-        model, args, given = _made_by(factory)
+        model, args, given = made_by(factory)
         if args is None and not isinstance(model, ExportedProgram):
             mend = "let it return the model and a tuple of example arguments"
             raise UnrollError(Problem(factory, "returns a model alone", mend))
-        options = _options(factory, given, opset_version=opset, where=where)
+        options = options_of(factory, given, opset_version=opset, where=where)
         with _parts() as part:
             export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **options)
     if as_json:
@@ -149,8 +144,8 @@ def inspect_command(
                 if steps is not None:
                     mend = "leave it out: the example arguments tell"
                     raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", mend))
-                made, args, given = _made_by(model)
-                options = _options(model, given, where=where)
+                made, args, given = made_by(model)
+                options = options_of(model, given, where=where)
                 part("unroll")
                 found = inspect_module(made, args, options, where=options.get("where"), plan=plan)
             else:
@@ -170,67 +165,6 @@ def inspect_command(
 def _plan(gates: str) -> Plan:
     chosen: Any = gates
     return Plan(gates=chosen)
-
-
-def _made_by(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]:
-    """The model, its arguments if there are any, and options, that a `package.module:name` gives."""
-    module, colon, name = factory.partition(":")
-    mend = "give package.module:name"
-    if not (module and colon and name):
-        raise UnrollError(Problem(factory, "is not the name of a function in a module", mend))
-    try:
-        value: Any = importlib.import_module(module)
-        for part in name.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        raise UnrollError(Problem(factory, f"cannot be found ({error})", mend)) from error
-    except Exception as error:
-        finding = f"cannot be imported ({type(error).__name__}: {error})"
-        raise UnrollError(Problem(factory, finding, f"make import {module} work first")) from error
-    made = value if isinstance(value, (nn.Module, ExportedProgram)) else _called(factory, value)
-    given: tuple[Any, ...] = made if isinstance(made, tuple) else (made,)
-    if not 1 <= len(given) <= 3:
-        finding = f"returns {len(given)} things"
-        raise UnrollError(Problem(factory, finding, "let it return the model, its arguments and options"))
-    model, args = given[0], given[1] if len(given) > 1 else None
-    options = given[2] if len(given) > 2 else {}
-    if not isinstance(model, (nn.Module, ExportedProgram)):
-        finding = f"returns {type(model).__name__}"
-        raise UnrollError(Problem(factory, finding, "let it return an nn.Module or an ExportedProgram"))
-    if not isinstance(options, dict):
-        finding = f"returns a {type(options).__name__} for options"
-        raise UnrollError(Problem(factory, finding, "let it return a dictionary"))
-    if unknown := [str(key) for key in options if key not in OPTIONS]:
-        finding = f"returns the options {', '.join(unknown)}"
-        raise UnrollError(
-            Problem(factory, finding, f"it may give {', '.join(OPTIONS)}; the rest is for the command line")
-        )
-    return model, args, options
-
-
-def _called(factory: str, function: Any) -> Any:
-    """What the function returns."""
-    mend = "give a function that returns the model"
-    if not callable(function):
-        raise UnrollError(Problem(factory, f"is a {type(function).__name__}", mend))
-    open_kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    try:
-        parameters = signature(function).parameters.values()
-        if needed := [p.name for p in parameters if p.default is Parameter.empty and p.kind not in open_kinds]:
-            raise UnrollError(Problem(factory, f"needs {', '.join(needed)}", "give a function without arguments"))
-        return function()
-    except UnrollError:
-        raise
-    except Exception as error:
-        raise UnrollError(Problem(factory, f"fails ({type(error).__name__}: {error})", mend)) from error
-
-
-def _options(factory: str, given: dict[str, Any], **asked: Any) -> dict[str, Any]:
-    """What the factory gives and what the command line asks, of which neither may overrule the other."""
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if both := ", ".join(asked.keys() & given.keys()):
-        raise UnrollError(Problem(factory, f"gives {both}, and so does the command line", "give it once"))
-    return {**given, **asked}
 
 
 def _stdout_for(as_json: bool) -> Any:
