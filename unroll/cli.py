@@ -1,4 +1,4 @@
-"""The command line: `unroll onnx`, `unroll export`, `unroll inspect`."""
+"""The command line: `unroll onnx`, `unroll export`, `unroll inspect`, `unroll bench`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ except ImportError as error:  # pragma: no cover
 
 from torch.export import ExportedProgram
 
+from unroll.bench.command import bench_command
 from unroll.factories import made_by, options_of
 from unroll.onnx import require
 from unroll.onnx.export import Export, export_onnx
@@ -38,6 +39,8 @@ app = typer.Typer(
 
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
+
+app.command("bench", short_help="Measure a layer or a model in every form.")(bench_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]

@@ -1,0 +1,125 @@
+"""`unroll bench`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unroll.bench.benchmark import benchmark
+from unroll.bench.contenders import CONTENDERS
+from unroll.bench.plots import draw
+from unroll.bench.report import as_tables
+from unroll.bench.subjects import DTYPES, LAYER
+from unroll.recurrence import Problem, UnrollError
+
+SIZES = "one or several, as in 8,32,128"
+
+
+def _default(name: str) -> str:
+    return f"[default: {LAYER[name]}]"
+
+
+def bench_command(
+    factory: Annotated[
+        str | None, typer.Argument(help="package.module:name of a function that returns a model and its arguments.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="lstm, gru or rnn. [default: lstm]")] = None,
+    input_size: Annotated[int | None, typer.Option(help=_default("input_size"))] = None,
+    hidden_size: Annotated[str | None, typer.Option(help=f"{SIZES} {_default('hidden_size')}")] = None,
+    num_layers: Annotated[int | None, typer.Option(help=_default("num_layers"))] = None,
+    bidirectional: Annotated[bool | None, typer.Option("--bidirectional", help="Both directions.")] = None,
+    bias: Annotated[bool | None, typer.Option("--no-bias", help="Without biases.", flag_value=False)] = None,
+    proj_size: Annotated[int | None, typer.Option(help="Of an LSTM with projection.")] = None,
+    nonlinearity: Annotated[str | None, typer.Option(help="Of an RNN: tanh or relu. [default: tanh]")] = None,
+    steps: Annotated[str | None, typer.Option(help=f"Time steps: {SIZES} {_default('steps')}")] = None,
+    batch: Annotated[str | None, typer.Option(help=f"{SIZES} {_default('batch')}")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)} {_default('dtype')}")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(help=f"Which forms, separated by commas: {', '.join(CONTENDERS)}. [default: all]")
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="How to unroll: a preset, or as in gates=paired; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Of each process, on a CPU.", min=1)] = 1,
+    backward: Annotated[bool, typer.Option("--backward", help="Training: forward and backward.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of each form.", min=1)] = 10,
+    seconds: Annotated[float, typer.Option(help="Length of a turn.")] = 0.1,
+    limit: Annotated[float, typer.Option(help="Seconds after which a build is stopped.")] = 120.0,
+    jobs: Annotated[int, typer.Option(help="Builds at a time; more than one disturbs their times.", min=1)] = 1,
+    save: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="A directory for pictures.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Measure a layer, or a model of your own, in every form side by side, and say which to use.
+
+    A layer is given by its options, a model by a function. Each form runs in a process of its own; the processes have
+    their turns one after the other.
+    """
+    if factory is not None and kind is not None:
+        raise UnrollError(Problem(f"--kind {kind}", f"was given beside {factory}", "give one of them"))
+    with _bar() as progress:
+        found = benchmark(
+            factory or kind or "lstm",
+            contenders=None if contenders is None else _words(contenders),
+            plans=plan,
+            device=device,
+            threads=threads,
+            backward=backward,
+            rounds=rounds,
+            seconds=seconds,
+            limit=limit,
+            jobs=jobs,
+            progress=progress,
+            input_size=input_size,
+            hidden_size=_sizes("--hidden-size", hidden_size),
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            bias=bias,
+            proj_size=proj_size,
+            nonlinearity=nonlinearity,
+            steps=_sizes("--steps", steps),
+            batch=_sizes("--batch", batch),
+            dtype=dtype,
+        )
+    if save is not None:
+        found.save(save)
+    drawn = [] if plots is None else draw(found, plots)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(*as_tables(found), sep="\n")
+    for path in [*[save] * bool(save), *drawn]:
+        console.print(escape(str(path)))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _sizes(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UnrollError(Problem(f"{option} {text}", "is no list of sizes", "give it as in 8,32,128")) from None
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the time that is left, on a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=escape(what))

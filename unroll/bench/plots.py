@@ -1,0 +1,142 @@
+"""Pictures of measurements: `python -m unroll.bench.plots FILE... --to DIRECTORY`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from unroll.bench.contenders import FUSED
+from unroll.bench.results import Measurements, Row, by_subject, ratio
+from unroll.bench.subjects import SWEPT, Subject
+from unroll.onnx import require
+from unroll.recurrence import Problem, UnrollError
+
+AXES = {"steps": "time steps", "batch": "batch", "hidden_size": "hidden features"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A kind of picture: its file, what stands at its side, and the figure of a row among those of its subject."""
+
+    file: str
+    label: str
+    figure: Callable[[Row, Sequence[Row]], float | None]
+
+
+PICTURES = (
+    Picture("latency.png", "median of a call, ms", lambda row, rows: row.median and row.median * 1e3),
+    Picture("build.png", "build and first call, s", lambda row, rows: row.first_call),
+    Picture("ratio.png", "median, relative to the fused layer", ratio),
+)
+
+
+def draw(files: Sequence[str | os.PathLike[str]] | Measurements, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw latency, building time and the ratio to the fused layer as PNG files.
+
+    Each shape of layer has a panel and each form a line. They run over the number of time steps; over the batch or
+    the hidden size where only those were swept.
+
+    Args:
+        files: JSON files of `unroll bench --save`, or measurements.
+        folder: where the pictures go; made if it is not there.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UnrollError: if nothing can be read, drawn or written.
+    """
+    require("matplotlib", extra="bench")
+    found = [files] if isinstance(files, Measurements) else [Measurements.load(file) for file in files]
+    rows = [row for measurements in found for row in measurements.rows]
+    if not any(row.median for row in rows):
+        raise UnrollError(Problem("plots", "have nothing to show: no contender ran", "measure again"))
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_drawn(picture, rows, folder) for picture in PICTURES]
+    except OSError as error:
+        finding = f"cannot be written to ({error.strerror or error})"
+        raise UnrollError(Problem(str(folder), finding, "choose a place where you may write")) from error
+
+
+def axis_of(rows: Sequence[Row]) -> str:
+    """What the pictures run over: the first of steps, batch and hidden size that has several values."""
+    for name in SWEPT:
+        if len({getattr(row.subject, name) for row in rows}) > 1:
+            return name
+    return SWEPT[0]
+
+
+def panels(rows: Sequence[Row], axis: str) -> dict[Subject, dict[str, list[tuple[float, Row]]]]:
+    """For each subject without its axis, the points of each form by name."""
+    found: dict[Subject, dict[str, list[tuple[float, Row]]]] = {}
+    for row in rows:
+        if row.median:
+            lines = found.setdefault(replace(row.subject, **{axis: None}), {})
+            lines.setdefault(row.name, []).append((getattr(row.subject, axis) or 0, row))
+    return found
+
+
+def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis, groups = axis_of(rows), by_subject(rows)
+    found = panels(rows, axis)
+    names = sorted({name for lines in found.values() for name in lines}, key=lambda name: (name != FUSED, name))
+    columns = min(3, len(found))
+    lines_of_panels = -(-len(found) // columns)
+    figure = Figure(figsize=(4.6 * columns + 3.4, 3.6 * lines_of_panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
+    for part, (subject, lines) in zip(parts, found.items(), strict=False):
+        for name, points in lines.items():
+            values = [(x, picture.figure(row, groups[row.subject])) for x, row in sorted(points, key=lambda p: p[0])]
+            shown: list[tuple[Any, Any]] = [(x, y) for x, y in values if y is not None]
+            if shown:
+                part.plot(*zip(*shown, strict=True), **_style(names.index(name)), label=name)
+        part.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=picture.label)
+        part.set_title(str(subject), fontsize=8)
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        part.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        part.set_xticks([], minor=True)
+        part.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        part.yaxis.set_minor_locator(NullLocator())
+        part.grid(alpha=0.3)
+    for part in parts[len(found) :]:
+        part.set_axis_off()
+    known = {label: handle for part in parts for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
+    order = [name for name in names if name in known]
+    figure.legend([known[name] for name in order], order, loc="outside right upper", fontsize=7)
+    path = folder / picture.file
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Colour and marker of a form, the same in every panel; black for the fused layer, which comes first."""
+    colours = ("black", *(f"C{k}" for k in range(10)))
+    return {"color": colours[number % len(colours)], "marker": "osD^vP*Xh<>"[number % 11], "markersize": 4, "lw": 1.2}
+
+
+def main() -> None:
+    """Draw what the files named on the command line hold."""
+    parser = argparse.ArgumentParser(prog="python -m unroll.bench.plots", description=draw.__doc__)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--to", default=".", help="directory of the pictures")
+    given = parser.parse_args()
+    try:
+        print(*draw(given.files, given.to), sep="\n")
+    except UnrollError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

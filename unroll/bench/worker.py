@@ -1,0 +1,120 @@
+"""A process that builds one contender and runs it when it is asked to: `python -m unroll.bench.worker`.
+
+Requests and replies are lines of JSON on the standard input and output. What others print goes to the standard error.
+
+    {"do": "build", ...}    {"first_call": seconds, "nodes": ..., "size": bytes} or {"failed": reason}
+    {"do": "run", ...}      {"times": [seconds, ...]}
+    {"do": "results", ...}  {"memory": bytes}, when the results are in a file
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unroll.bench.contenders import CONTENDERS, Built, first_line
+from unroll.bench.subjects import Subject, Task
+from unroll.plan import Plan
+from unroll.recurrence import UnrollError
+
+WARM_UP = 0.2
+"""Of the time of a run: caches are cold after other processes"""
+
+
+class Worker:
+    """Answers requests; which ones, the methods say."""
+
+    def build(
+        self, subject: dict[str, Any], contender: str, plan: dict[str, Any], saved: str, folder: str
+    ) -> dict[str, Any]:
+        """Build a contender and call it once, both in the time that is told; imports come before."""
+        self.subject, self.contender = Subject(**subject), CONTENDERS[contender]
+        torch.set_num_threads(self.subject.threads)
+        torch.set_grad_enabled(self.subject.backward)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as it is for other products
+        for name in self.contender.needs:
+            importlib.import_module(name)
+        task = Task.load(self.subject, saved)
+        self.wait: Callable[[], None] = (
+            torch.cuda.synchronize if torch.device(self.subject.device).type == "cuda" else lambda: None
+        )
+        begin = time.perf_counter()
+        self.built: Built = self.contender.build(task, Plan(**plan), Path(folder))
+        self._call()
+        taken = time.perf_counter() - begin
+        sizes = [file.stat().st_size for file in self.built.files if file.exists()]
+        nodes = None if self.built.graphs is None else sum(self.built.graphs)
+        return {"first_call": taken, "nodes": nodes, "size": sum(sizes) if sizes else None}
+
+    def run(self, seconds: float, least: int = 1) -> dict[str, Any]:
+        """Call it again and again, at least `least` times: the seconds of each call after a warm-up."""
+        self._repeat(WARM_UP * seconds, least)
+        return {"times": self._repeat(seconds, least)}
+
+    def results(self, path: str) -> dict[str, Any]:
+        """Write what a call gives to a file, and tell the largest memory since the start."""
+        on_gpu = torch.device(self.subject.device).type == "cuda"
+        memory = (
+            largest_memory() if not on_gpu else torch.cuda.max_memory_allocated() if self.contender.in_torch else None
+        )
+        results = self.built.results(self._call())
+        torch.save([result.detach().cpu().clone() for result in results], path)
+        return {"memory": memory}
+
+    def _call(self) -> Any:
+        result = self.built.run()
+        self.wait()
+        return result
+
+    def _repeat(self, seconds: float, least: int) -> list[float]:
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < least or time.perf_counter() < end:
+            begin = time.perf_counter()
+            self._call()
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+def largest_memory() -> int:
+    """The most bytes that this process has held at a time.
+
+    The system's own record, where there is one: `getrusage` counts what the process was forked from as well.
+    """
+    record = Path("/proc/self/status")
+    if record.exists():
+        line = next(line for line in record.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = getattr(worker, request.pop("do"))(**request)
+        except UnrollError as error:
+            reply = {"failed": f"{error.problems[0].place} {error.problems[0].finding}"}
+        except Exception as error:
+            reply = {"failed": first_line(error)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
