@@ -29,7 +29,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     Parameters, buffers and constants are those of the original; their names, the dynamic shapes and the
     signature stay.
     """
-    module = _copied(program.graph_module)
+    module = copied_graph(program.graph_module)
     parts = graph_parts(module)
     names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     problems: list[Problem] = unknown_names(where, names)
@@ -45,7 +45,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     if problems:
         raise UnrollError(*problems)
     signature = copy.deepcopy(program.graph_signature)
-    calls_graph = [_copied_entry(entry) for entry in program.module_call_graph]
+    calls_graph = [copied_entry(entry) for entry in program.module_call_graph]
     with many_objects():  # making the program writes its code
         for part, calls in found:
             rewrite(part.graph, calls, asserts=False)
@@ -70,7 +70,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
         )
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
+def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
     """A copy with graphs of its own, which shares tensors and the contents of metadata."""
     graph = copy.deepcopy(module.graph)
     for new, old in zip(graph.nodes, module.graph.nodes, strict=True):
@@ -80,11 +80,11 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
     copied.meta.update(module.meta)
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):
-            setattr(copied, name, _copied(child))
+            setattr(copied, name, copied_graph(child))
     return copied
 
 
-def _copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
     """A copy with names of its own."""
     if entry.signature is None:
         return entry

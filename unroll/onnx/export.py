@@ -86,7 +86,8 @@ def export_onnx(
 
     Args:
         model: a module in evaluation mode, a `GraphModule` or an `ExportedProgram`. It need not be traceable
-            by `torch.fx`, but must be by `torch.export`.
+            by `torch.fx`, but must be by `torch.export`. What `unroll.streaming` returned needs no example of its
+            states, and has a state `lstm.h` as the input `lstm.h` and the output `lstm.h.next`.
         args: example inputs, a tuple or a single tensor. For an `ExportedProgram` those it was made with
             are taken if this is None.
         path: where the file goes. Weights of more than 1.8 GB go beside it, to the same name and `.data`.
@@ -120,19 +121,21 @@ def export_onnx(
     from unroll.onnx import files
     from unroll.onnx.capture import capture, example_args, in_order
     from unroll.onnx.models import from_torch, unroll_ir
+    from unroll.onnx.streaming import completed, name_states
     from unroll.onnx.translate import named_dims, quiet, translate
 
     path, plan = files.checked_place(path), plan if plan is None else Plan.of(plan)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
-    args, kwargs = example_args(args), in_order(model, kwargs)
+    args, kwargs, dynamic_shapes = completed(model, example_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
     with quiet():
         clock("capture")
         program = capture(model, args, kwargs, dynamic_shapes=named_dims(dynamic_shapes), where=where, rules=rules)
         clock("translate")
         written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
+    name_states(model, program, written)
     clock("unroll")
     unroll_ir(written, where=None if where is None else from_torch, plan=plan)
     if isinstance(model, ExportedProgram):

@@ -1,0 +1,181 @@
+"""Named states for graphs and exported programs: each layer's zeros become inputs, and its last states outputs."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
+
+from unroll.calls import known_values
+from unroll.layer_calls import CallOfFunction, Chain, Known, find_chains
+from unroll.programs import copied_entry, copied_graph
+from unroll.recurrence import Problem, UnrollError
+from unroll.states import ARGUMENT, State
+from unroll.trees import Where
+
+
+def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) -> fx.GraphModule:
+    """A copy of the graph that takes a dictionary `state` after its other arguments, and returns output and state."""
+    if isinstance(module.graph._codegen, _PyTreeCodeGen):
+        mend = "give the ExportedProgram that it comes from"
+        raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", mend))
+    module = copied_graph(module)
+    graph, known = module.graph, _known(module, args)
+    chains = find_chains(module, where, known)
+    placeholders = graph.find_nodes(op="placeholder")
+    if any(node.target == ARGUMENT for node in placeholders):
+        raise UnrollError(Problem(ARGUMENT, "is an argument of the graph already", "call it by another name"))
+    example = _examples(chains, known)
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
+        state = graph.placeholder(ARGUMENT)
+    state.meta["states"] = {name: value.new_zeros(value.shape) for name, value in example.items()}
+    inputs: dict[str, fx.Node] = {}
+    with graph.inserting_before(state.next):
+        for name in example:
+            inputs[name] = graph.create_node("call_function", operator.getitem, (state, name), name=_identifier(name))
+    finals = _rewire(graph, chains, inputs)
+    output = graph.output_node()
+    output.args = ((output.args[0], finals),)
+    output.meta.pop("val", None)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
+    """A copy of the program with a further keyword argument `state`, that returns output and state."""
+    module = copied_graph(program.graph_module)
+    graph, known = module.graph, known_values(module)
+    chains = find_chains(module, where, known)
+    example = _examples(chains, known)
+    signature = copy.deepcopy(program.graph_signature)
+    first, *rest = [copied_entry(entry) for entry in program.module_call_graph]
+    call = first.signature
+    assert call is not None
+    args, kwargs = pytree.tree_unflatten([0] * call.in_spec.num_leaves, call.in_spec)
+    if ARGUMENT in kwargs or ARGUMENT in (call.forward_arg_names or ()):
+        raise UnrollError(Problem(ARGUMENT, "is an argument of the program already", "call it by another name"))
+
+    inputs: dict[str, fx.Node] = {}
+    last = graph.find_nodes(op="placeholder")[-1]
+    values = _values(chains)
+    for name in example:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{ARGUMENT}_{_identifier(name)}")
+        with values[name].fake_mode:
+            last.meta["val"] = torch.empty_like(values[name])
+        inputs[name] = last
+        signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=last.name), None))
+    finals = _rewire(graph, chains, inputs)
+    output = graph.output_node()
+    results: Any = output.args[0]
+    output.args = ((*results, *finals.values()),)
+    for node in finals.values():
+        signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), None))
+
+    structure = dict.fromkeys(example, 0)
+    returned = pytree.tree_unflatten([0] * call.out_spec.num_leaves, call.out_spec)
+    call = replace(
+        call,
+        in_spec=pytree.tree_structure((args, {**kwargs, ARGUMENT: structure})),
+        out_spec=pytree.tree_structure((returned, structure)),
+        forward_arg_names=[*call.forward_arg_names, ARGUMENT] if call.forward_arg_names is not None else None,
+    )
+    given, named = program.example_inputs or ((), {})
+    state = {name: value.new_zeros(value.shape) for name, value in example.items()}
+    return ExportedProgram(
+        root=module,
+        graph=graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=[replace(first, signature=call), *rest],
+        example_inputs=(given, {**named, ARGUMENT: state}) if program.example_inputs else None,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def example_state(model: Any) -> State | None:
+    """Zeros for the states of a graph or program with named ones, shaped as in the example; None for others."""
+    if isinstance(model, ExportedProgram):
+        state = (model.example_inputs or ((), {}))[1].get(ARGUMENT)
+        return state if isinstance(state, dict) else None
+    if isinstance(model, fx.GraphModule):
+        states = [node.meta["states"] for node in model.graph.find_nodes(op="placeholder") if "states" in node.meta]
+        return states[0] if states else None
+    return None
+
+
+def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[fx.Node, Any]:
+    """What the metadata tells, and what a run on fake tensors like the arguments tells besides."""
+    known = known_values(module)
+    if args:
+        trial = copied_graph(module)
+        try:
+            FakeTensorProp(trial, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
+        except Exception as error:
+            finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
+            raise UnrollError(Problem("args", finding, "give arguments that fit the graph")) from error
+        told = known_values(trial)
+        known |= {node: told[there] for node, there in zip(module.graph.nodes, trial.graph.nodes) if there in told}
+    return known
+
+
+def _examples(chains: Mapping[str, Chain], known: Known) -> State:
+    """A tensor like each state, by its name."""
+    found: State = {}
+    problems = []
+    for name, chain in chains.items():
+        for k, part in enumerate(chain.first.recurrence.cell.states):
+            example = chain.first.example(k, known)
+            if example is None:
+                problems.append(Problem(name, "the size of its state is unknown", "give example inputs"))
+            else:
+                found[f"{name}.{part}"] = example
+    if problems:
+        raise UnrollError(*dict.fromkeys(problems))
+    return found
+
+
+def _values(chains: Mapping[str, Chain]) -> dict[str, Any]:
+    """The metadata of the zeros in whose place a state comes, by its name."""
+    return {
+        f"{name}.{part}": zero.meta["val"]
+        for name, chain in chains.items()
+        if isinstance(chain.first, CallOfFunction)
+        for part, zero in zip(chain.first.recurrence.cell.states, chain.first.zeros)
+    }
+
+
+def _rewire(graph: fx.Graph, chains: Mapping[str, Chain], inputs: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    """Give each chain its state, and return the nodes of the next one."""
+    finals: dict[str, fx.Node] = {}
+    for name, chain in chains.items():
+        states = chain.first.recurrence.cell.states
+        chain.first.give([inputs[f"{name}.{part}"] for part in states])
+        for part, (node, path) in zip(states, chain.last.finals):
+            with graph.inserting_before(graph.output_node()):
+                for index in path:
+                    whole = node
+                    node = graph.call_function(operator.getitem, (whole, index))
+                    if "val" in whole.meta:
+                        node.meta["val"] = whole.meta["val"][index]
+            finals[f"{name}.{part}"] = node
+    return finals
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
