@@ -16,13 +16,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unroll import Plan
+from unroll.plan import CHOICES
 
 # Sizes differ from each other, so that no two axes can be mistaken for one another.
 FEATURES, HIDDEN, PROJECTION = 6, 5, 2
@@ -193,9 +194,13 @@ def grid() -> list[Case]:
 
 GRID = grid()
 
-CHOICES = {field: get_args(choices) for field, choices in get_type_hints(Plan).items()}
-PLANS = [Plan(**dict(zip(CHOICES, values, strict=True))) for values in itertools.product(*CHOICES.values())]
-"""Every plan there is."""
+VALUES = {field: get_args(choices) for field, choices in CHOICES.items()}
+ALL_PLANS = [Plan(**dict(zip(VALUES, values, strict=True))) for values in itertools.product(*VALUES.values())]
+"""Every way to write all steps."""
+
+PLANS = [plan for plan in ALL_PLANS if sum(getattr(plan, field) != VALUES[field][0] for field in VALUES) < 2]
+PLANS.append(ALL_PLANS[-1])
+"""Every choice by itself, and with all others: for frontends where a case costs more."""
 
 CHOSEN = [
     Case("LSTM"),
@@ -248,4 +253,17 @@ DROPOUT = [
 ]
 """Dropout between layers, for training mode."""
 
-__all__ = ["CHOSEN", "DROPOUT", "EMPTY", "GRID", "KINDS", "PACKED", "PLANS", "Case", "Holder", "flat", "replace"]
+__all__ = [
+    "ALL_PLANS",
+    "CHOSEN",
+    "DROPOUT",
+    "EMPTY",
+    "GRID",
+    "KINDS",
+    "PACKED",
+    "PLANS",
+    "Case",
+    "Holder",
+    "flat",
+    "replace",
+]

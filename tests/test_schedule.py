@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cases import CELL_KINDS, GRID, LAYER_KINDS, PLANS, Case, replace
+from tests.cases import ALL_PLANS, CELL_KINDS, GRID, LAYER_KINDS, PLANS, Case, replace
 from tests.checks import assert_same
 from unroll import schedule
 from unroll.cells import CELLS, Cell, Prepared
@@ -52,7 +52,7 @@ def fused(case: Case, layer):
 SORTED_GRID = [case for case in GRID if case.form != "unsorted"]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
 @pytest.mark.parametrize("kind", LAYER_KINDS + CELL_KINDS)
 def test_grid(kind, plan):
     wrong = []
@@ -144,11 +144,12 @@ def writer_cell(monkeypatch):
     """A cell whose state is the digits of its inputs so far, counted from the last feature."""
 
     def step(x, state, weights, label):
-        rows = x[0][:, -1:]
+        rows = x[0][..., -1:]
         return (label(rows if state[0] is None else state[0] * 10 + rows, "h"),)
 
     monkeypatch.setitem(CELLS, "TOY", Cell(("only",), (), ("h",), True, step))
-    return lambda passes: [Prepared((lambda rows: rows,), (), None, 1)] * passes
+    prepared = Prepared((lambda rows: rows,), (), None, 1)
+    return lambda passes, stacks=0, width=1: schedule.Layout([prepared] * passes, [prepared] * stacks, (width,))
 
 
 def test_run_reverses_and_stacks(writer_cell):
@@ -156,11 +157,59 @@ def test_run_reverses_and_stacks(writer_cell):
     rows = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
     result = schedule.run(toy, writer_cell(4), rows, None, steps=3)
     # Layer 0 backwards gives 321, 32, 3; the second layer reads that, its last feature.
-    forth, back = ([h.item() for h in hs] for hs in result.outputs)
+    forth, back = ([output.at(t).item() for t in range(3)] for output in result.outputs)
     assert forth == [321, 3210 + 32, 32100 + 320 + 3]
     assert back == [300 + 320 + 321, 30 + 32, 3]
     (finals,) = result.finals
     assert [h.item() for h in finals] == [123, 321, 32423, 941]
+
+
+@pytest.mark.parametrize("state", [None, (torch.tensor([7.0, 8], dtype=torch.float64).reshape(2, 1, 1),)])
+def test_stacked_directions_are_separate_ones(writer_cell, state):
+    toy = Recurrence("TOY", 1, 1, bidirectional=True)
+    rows = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    apart, together = (schedule.run(toy, writer_cell(2, stacks), rows, state, steps=3) for stacks in (0, 1))
+    assert [h.item() for h in together.finals[0]] == ([123, 321] if state is None else [7123, 8321])
+    assert_same(together.finals, apart.finals)
+    for one, other in zip(together.outputs, apart.outputs, strict=True):
+        assert_same(one.rows(), other.rows())
+        assert_same([one.at(t) for t in range(3)], [other.at(t) for t in range(3)])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("layers", [2, 3, 5])
+def test_wavefront_is_layer_after_layer(writer_cell, layers, steps, given):
+    toy = Recurrence("TOY", 1, 1, num_layers=layers)
+    rows = torch.arange(1.0, 2 * steps + 1, dtype=torch.float64).reshape(-1, 1)  # two sequences
+    state = (torch.arange(2.0 * layers, dtype=torch.float64).reshape(layers, 2, 1),) if given else None
+    seen = []
+
+    class Scopes(schedule.Names):
+        def enter(self, scope):
+            seen.append(scope)
+
+    apart = schedule.run(toy, writer_cell(layers), rows, state, steps=steps)
+    together = schedule.run(toy, writer_cell(layers, 1), rows, state, steps=steps, names=Scopes())
+    assert_same(together.finals, apart.finals)
+    assert_same(together.outputs[0].rows(), apart.outputs[0].rows())
+    for t in range(steps):
+        assert_same(together.outputs[0].at(t), apart.outputs[0].at(t))
+    waves = [scope for scope in dict.fromkeys(seen) if scope.startswith("stacked.t")]
+    assert len(waves) == max(0, steps - layers + given)  # all others are steps of one layer
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_wavefront_applies_the_dropout_of_layer_after_layer(writer_cell, steps):
+    toy = Recurrence("TOY", 1, 1, num_layers=3)
+    rows = torch.ones(2 * steps, 1, dtype=torch.float64)
+    results = []
+    for stacks in (0, 1):
+        torch.manual_seed(0)
+        layout = writer_cell(3, stacks)
+        results.append(schedule.run(toy, layout, rows, None, steps=steps, dropout=torch.nn.Dropout(0.5)))
+    assert_same(results[1].outputs[0].rows(), results[0].outputs[0].rows())
+    assert_same(results[1].finals, results[0].finals)
 
 
 def test_run_applies_dropout_between_layers_only(writer_cell):
@@ -173,7 +222,7 @@ def test_run_applies_dropout_between_layers_only(writer_cell):
     rows = torch.ones(4 * 2, 1, dtype=torch.float64)
     result = schedule.run(toy, writer_cell(3), rows, None, steps=4, dropout=dropout)
     assert calls == [(8, 1), (8, 1)]
-    assert [h.tolist() for h in result.outputs[0]] == [[[0], [0]]] * 4
+    assert result.outputs[0].rows().tolist() == [[0]] * 8
 
 
 def test_run_names_each_step(writer_cell):

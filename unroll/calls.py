@@ -14,7 +14,6 @@ from torch.nn.utils import parametrize, rnn
 
 from unroll import schedule
 from unroll.aliasing import is_written
-from unroll.cells import Prepared
 from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
@@ -53,8 +52,8 @@ class Call:
     key: Any
     """The same for calls with the same weights"""
     packed = False
-    masks: Sequence[Any] | None = None
-    """Which rows have a step, where they differ"""
+    mask: Any = None
+    """Which rows have a step, `[T * B, 1]`, where they differ"""
 
     def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
         self.node = node
@@ -108,7 +107,7 @@ class Call:
             raise UnrollError(Problem(name, f"steps={found!r}", "give a whole number from 1 upwards"))
         return found
 
-    def write(self, prepared: dict[Any, list[Prepared]], *, asserts: bool = True) -> None:
+    def write(self, prepared: dict[Any, schedule.Layout], *, asserts: bool = True) -> None:
         """Put explicit operations before the node and hand its results to those that read it.
 
         Args:
@@ -139,7 +138,7 @@ class Call:
                 self.rows(Value(writer, node=input)),
                 None if state is None else tuple(Value(writer, node=s) for s in state),
                 steps=self.steps,
-                masks=self.masks,
+                mask=self.mask,
                 dropout=self.dropout() if recurrence.dropout and recurrence.num_layers > 1 else None,
                 names=writer,
             )
@@ -221,19 +220,19 @@ class Call:
         part = parts[first] if self.batched else torch.reshape(parts[first], (self.recurrence.state_sizes[k],))
         return self._item(part, tuple(rest))
 
-    def _view(self, outputs: list[list[Any]], step: int | None) -> Returned:
+    def _view(self, outputs: list[schedule.Outputs], step: int | None) -> Returned:
         """The output of some directions, at one step or at all."""
         whole: Any
         if step is None:
             whole = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
         else:
-            whole = schedule.joined_rows([[hs[step]] for hs in outputs])
+            whole = schedule.joined_rows([schedule.Outputs.of_pieces([output.at(step)]) for output in outputs])
             if not self.batched:
                 whole = torch.reshape(whole, (len(outputs) * self.recurrence.output_size,))
         rank = 1 + self.batched + (step is None)
         return self._returned(whole, rank, partial(self._read_output, outputs, step))
 
-    def _read_output(self, outputs: list[list[Any]], step: int | None, index: tuple[Any, ...]) -> Any:
+    def _read_output(self, outputs: list[schedule.Outputs], step: int | None, index: tuple[Any, ...]) -> Any:
         """`output[:, -1]`, `output[..., :hidden_size]` and the like: one step, or one direction."""
         rest, chosen, at = list(index), outputs, step
         size, features = self.recurrence.output_size, index[-1]

@@ -2,7 +2,8 @@
 
 Everything here is an ordinary function of tensor-like values and calls a small closed set of torch
 functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
-`transpose`), never in place. Given tensors it computes; given values of a graph it writes nodes.
+`transpose`, and for several passes at once `stack`, `baddbmm`, `bmm`), never in place. Given tensors it
+computes; given values of a graph it writes nodes.
 
 Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`. What the
 ONNX standard lets vary beyond them is a `Variant`; torch's layers have none, and steps without one write nothing more.
@@ -47,16 +48,22 @@ class Affine(NamedTuple):
     """The map `x @ weight + bias`; None stands for an `x` of zeros."""
 
     weight: Value
-    """`[in, out]`"""
-    bias: Value | None
-    """`[out]`, or None"""
+    """`[in, out]`, or stacked `[n, in, out]`"""
+    bias: Value | None = None
+    """`[out]`, or stacked `[n, 1, out]`, or None"""
+    stacked: bool = False
+    """Whether there are `n` maps, for an `x` of `[n, B, in]`"""
 
     def __call__(self, x: Value | None) -> Value | None:
         if x is None:
             return self.bias
         if self.bias is None:
-            return torch.matmul(x, self.weight)
-        return torch.addmm(self.bias, x, self.weight)
+            return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
+        return self.onto(self.bias, x)
+
+    def onto(self, y: Value, x: Value) -> Value:
+        """`y + x @ weight`"""
+        return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
 
 
 class Precision(NamedTuple):
@@ -84,8 +91,8 @@ class Prepared(NamedTuple):
     """Applied to all time steps at once; step `t` gets one `x` from each."""
     hidden: tuple[Affine, ...]
     """Applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
-    projection: Value | None
-    """`[H, P]`, or None"""
+    projection: Affine | None
+    """From `H` to `P` features, or None"""
     hidden_size: int
     precision: Precision | None = None
     peephole: tuple[Value, ...] | None = None
@@ -173,7 +180,7 @@ class Cell:
         prepared = Prepared(
             maps(weights.w_ih, self.input_products(layout), x_bias),
             maps(weights.w_hh, hidden, h_bias),
-            None if weights.w_hr is None else torch.transpose(weights.w_hr, 0, 1),
+            None if weights.w_hr is None else Affine(torch.transpose(weights.w_hr, 0, 1)),
             hidden_size,
             precision,
         )
@@ -182,12 +189,34 @@ class Cell:
         return prepared._replace(peephole=tuple(torch.chunk(prepared.widen(weights.peephole), 3)))
 
 
+def stack(passes: Sequence[Prepared]) -> Prepared:
+    """The parameters of passes of one kind, for steps on states `[n, B, size]`."""
+
+    def of(maps: Sequence[Affine]) -> Affine:
+        biases = None if maps[0].bias is None else [torch.reshape(m.bias, (1, -1)) for m in maps]
+        return Affine(torch.stack([m.weight for m in maps]), None if biases is None else torch.stack(biases), True)
+
+    first = passes[0]
+    projection, peephole = first.projection, first.peephole
+    if projection is not None:
+        projection = of([p.projection for p in passes if p.projection is not None])
+    if peephole is not None:
+        gates = zip(*(p.peephole or () for p in passes), strict=True)
+        peephole = tuple(torch.stack([torch.reshape(weight, (1, -1)) for weight in gate]) for gate in gates)
+    return first._replace(
+        inputs=tuple(map(of, zip(*(p.inputs for p in passes), strict=True))),
+        hidden=tuple(map(of, zip(*(p.hidden for p in passes), strict=True))),
+        projection=projection,
+        peephole=peephole,
+    )
+
+
 def _sigmoid_gates(
     parts: Sequence[Value], names: tuple[str, ...], label: Label, sigmoid: Callable[[Value], Value] = torch.sigmoid
 ) -> list[Value]:
     """The gates `names` out of one pre-activation that holds them all, or out of one each."""
     activated = [sigmoid(part) for part in parts]
-    gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), 1)
+    gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), -1)
     return [label(gate, name) for gate, name in zip(gates, names, strict=True)]
 
 
@@ -195,15 +224,15 @@ def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -
     h, c = state
     size = weights.hidden_size
     sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
-    products = x if h is None else [torch.addmm(xi, h, w.weight) for xi, w in zip(x, weights.hidden, strict=True)]
+    products = x if h is None else [w.onto(xi, h) for xi, w in zip(x, weights.hidden, strict=True)]
     pre = [weights.widen(product) for product in products]
     if len(pre) == 1:
-        pre = torch.split(pre[0], [3 * size, size], 1)
+        pre = torch.split(pre[0], [3 * size, size], -1)
     gates = pre[:-1]
     if weights.peephole is None:
         i, f, o = _sigmoid_gates(gates, ("input", "forget", "output"), label, sigmoid)
     else:
-        i, f, o = gates if len(gates) == 3 else torch.chunk(gates[0], 3, 1)
+        i, f, o = gates if len(gates) == 3 else torch.chunk(gates[0], 3, -1)
         i, f = (
             label(sigmoid(_peek(gate, c, weight)), name)
             for gate, weight, name in zip((i, f), weights.peephole, ("input", "forget"))
@@ -217,7 +246,7 @@ def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -
         o = label(sigmoid(_peek(o, c, weights.peephole[2])), "output")
     h = weights.narrow(torch.mul(o, squash(c)))
     if weights.projection is not None:
-        h = torch.matmul(h, weights.projection)
+        h = weights.projection(h)
     return label(h, "h"), c
 
 
@@ -235,7 +264,7 @@ def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) ->
     h_new = last(h)  # reset scales this product, its bias included
     h_new = h_new if h_new is None else weights.widen(h_new)
     if hidden and h is not None:
-        x_sigmoid = [torch.addmm(xi, h, w.weight) for xi, w in zip(x_sigmoid, hidden, strict=True)]
+        x_sigmoid = [w.onto(xi, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
     pre = [weights.widen(xi) for xi in x_sigmoid]
     if not hidden and h_new is not None:
         h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
@@ -252,10 +281,10 @@ def _gru_resetting_first(x: tuple[Value, ...], state: State, weights: Prepared, 
     *pre, n = x
     *hidden, last = weights.hidden
     if h is not None:
-        pre = [torch.addmm(xi, h, w.weight) for xi, w in zip(pre, hidden, strict=True)]
+        pre = [w.onto(xi, h) for xi, w in zip(pre, hidden, strict=True)]
     r, z = _sigmoid_gates([weights.widen(p) for p in pre], ("reset", "update"), label, sigmoid)
     if h is not None:
-        n = torch.addmm(n, weights.narrow(torch.mul(r, weights.widen(h))), last.weight)
+        n = last.onto(n, weights.narrow(torch.mul(r, weights.widen(h))))
     return _between(label(tanh(weights.widen(n)), "new"), z, h, weights, label)
 
 
@@ -270,7 +299,7 @@ def _rnn(activation: Callable[[Value], Value]) -> Callable[..., State]:
     def step(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
         (h,) = state
         (activate,) = weights.activations(activation)
-        pre = x[0] if h is None else torch.addmm(x[0], h, weights.hidden[0].weight)
+        pre = x[0] if h is None else weights.hidden[0].onto(x[0], h)
         return (label(activate(pre), "h"),)
 
     return step

@@ -135,8 +135,7 @@ class PackedCall(FunctionCall):
         row = self.writer.call(torch.arange, (self.count,), {})
         mask = torch.lt(row, torch.reshape(sizes, (-1, 1)))
         index = torch.where(mask, torch.add(row, torch.reshape(self.starts, (-1, 1))), row)
-        mask = self._beside(input, torch.reshape(mask, (-1, 1)))
-        self.masks = torch.chunk(mask, self.steps) if self.steps > 1 else (mask,)
+        self.mask = self._beside(input, torch.reshape(mask, (-1, 1)))
         return torch.index_select(input, 0, self._beside(input, torch.reshape(index, (-1,))))
 
     def output(self, result: schedule.Result) -> Returned:

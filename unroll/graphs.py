@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from unroll import trees
 from unroll.aten import Metadata, writer_for
 from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands, unknown_steps
-from unroll.cells import Prepared
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, check_arguments
+from unroll.schedule import Layout
 from unroll.trees import Rules, Where, chooses
 from unroll.values import many_objects
 
@@ -148,7 +148,7 @@ def find_calls(
 
 def rewrite(graph: fx.Graph, calls: Sequence[Call], *, asserts: bool = True) -> None:
     """Put explicit operations in place of the calls."""
-    prepared: dict[Any, list[Prepared]] = {}
+    prepared: dict[Any, Layout] = {}
     for call in calls:
         call.write(prepared, asserts=asserts)
     erase_dead(node for call in calls for node in call.writer.made)

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 from unroll.recurrence import Problem, UnrollError
 
 Gates = Literal["merged", "paired", "split"]
+Directions = Literal["separate", "stacked"]
+Layers = Literal["sequential", "wavefront"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +20,26 @@ class Plan:
         gates: how many products a step makes with the hidden state: `merged` is one for all gates,
             `paired` one for the gates under a sigmoid and one for the candidate under a tanh,
             `split` one for each gate.
+        directions: of a bidirectional layer: `separate` runs one and then the other, `stacked` both at once, with
+            one batched product, in half as many serial steps.
+        layers: `sequential` runs a layer over all steps before the next begins; `wavefront`, for layers in one
+            direction, lets layer `l + 1` do step `t - 1` while layer `l` does step `t`, with one batched product:
+            T + L - 1 serial steps in place of T * L.
+        time: `explicit` writes every step; a number `k` writes `k` steps, a block, inside a loop that the target runs
+            itself, for a graph whose size does not depend on the number of steps, which may stay open. An eager
+            module runs its steps one by one in either case.
+
+    In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer.
 
     Example:
         >>> Plan(gates="paired")
-        Plan(gates='paired')
+        Plan(gates='paired', directions='separate', layers='sequential', time='explicit')
     """
 
     gates: Gates = "merged"
+    directions: Directions = "separate"
+    layers: Layers = "sequential"
+    time: Literal["explicit"] | int = "explicit"
 
     @staticmethod
     def of(plan: Plan | None) -> Plan:
@@ -41,6 +56,22 @@ class Plan:
         return plan
 
     def __post_init__(self) -> None:
-        if self.gates not in get_args(Gates):
-            choices = ", ".join(map(repr, get_args(Gates)))
-            raise UnrollError(Problem("Plan(gates=...)", f"got {self.gates!r}", f"choose one of {choices}"))
+        problems = []
+        for field, kind in CHOICES.items():
+            given = getattr(self, field)
+            if given not in get_args(kind):
+                choices = ", ".join(map(repr, get_args(kind)))
+                problems.append(Problem(f"Plan({field}=...)", f"got {given!r}", f"choose one of {choices}"))
+        if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
+            mend = "choose 'explicit', or the number of steps in a block, such as 16"
+            problems.append(Problem("Plan(time=...)", f"got {self.time!r}", mend))
+        if problems:
+            raise UnrollError(*problems)
+
+    @property
+    def block(self) -> int | None:
+        """Steps in a block of a loop; None where every step is written."""
+        return self.time if isinstance(self.time, int) else None
+
+
+CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers}

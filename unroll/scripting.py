@@ -89,16 +89,16 @@ class ScriptWriter(Writer):
         steps: Value,
         sizes: Value | None,
         step: Callable[[Any, Any, State], State],
-        xs: Sequence[tuple[Value, ...]],
+        xs: tuple[Value, ...],
         state: State,
         *,
         reverse: bool = False,
-    ) -> tuple[list[Value], State]:
-        """Like `schedule.sweep`, over all rows at once, `xs[0]`, as a loop of the graph.
+    ) -> tuple[Value, State]:
+        """Like `schedule.sweep`, over all rows at once, as a loop of the graph.
 
         For packed rows `sizes` tells how many have a step `t`; the others keep their state.
         """
-        pieces = [self.insert("chunk", x, steps) if sizes is None else self.insert("split", x, sizes) for x in xs[0]]
+        pieces = [self.insert("chunk", x, steps) if sizes is None else self.insert("split", x, sizes) for x in xs]
         outputs = self.list([])
         loop = self.node("prim::Loop", [steps, True, *state], len(state))
         block = loop.addBlock()
@@ -121,7 +121,7 @@ class ScriptWriter(Writer):
                 block.registerOutput(output.node)
         if reverse:
             self.node("aten::reverse", [outputs], 0)
-        return [self.insert("cat", outputs)], tuple(Value(self, node=output) for output in loop.outputs())
+        return self.insert("cat", outputs), tuple(Value(self, node=output) for output in loop.outputs())
 
     def write(
         self,
@@ -166,10 +166,10 @@ class ScriptWriter(Writer):
         state = self.items(hx, 2) if len(recurrence.state_sizes) == 2 else [hx]
         for s, size in zip(state, recurrence.state_sizes, strict=True):
             self.run(compiled(check_state), s, [*lead, batch, size], place)
+        looping = steps is None and not recurrence.is_cell
         prepared: Any = schedule.prepare(recurrence, recurrence.weights(weights), plan, dtype, self)
         prepared = pytree.tree_map_only(Tensor, self.constant, prepared)
         rows = input if sizes is not None else schedule.flat_rows(recurrence, input)
-        looping = steps is None and not recurrence.is_cell
         drop = recurrence.dropout if train is not False else 0.0
         result = schedule.run(
             recurrence,

@@ -13,7 +13,7 @@ from unroll.cells import State, Value
 from unroll.onnx.values import OnnxWriter
 from unroll.recurrence import Recurrence
 
-Loop = Callable[..., tuple[list[Any], State]]
+Loop = Callable[..., tuple[Any, State]]
 
 
 def zeros(writer: OnnxWriter, batch: Value, size: int, dtype: torch.dtype) -> Value:
@@ -53,10 +53,9 @@ def scan(
         mask: `[T, B, 1]`, boolean: rows that have a step `t`; the others keep their state.
     """
 
-    def loop(step: Callable, xs: Sequence[tuple[Any, ...]], state: State, *, reverse: bool) -> tuple[list[Any], State]:
-        (pieces,) = xs
+    def loop(step: Callable, xs: tuple[Any, ...], state: State, *, reverse: bool) -> tuple[Any, State]:
         here = writer.scope
-        sequences = [reshaped(writer, x, *lead, width) for x, width in zip(pieces, widths, strict=True)]
+        sequences = [reshaped(writer, x, *lead, width) for x, width in zip(xs, widths, strict=True)]
         sequences += [] if mask is None else [mask]
         starts = tuple(
             zeros(writer, lead[1], size, dtype) if s is None else s
@@ -80,7 +79,7 @@ def scan(
             for name, start, size in zip(recurrence.cell.states, starts, recurrence.state_sizes, strict=True)
         )
         read = [entry(f"x.{k}", x, width) for k, (x, width) in enumerate(zip(sequences, (*widths, 1), strict=False))]
-        after: State = step(0, tuple(read[: len(pieces)]), before)
+        after: State = step(0, tuple(read[: len(xs)]), before)
         if mask is not None:
             after = tuple(torch.where(read[-1], new, old) for new, old in zip(after, before, strict=True))
         output = body.op("Identity", after[0]).named(body.name("output"))
@@ -100,7 +99,7 @@ def scan(
         )
         *finals, stacked = outputs
         rows = torch.reshape(writer.value(stacked, starts[0].dtype, 3), (-1, recurrence.output_size))
-        return [rows], tuple(writer.value(v, start.dtype, 2) for v, start in zip(finals, starts, strict=True))
+        return rows, tuple(writer.value(v, start.dtype, 2) for v, start in zip(finals, starts, strict=True))
 
     return loop
 

@@ -10,7 +10,7 @@ import torch
 from onnx_ir import tensor_adapters
 
 from unroll import schedule
-from unroll.cells import Prepared, Value, Variant, Weights
+from unroll.cells import Value, Variant, Weights
 from unroll.onnx import loops
 from unroll.onnx.values import OnnxWriter
 from unroll.plan import Plan
@@ -125,7 +125,7 @@ class Site:
             raise UnrollError(Problem(self.name, f"steps={asked!r}", "give a whole number from 1 upwards"))
         return asked, True
 
-    def write(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, list[Prepared]]) -> list[Value]:
+    def write(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, schedule.Layout]) -> list[Value]:
         """Write what the node computes and return its results.
 
         Args:
@@ -141,23 +141,24 @@ class Site:
             x = self._fixed(writer, x, axis)
         rows = schedule.flat_rows(recurrence, x, batched=self.batched)
         state = self._state(writer)
-        weights = self._prepared(writer, plan, prepared)
-        wide = torch.float32 if weights[0].precision else self.dtype
-        loop, masks, mask = None, None, self._mask(writer, lead)
+        layout = self._prepared(writer, plan, prepared)
+        wide = torch.float32 if layout.passes[0].precision else self.dtype
+        loop, mask = None, self._mask(writer, lead)
         padding = None if mask is None else torch.reshape(mask, (-1, 1))
         if self.steps is None:
-            widths = [len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.gates)]
-            loop = loops.scan(writer, recurrence, lead, widths, (self.dtype, wide)[: len(recurrence.state_sizes)], mask)
+            loop = loops.scan(
+                writer, recurrence, lead, layout.widths, (self.dtype, wide)[: len(recurrence.state_sizes)], mask
+            )
         elif padding is not None:
-            masks = torch.chunk(padding, self.steps) if self.steps > 1 else [padding]
             state = self._zeros_for(writer, state, lead)
         result = schedule.run(
-            recurrence, weights, rows, state, steps=self.steps or 1, masks=masks, loop=loop, names=writer
+            recurrence, layout, rows, state, steps=self.steps or 1, mask=padding, loop=loop, names=writer
         )
         writer.enter("results")
         if padding is not None:
-            joined = [[torch.cat(list(hs)) if len(hs) > 1 else hs[0]] for hs in result.outputs]
-            result = result._replace(outputs=[[torch.where(padding, rows, 0.0)] for (rows,) in joined])
+            size = recurrence.output_size
+            shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
+            result = result._replace(outputs=[schedule.Outputs.of_rows(rows, self.steps, size) for rows in shown])
         return self.results(writer, result, lead)
 
     def _lead(self, writer: OnnxWriter, x: Value) -> tuple[Value, Value]:
@@ -209,7 +210,7 @@ class Site:
             steps = torch.reshape(steps, (-1, 1, 1))
         return writer.op("Less", steps, torch.reshape(lengths, (1, -1, 1)), dtype=torch.bool, rank=3)
 
-    def _prepared(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, list[Prepared]]) -> list[Prepared]:
+    def _prepared(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, schedule.Layout]) -> schedule.Layout:
         """The weights as the steps want them, laid out once for nodes that share them."""
         weights = self.weights(writer)
         known = all(w is None or isinstance(w, torch.Tensor) for group in weights for w in group)
@@ -218,7 +219,10 @@ class Site:
             prepared[key] = schedule.prepare(self.recurrence, weights, plan, self.dtype, writer)
         if not self.variants:
             return prepared[key]
-        return [p._replace(variant=variant) for p, variant in zip(prepared[key], self.variants, strict=True)]
+        passes, stacks, widths = prepared[key]
+        passes = [p._replace(variant=variant) for p, variant in zip(passes, self.variants, strict=True)]
+        alike = len(set(self.variants)) == 1
+        return schedule.Layout(passes, [p._replace(variant=self.variants[0]) for p in stacks if alike], widths)
 
     def operand(self, writer: OnnxWriter, k: int, rank: int) -> Any:
         """An input of the node: a tensor if it is constant, else a value."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import onnx_ir as ir
@@ -201,12 +200,11 @@ class StandardSite(Site):
     def results(self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Value, Value]) -> list[Value]:
         recurrence = self.recurrence
         size, swap = recurrence.hidden_size, recurrence.batch_first
-        outputs, directions = result.outputs, len(result.outputs)
-        if self.steps is not None and len(outputs[0]) == self.steps:
-            rows = torch.cat(list(chain.from_iterable(zip(*outputs, strict=True))))
-            y = torch.reshape(rows, (self.steps, directions, -1, size))
+        if self.steps is not None:
+            y = [torch.reshape(output.rows(), (self.steps, 1, -1, size)) for output in result.outputs]
         else:
-            y = torch.cat([loops.reshaped(writer, rows, lead[0], 1, lead[1], size) for (rows,) in outputs], 1)
+            y = [loops.reshaped(writer, output.rows(), lead[0], 1, lead[1], size) for output in result.outputs]
+        y = torch.cat(y, 1) if len(y) > 1 else y[0]
         if swap:
             y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})
         states = schedule.joined_states(recurrence, result.finals)

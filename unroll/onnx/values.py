@@ -16,6 +16,7 @@ SAME_NAME = {
     torch.add: "Add",
     torch.sub: "Sub",
     torch.mul: "Mul",
+    torch.bmm: "MatMul",
     torch.matmul: "MatMul",
     torch.where: "Where",
     torch.sigmoid: "Sigmoid",
@@ -222,8 +223,35 @@ def _joined(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
     return values[0] if len(values) == 1 else writer.op("Concat", *values, attributes={"axis": dim % rank})
 
 
+def _stacked(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
+    rank = next(v.rank for v in values if isinstance(v, OnnxValue))
+    axes = [dim % (rank + 1)]
+    apart = [torch.unsqueeze(v, dim) if isinstance(v, torch.Tensor) else _unsqueezed(writer, v, axes) for v in values]
+    return _joined(writer, apart, dim)
+
+
+def _unsqueezed(writer: OnnxWriter, value: OnnxValue, axes: list[int]) -> Any:
+    if writer.opset < 13:
+        return writer.op("Unsqueeze", value, rank=value.rank + 1, attributes={"axes": axes})
+    return writer.op("Unsqueeze", value, axes, rank=value.rank + 1)
+
+
+def _flipped(writer: OnnxWriter, value: OnnxValue, dims: Sequence[int]) -> Any:
+    """By steps of -1, from the last (-1) to before the first."""
+    return writer.op("Slice", value, [-1] * len(dims), [-(2**31)] * len(dims), list(dims), [-1] * len(dims))
+
+
+def _selected(writer: OnnxWriter, value: OnnxValue, dim: int, index: int) -> Any:
+    place = writer.operand(index, torch.int64)
+    assert place is not None
+    return writer.op(
+        "Gather", value, writer.value(place, torch.int64, 0), rank=value.rank - 1, attributes={"axis": dim}
+    )
+
+
 CALLS: dict[Callable, Callable[..., Any]] = {
     torch.addmm: lambda writer, bias, x, weight: writer.op("Gemm", x, weight, bias),
+    torch.baddbmm: lambda writer, bias, x, weight: writer.op("Add", writer.op("MatMul", x, weight), bias),
     torch.ge: lambda writer, x, y: writer.op("GreaterOrEqual", x, y, dtype=torch.bool),
     torch.clamp: lambda writer, x, low, high: writer.op("Clip", x, low, high),
     functional.leaky_relu: lambda writer, x, negative_slope, **_: writer.op(
@@ -233,6 +261,9 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.split: OnnxWriter.split,
     torch.chunk: OnnxWriter.split,
     torch.cat: _joined,
+    torch.stack: _stacked,
+    torch.flip: _flipped,
+    torch.select: _selected,
     torch.reshape: lambda writer, x, shape: writer.op("Reshape", x, list(shape), rank=len(shape)),
     torch.transpose: _transpose,
     torch.Tensor.to: _cast,
