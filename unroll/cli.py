@@ -23,6 +23,8 @@ except ImportError as error:  # pragma: no cover
 from torch.export import ExportedProgram
 
 from unroll.bench.command import bench_command
+from unroll.contracts import checking
+from unroll.contracts.tables import NAMES
 from unroll.factories import made_by, options_of
 from unroll.onnx import require
 from unroll.onnx.export import Export, export_onnx
@@ -47,7 +49,13 @@ Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name
 GatesOption = Annotated[
     str, typer.Option(help=f"Products of a step: {', '.join(get_args(Gates))}. See unroll.Plan.", show_default=True)
 ]
+TargetOption = Annotated[
+    str | None, typer.Option(help=f"Show what the model, as it is, uses that one of {', '.join(NAMES)} does not offer.")
+]
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
+
+JUDGING = ("model", "target", "as_json")
+"""What goes with --target"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,16 +133,21 @@ def export_command(
 
 @app.command("inspect", short_help="Show the recurrent layers of a model.")
 def inspect_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
     where: Where = None,
     steps: StepsOption = None,
     gates: GatesOption = "paired",
+    target: TargetOption = None,
     as_json: Json = False,
 ) -> None:
     """Show the recurrent layers of a model, what unrolling makes of each, and what stands in the way.
 
-    Ends with exit code 1 if something does.
+    Ends with exit code 1 if something does, or if the model uses what a --target does not offer.
     """
+    if target is not None:
+        _judge(context, model, target, as_json)
+        return
     require("onnx", "onnx_ir", "onnxscript")
     from unroll.onnx.files import load
     from unroll.onnx.inspection import Inspection, inspect_model, inspect_module
@@ -162,6 +175,25 @@ def inspect_command(
     else:
         _print_layers(found)
     if found.problems:
+        raise typer.Exit(1)
+
+
+def _judge(context: typer.Context, model: str, target: str, as_json: bool) -> None:
+    """Show what a target has against a model. Options that tell how to unroll it must not be given."""
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in JUDGING}
+    if given := [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]:
+        finding, mend = "was given with --target", "leave it out: the model is judged as it is"
+        raise UnrollError(*(Problem(f"--{name}", finding, mend) for name in given))
+    with _stdout_for(as_json), _parts() as part:
+        part("read")
+        made = made_by(model)[0] if ":" in model and not Path(model).exists() else model
+        part("check")
+        verdict = checking.check(made, target=target)
+    if as_json:
+        _print_json(verdict.as_dict())
+    else:
+        Console(soft_wrap=True).print(str(verdict), highlight=False, markup=False)
+    if not verdict.ok:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,1 @@
+"""What the targets of a rewritten model offer, and whether a model keeps to it."""
