@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll import schedule
+from unroll.packing import Sizes
 from unroll.plan import Plan
 from unroll.recurrence import (
     AUTOCAST,
@@ -73,23 +75,28 @@ class Unrolled(nn.Module):
         return trace(self, input, hx)
 
     def _run(
-        self, rows: Tensor, state: tuple[Tensor, ...] | None, steps: int, sizes: list[int] | None = None
+        self,
+        rows: Tensor,
+        state: tuple[Tensor, ...] | None,
+        steps: int,
+        batch: Any,
+        sizes: list[int] | None = None,
+        padded: Sizes | None = None,
     ) -> schedule.Result:
-        """All steps over `rows`, `[T * B, F]`."""
+        """All steps over `rows`, `[T * B, F]`, of packed rows with their sizes."""
         recurrence = self.recurrence
         flat = [weight for group in self.all_weights for weight in group]
         promoting = False
         dtype = autocast_dtype(rows)
         if dtype and rows.dtype in AUTOCAST:
             flat = [weight.to(dtype) for weight in flat]
-            promoting = not _casts_all(recurrence, rows, packed=sizes is not None)
+            promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
             if not promoting:
                 rows = rows.to(dtype)
                 state = state and tuple(s.to(dtype) for s in state)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.
-        if state is None and (promoting or sizes or (steps == 1 and torch.is_grad_enabled())):
-            batch = sizes[0] if sizes else rows.shape[0] // steps
+        if state is None and (promoting or sizes or padded or (steps == 1 and torch.is_grad_enabled())):
             state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
         drop = self.training and recurrence.dropout
         return schedule.run(
@@ -99,6 +106,7 @@ class Unrolled(nn.Module):
             state,
             steps=steps,
             sizes=sizes,
+            mask=padded.mask if padded else None,
             dropout=partial(functional.dropout, p=drop) if drop else None,
         )
 
@@ -166,24 +174,22 @@ class UnrolledLayer(Unrolled):
         check_arguments(recurrence, self.place, input, hx, weight=self.all_weights[0][0])
         batched = input.dim() == 3
         steps = input.shape[1 if batched and recurrence.batch_first else 0]
-        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), steps)
+        batch = input.shape[0 if recurrence.batch_first else 1] if batched else 1
+        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), steps, batch)
         output = schedule.joined_output(recurrence, result.outputs, batched=batched)
         states = schedule.joined_states(recurrence, result.finals, batched=batched)
         return _own(output, steps), _untuple([_own(state) for state in states])
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         recurrence = self.recurrence
-        sizes = input.batch_sizes.tolist()
-        check_arguments(recurrence, self.place, input.data, hx, weight=self.all_weights[0][0], rows=sizes[0])
-        state = _tuple(hx)
-        if state and input.sorted_indices is not None:
-            state = tuple(s.index_select(1, input.sorted_indices) for s in state)
-        result = self._run(input.data, state, len(sizes), sizes)
-        states = schedule.joined_states(recurrence, result.finals)
-        if input.unsorted_indices is not None:
-            states = [state.index_select(1, input.unsorted_indices) for state in states]
+        padded: Any = input.batch_sizes if isinstance(input.batch_sizes, Sizes) else None
+        sizes: Any = None if padded else input.batch_sizes.tolist()
+        steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
+        check_arguments(recurrence, self.place, input.data, hx, weight=self.all_weights[0][0], rows=batch)
+        result = self._run(input.data, sorted_state(input, hx), steps, batch, sizes, padded)
+        states = original_order(input, schedule.joined_states(recurrence, result.finals))
         # Not `_replace`, which Dynamo gets wrong after a graph break.
-        output = PackedSequence(_own(schedule.joined_rows(result.outputs), len(sizes)), *input[1:])
+        output = PackedSequence(_own(schedule.joined_rows(result.outputs), steps), *input[1:])
         return output, _untuple([_own(state) for state in states])
 
 
@@ -216,8 +222,21 @@ class UnrolledCell(Unrolled):
         recurrence = self.recurrence
         check_arguments(recurrence, self.place, input, hx, weight=self.weight_ih)
         batched = input.dim() == 2
-        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), 1)
+        batch = input.shape[0] if batched else 1
+        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), 1, batch)
         return _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
+
+
+def sorted_state(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
+    """An initial state in the order of a packed sequence's rows."""
+    state, order = _tuple(hx), packed.sorted_indices
+    return state if state is None or order is None else tuple(s.index_select(1, order) for s in state)
+
+
+def original_order(packed: PackedSequence, states: Sequence[Tensor]) -> list[Tensor]:
+    """Last states in the order that rows had before they were packed."""
+    order = packed.unsorted_indices
+    return list(states) if order is None else [state.index_select(1, order) for state in states]
 
 
 def _tuple(hx: Any) -> tuple[Tensor, ...] | None:
@@ -228,9 +247,9 @@ def _untuple(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-def _own(result: Tensor, steps: int = 1) -> Tensor:
+def _own(result: Tensor, steps: Any = 1) -> Tensor:
     """The result in memory of its own, as torch's: it may be detached or written to in place.
 
     The output of several steps is so already, as the pieces were joined.
     """
-    return result.clone() if steps == 1 else result
+    return result.clone() if isinstance(steps, int) and steps == 1 else result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from unroll import trees
 from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
-from unroll.modules import UnrolledCell, UnrolledLayer
+from unroll.modules import UnrolledCell, UnrolledLayer, original_order, sorted_state
 from unroll.onnx.sites import DOMAIN, LAYER
+from unroll.packing import Sizes, keeping_rows, stopped_by_index
 from unroll.plan import Plan
-from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments
+from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.trees import Rules, Where
 
 
@@ -94,7 +95,7 @@ def _captured(
     if rules is not None or not every:
         model = trees.replace(model, Plan(), where, rules)
     try:
-        with _layers_as_nodes(every):
+        with _layers_as_nodes(every), keeping_rows(_on_packed, stopped_by_index):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
@@ -141,7 +142,8 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
     kind, form = form_of_call(func, args, kwargs)
     if form == "packed":
-        raise _packed(kind)
+        mend = "export the module itself, whose calls of pack_padded_sequence are understood"
+        raise UnrollError(Problem(kind, "is called on packed rows, whose sizes are not in the graph", mend))
     given = bind(form, args, kwargs)
     weights = [w for w in given["params"] if w is not None]
     recurrence = read_given(kind, form, given, [tuple(w.shape) for w in weights[:2]])
@@ -152,7 +154,7 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _forward(self: Any, input: Tensor, hx: Any = None) -> Any:
     """Stands in for `Unrolled.forward`."""
     if isinstance(input, PackedSequence):
-        raise _packed(self.place)
+        return _on_packed(self, input, hx)
     recurrence = self.recurrence
     weights = [weight for group in self.all_weights for weight in group]
     results = _node(recurrence, self.place, input, hx, weights, training=self.training, named=True)
@@ -161,9 +163,24 @@ def _forward(self: Any, input: Tensor, hx: Any = None) -> Any:
     return final if recurrence.is_cell else (results[0], final)
 
 
-def _packed(place: str) -> UnrollError:
-    mend = "export a model that takes padded input, or the steps around this layer apart"
-    return UnrollError(Problem(place, "runs on a PackedSequence, which ONNX files here do not have", mend))
+def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    """What a layer, torch's or an `Unrolled` one, returns for a packed sequence, from a node that is given lengths."""
+    place = getattr(layer, "place", type(layer).__name__)
+    sizes = packed.batch_sizes
+    if not isinstance(sizes, Sizes):
+        mend = "pack by pack_padded_sequence or pack_sequence, inside of the model"
+        raise UnrollError(Problem(place, "is given a sequence that was packed elsewhere", mend))
+    recurrence = replace(read_layer(layer), batch_first=False)
+    weights = [weight for group in layer.all_weights for weight in group]
+    check_arguments(recurrence, place, packed.data, hx, weight=weights[0], rows=sizes.count)
+    state = sorted_state(packed, hx)
+    rows = packed.data.unflatten(0, (sizes.steps, sizes.count))
+    named = isinstance(layer, UnrolledLayer)
+    output, *states = _node(
+        recurrence, place, rows, state, weights, training=layer.training, named=named, lengths=sizes.lengths
+    )
+    states = original_order(packed, states)
+    return PackedSequence(output, *packed[1:]), states[0] if len(states) == 1 else tuple(states)
 
 
 def _node(
@@ -175,8 +192,13 @@ def _node(
     *,
     training: bool,
     named: bool = False,
+    lengths: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """The output of a layer and its last states, or the next states of a cell, from one node."""
+    """The output of a layer and its last states, or the next states of a cell, from one node.
+
+    With `lengths`, `[B]`, the input is padded, and the output all its rows, `[T * B, features]`; those that have ended
+    hold no values in particular.
+    """
     if training and recurrence.dropout and recurrence.num_layers > 1:
         raise UnrollError(Problem(place, "drops out between layers in training mode", "call eval() on it"))
     if torch.is_autocast_enabled(input.device.type):
@@ -189,12 +211,13 @@ def _node(
     passes = [] if recurrence.is_cell else [recurrence.passes]
     shapes = [[*passes, *batch, size] for size in recurrence.state_sizes]
     if not recurrence.is_cell:
-        shapes.insert(0, [*lead, len(recurrence.directions) * recurrence.output_size])
+        rows = lead if lengths is None else [lead[0] * lead[1]]
+        shapes.insert(0, [*rows, len(recurrence.directions) * recurrence.output_size])
     state = (hx,) if isinstance(hx, Tensor) else hx or (None,) * len(recurrence.state_sizes)
-    attributes = {**asdict(recurrence), "batched": batched}
+    attributes = {**asdict(recurrence), "batched": batched, "padded": lengths is not None}
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Recurrence",
-        (input, *state, *weights),
+        (input, *state, *weights, *([] if lengths is None else [lengths])),
         {name: int(value) if isinstance(value, bool) else value for name, value in attributes.items()},
         dtypes=[input.dtype] * len(shapes),
         shapes=shapes,

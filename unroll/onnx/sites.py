@@ -33,6 +33,8 @@ class Site:
 
     recurrence: Recurrence
     batched = True
+    zeros_past_end = True
+    """Whether the output of a row that has ended is read, and must be zeros then"""
     variants: Sequence[Variant | None] = ()
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
@@ -155,7 +157,7 @@ class Site:
             recurrence, layout, rows, state, steps=self.steps or 1, mask=padding, loop=loop, names=writer
         )
         writer.enter("results")
-        if padding is not None:
+        if padding is not None and self.zeros_past_end:
             size = recurrence.output_size
             shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
             result = result._replace(outputs=[schedule.Outputs.of_rows(rows, self.steps, size) for rows in shown])
@@ -236,13 +238,15 @@ class Site:
 class TorchSite(Site):
     """An `unroll::Recurrence` node: a whole layer or cell of torch, with torch's arguments and results.
 
-    Inputs are the input, an initial state for each of the cell's, and the weights in torch's order.
-    Attributes are the fields of `Recurrence`, and `batched`.
+    Inputs are the input, an initial state for each of the cell's, the weights in torch's order, and lengths if the
+    input is `padded`; the output is then rows. Attributes are the fields of `Recurrence`, `batched` and `padded`.
     """
+
+    zeros_past_end = False
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         fields: dict[str, Any] = {key: attribute.value for key, attribute in node.attributes.items()}
-        self.batched = bool(fields.pop("batched"))
+        self.batched, self.padded = bool(fields.pop("batched")), bool(fields.pop("padded"))
         flags = ("bias", "batch_first", "bidirectional", "is_cell", "reverse")
         fields |= {flag: bool(fields[flag]) for flag in flags}
         self.recurrence = Recurrence(**fields)
@@ -253,8 +257,13 @@ class TorchSite(Site):
         return [self.input(1 + k) for k in range(len(self.recurrence.state_sizes))]
 
     @property
+    def lengths(self) -> ir.Value | None:
+        return self.node.inputs[-1] if self.padded else None
+
+    @property
     def parameters(self) -> list[ir.Value | None]:
-        return list(self.node.inputs[1 + len(self.recurrence.state_sizes) :])
+        end = len(self.node.inputs) - self.padded
+        return list(self.node.inputs[1 + len(self.recurrence.state_sizes) : end])
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         first = 1 + len(self.recurrence.state_sizes)
@@ -268,6 +277,8 @@ class TorchSite(Site):
         states = schedule.joined_states(recurrence, result.finals, batched=self.batched)
         if recurrence.is_cell:
             return states
+        if self.padded:
+            return [schedule.joined_rows(result.outputs), *states]
         if self.steps is not None or not self.batched:
             return [schedule.joined_output(recurrence, result.outputs, batched=self.batched), *states]
         size = len(result.outputs) * recurrence.output_size
