@@ -76,7 +76,7 @@ def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
     for new, old in zip(graph.nodes, module.graph.nodes, strict=True):
         if new.name != old.name:  # a name of Python's, such as `input`, which the signature keeps all the same
             new.name = old.name
-    copied = fx.GraphModule(module, graph)
+    copied = fx.GraphModule(module, graph, type(module).__name__)
     copied.meta.update(module.meta)
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +32,12 @@ def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) ->
         mend = "give the ExportedProgram that it comes from"
         raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", mend))
     module = copied_graph(module)
-    graph, known = module.graph, _known(module, args)
+    graph, (known, problems) = module.graph, _known(module, args)
     chains = find_chains(module, where, known)
     placeholders = graph.find_nodes(op="placeholder")
     if any(node.target == ARGUMENT for node in placeholders):
         raise UnrollError(Problem(ARGUMENT, "is an argument of the graph already", "call it by another name"))
-    example = _examples(chains, known)
+    example = _examples(chains, known, problems)
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
         state = graph.placeholder(ARGUMENT)
     state.meta["states"] = {name: value.new_zeros(value.shape) for name, value in example.items()}
@@ -119,34 +119,34 @@ def example_state(model: Any) -> State | None:
     return None
 
 
-def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> dict[fx.Node, Any]:
-    """What the metadata tells, and what a run on fake tensors like the arguments tells besides."""
-    known = known_values(module)
+def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], list[Problem]]:
+    """What the metadata tells and a run on fake tensors like the arguments besides, and why that stopped if it did."""
+    known, problems = known_values(module), []
     if args:
         trial = copied_graph(module)
         try:
             FakeTensorProp(trial, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
         except Exception as error:
             finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
-            raise UnrollError(Problem("args", finding, "give arguments that fit the graph")) from error
+            problems.append(Problem("args", finding, "give arguments that fit the graph"))
         told = known_values(trial)
         known |= {node: told[there] for node, there in zip(module.graph.nodes, trial.graph.nodes) if there in told}
-    return known
+    return known, problems
 
 
-def _examples(chains: Mapping[str, Chain], known: Known) -> State:
-    """A tensor like each state, by its name."""
+def _examples(chains: Mapping[str, Chain], known: Known, problems: Sequence[Problem] = ()) -> State:
+    """A tensor like each state, by its name. The problems are why it may not be known."""
     found: State = {}
-    problems = []
+    missing = []
     for name, chain in chains.items():
         for k, part in enumerate(chain.first.recurrence.cell.states):
             example = chain.first.example(k, known)
             if example is None:
-                problems.append(Problem(name, "the size of its state is unknown", "give example inputs"))
+                missing.append(Problem(name, "the size of its state is unknown", "give example inputs"))
             else:
                 found[f"{name}.{part}"] = example
-    if problems:
-        raise UnrollError(*dict.fromkeys(problems))
+    if missing:
+        raise UnrollError(*problems, *dict.fromkeys(missing))
     return found
 
 

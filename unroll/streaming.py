@@ -213,7 +213,7 @@ def _stream_module(
     for (layer, carry), before, after in zip(layers, first, second, strict=True):
         problems += _objections(carry, before, after)
         carry.count = len(after.chains)
-        kept.append(bool(before.chains) and not after.chains)
+        kept.append(_keeps_it_itself(before, after))
         for called, states in zip(state_names(carry, layer), after.chains):
             for name, state in zip(called, states):
                 if name in example:
@@ -266,9 +266,14 @@ def _objections(carry: Carry, first: Carry, second: Carry) -> Iterator[Problem]:
         yield packed_problem(carry.name)
     if second.chains and second.foreign:
         yield Problem(carry.name, *MIXED)
-    elif second.chains and len(first.chains) != len(second.chains):
+    elif len(first.chains) != len(second.chains) and not _keeps_it_itself(first, second):
         finding = f"is called without a state {len(first.chains)} times in one run and {len(second.chains)} in the next"
         yield Problem(carry.name, finding, "let the model call it the same number of times in every run")
+
+
+def _keeps_it_itself(first: Carry, second: Carry) -> bool:
+    """Whether the model kept the state of the first run, in an attribute, and passed it in the second."""
+    return bool(first.chains) and not second.chains and second.foreign > 0
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
     if not isinstance(model, Streaming) and example_state(model) is None:
         return
     spec = program.call_spec.in_spec
+    assert spec is not None
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     state: dict[str, int] = kwargs[ARGUMENT] if ARGUMENT in kwargs else args[-1]
     graph = written.graph
