@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test format clean
+.PHONY: setup demo test bench bench-gpu plots format clean
 
 setup: .venv/ready
 
@@ -23,6 +23,17 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+# What unrolled layers are to reach, and what they reach here: about half an hour, on a machine that does nothing else.
+bench: setup
+	$(BIN)/python benchmarks/targets.py
+
+# With the system's Python and its PyTorch, which must know the GPU; goes on where it stopped.
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+plots: setup
+	$(BIN)/python -m unroll.bench.plots benchmarks/results/sweep-*.json --to benchmarks/results
 
 format: setup
 	$(BIN)/ruff check --fix .

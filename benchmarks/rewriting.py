@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +24,10 @@ import torch
 from torch import nn
 
 from unroll import export_onnx, trace, unroll
+from unroll.bench.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "rewriting.json"
 STOCK_UP_TO = 80  # time steps; torch's own decomposition and exporter take minutes beyond
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures come from."""
-    packages = ("torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from unroll.bench.contenders import CONTENDERS
@@ -32,6 +34,7 @@ def benchmark(
     seconds: float = 0.1,
     limit: float = 120.0,
     jobs: int = 1,
+    save: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **layer: Any,
 ) -> Measurements:
@@ -53,7 +56,8 @@ def benchmark(
         rounds: how often each form has its turn.
         seconds: how long a turn is.
         limit: seconds for a build, and for a turn; what takes longer is stopped, and reported so.
-        jobs: builds at a time; with more than one the times of building mean little.
+        jobs: builds at a time, also for several shapes at once; with more than one the times of building mean little.
+        save: a JSON file, written anew whenever a shape is done.
         progress: called at every step with the number of steps done, of all, and what comes next.
         layer: `input_size` (64), `hidden_size` (128), `num_layers`, `bidirectional`, `bias`, `proj_size`,
             `nonlinearity`, and of its input `steps` (32), `batch` (1) and `dtype` (`"float32"`). `steps`, `batch` and
@@ -74,24 +78,30 @@ def benchmark(
     method = Method(rounds, seconds, limit, jobs)
     chosen = subjects(model, device=device, threads=threads, backward=backward, **layer)
     entries = _entries(contenders, plans)
-    _check(method)
+    _check(method, save)
     step = _Steps(progress, len(chosen) * len(entries) * (rounds + 1))
     rows: list[Row] = []
-    late: dict[tuple[Subject, Entry], Subject] = {}
-    for subject in chosen:
+    late: dict[tuple[Subject, Entry], int] = {}
 
-        def longer(entry: Entry, subject: Subject = subject) -> str | None:
-            """Whether the same with fewer steps ran past the limit."""
-            shorter = late.get((replace(subject, steps=None), entry))
-            if shorter and shorter.steps and subject.steps and shorter.steps <= subject.steps:
-                return f"took more than {limit:g} s at T={shorter.steps}"
-            return None
+    def longer(subject: Subject, entry: Entry) -> str | None:
+        """Whether the same with fewer steps ran past the limit."""
+        shorter = late.get((replace(subject, steps=None), entry))
+        if shorter and subject.steps and shorter <= subject.steps:
+            return f"took more than {limit:g} s at T={shorter}"
+        return None
 
-        found, slow = measure(subject, entries, method, skip=longer, progress=step)
-        rows += found
-        late |= {(replace(subject, steps=None), entry): subject for entry in slow}
+    found = Measurements((), machine(), " ".join(sys.argv))
+    together = max(1, jobs // len(entries))  # subjects, so that all jobs have something to build
+    for start in range(0, len(chosen), together):
+        work = dict.fromkeys(chosen[start : start + together], entries)
+        made, slow = measure(work, method, skip=longer, progress=step)
+        rows += made
+        late |= {(replace(subject, steps=None), entry): subject.steps or 0 for subject, entry in slow}
+        found = replace(found, rows=tuple(rows))
+        if save is not None:
+            found.save(save)
     step("done")
-    return Measurements(tuple(rows), machine(), " ".join(sys.argv))
+    return found
 
 
 class _Steps:
@@ -143,7 +153,7 @@ def _layouts(plans: Sequence[str | Plan]) -> Iterator[tuple[str, Plan]]:
             yield plan if isinstance(plan, str) else plan_name(made), made
 
 
-def _check(method: Method) -> None:
+def _check(method: Method, save: str | os.PathLike[str] | None) -> None:
     whole = {"rounds": method.rounds, "jobs": method.jobs}
     problems = [
         Problem(f"{name}={value!r}", "is no number of them", "give a whole number from 1 upwards")
@@ -153,5 +163,7 @@ def _check(method: Method) -> None:
     for name, value in {"seconds": method.seconds, "limit": method.limit}.items():
         if not isinstance(value, (int, float)) or not value > 0:
             problems.append(Problem(f"{name}={value!r}", "is no time", "give seconds, more than zero"))
+    if save is not None and not Path(save).absolute().parent.is_dir():
+        problems.append(Problem(f"save={os.fspath(save)!r}", "is in a directory that does not exist", "make it first"))
     if problems:
         raise UnrollError(*problems)

@@ -18,6 +18,7 @@ from unroll.bench.contenders import CONTENDERS
 from unroll.bench.plots import draw
 from unroll.bench.report import as_tables
 from unroll.bench.subjects import DTYPES, LAYER
+from unroll.onnx import require
 from unroll.recurrence import Problem, UnrollError
 
 SIZES = "one or several, as in 8,32,128"
@@ -36,7 +37,7 @@ def bench_command(
     hidden_size: Annotated[str | None, typer.Option(help=f"{SIZES} {_default('hidden_size')}")] = None,
     num_layers: Annotated[int | None, typer.Option(help=_default("num_layers"))] = None,
     bidirectional: Annotated[bool | None, typer.Option("--bidirectional", help="Both directions.")] = None,
-    bias: Annotated[bool | None, typer.Option("--no-bias", help="Without biases.", flag_value=False)] = None,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Without biases.")] = False,
     proj_size: Annotated[int | None, typer.Option(help="Of an LSTM with projection.")] = None,
     nonlinearity: Annotated[str | None, typer.Option(help="Of an RNN: tanh or relu. [default: tanh]")] = None,
     steps: Annotated[str | None, typer.Option(help=f"Time steps: {SIZES} {_default('steps')}")] = None,
@@ -66,6 +67,8 @@ def bench_command(
     """
     if factory is not None and kind is not None:
         raise UnrollError(Problem(f"--kind {kind}", f"was given beside {factory}", "give one of them"))
+    if plots is not None:
+        require("matplotlib", extra="bench")
     with _bar() as progress:
         found = benchmark(
             factory or kind or "lstm",
@@ -78,20 +81,19 @@ def bench_command(
             seconds=seconds,
             limit=limit,
             jobs=jobs,
+            save=save,
             progress=progress,
             input_size=input_size,
             hidden_size=_sizes("--hidden-size", hidden_size),
             num_layers=num_layers,
             bidirectional=bidirectional,
-            bias=bias,
+            bias=False if no_bias else None,
             proj_size=proj_size,
             nonlinearity=nonlinearity,
             steps=_sizes("--steps", steps),
             batch=_sizes("--batch", batch),
             dtype=dtype,
         )
-    if save is not None:
-        found.save(save)
     drawn = [] if plots is None else draw(found, plots)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import select
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +17,13 @@ import torch
 from torch import Tensor
 
 from unroll.bench.contenders import CONTENDERS, obstacle
+from unroll.bench.processes import Failed, Late, Process
 from unroll.bench.results import Row
 from unroll.bench.subjects import Subject, Task
 from unroll.plan import Plan
 
 SETTLING = 3
-"""Calls of the first run at least: CUDA graphs are recorded in them."""
+"""Calls of the first turn at least: CUDA graphs are recorded in them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,9 @@ class Entry:
     contender: str
     plan: str = ""
     layout: Plan = field(default_factory=Plan)
+
+    def __str__(self) -> str:
+        return f"{self.contender} {self.plan}".strip()
 
 
 @dataclass(frozen=True)
@@ -56,164 +55,115 @@ class Method:
     jobs: int = 1
 
 
-class Failed(Exception):
-    """A contender that cannot go on, and why."""
+class Runner:
+    """One entry on one subject: its process, and what became of it so far."""
 
+    def __init__(self, subject: Subject, entry: Entry, method: Method, folder: Path) -> None:
+        self.subject, self.entry, self.method, self.folder = subject, entry, method, folder
+        self.process: Process | None = None
+        self.failure, self.late = "", False
+        self.built: dict[str, Any] = {}
+        self.times: list[float] = []
 
-class Late(Failed):
-    """It took longer than the limit."""
+    def build(self, saved: Path) -> None:
+        """Start the process and let it build the contender for the numbers in the file `saved`."""
+        self.folder.mkdir()
+        self.process = Process(self.folder, self.subject.threads, alone=self.method.jobs == 1)
+        self._try(self.process.wait)
+        self.built = self._ask(
+            "build",
+            subject=asdict(self.subject),
+            contender=self.entry.contender,
+            plan=asdict(self.entry.layout),
+            saved=str(saved),
+            folder=str(self.folder),
+        )
 
+    def turn(self, least: int) -> None:
+        """A run of some calls, at least `least` of them."""
+        reply = self._ask("run", seconds=self.method.seconds, least=least)
+        self.times += reply.get("times", [])
 
-class Process:
-    """A worker in a process of its own, with every process that it starts."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.closed, self.errors = False, folder / "errors.txt"
-        variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        paths = {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
-        }
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "unroll.bench.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=os.environ | variables | paths,
-                start_new_session=True,
-            )
-
-    def ask(self, limit: float, do: str, **request: Any) -> dict[str, Any]:
-        """The reply to a request.
-
-        Raises:
-            Failed: with the reason; `Late` if there is none within `limit` seconds.
-        """
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin and stdout
-        try:
-            stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
-            stdin.flush()
-        except BrokenPipeError:
-            raise Failed(self._ended()) from None
-        if not select.select([stdout], [], [], limit)[0]:
-            self.close()
-            raise Late(f"took more than {limit:g} s to {do}")
-        line = stdout.readline()
-        if not line:
-            raise Failed(self._ended())
-        reply = json.loads(line)
-        if "failed" in reply:
-            raise Failed(reply["failed"])
-        return reply
+    def finish(self, expected: Sequence[Tensor] | None) -> Row:
+        """The figures, with the error against what is expected. The process is ended."""
+        path = self.folder / "results.pt"
+        reply = self._ask("results", path=str(path))
+        row = Row(self.subject, self.entry.contender, self.entry.plan)
+        if not self.failure:
+            error = error_of(expected, torch.load(path))
+            if error == math.inf:
+                self.failure = "gives results of other shapes, or such as are no numbers"
+            row = replace(row, **self.built | reply | _summary(self.times), error=error)
+        self.close()
+        return Row(self.subject, row.contender, row.plan, self.failure) if self.failure else row
 
     def close(self) -> None:
-        """End the process and all that it started."""
-        if self.closed:
-            return
-        self.closed = True
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream:
-                with suppress(BrokenPipeError):
-                    stream.close()
+        if self.process:
+            self.process.close()
 
-    def _ended(self) -> str:
-        code = self.process.wait()
-        said = self.errors.read_text().strip().splitlines()
-        return f"ended with exit code {code}" + (f": {said[-1]}" if said else "")
+    def _ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """The reply of the process; empty once it has failed."""
+        process = self.process
+        return self._try(lambda: process.ask(self.method.limit, do, **request)) or {} if process else {}
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        if self.failure:
+            return None
+        try:
+            return call()
+        except Failed as error:
+            self.failure, self.late = str(error).replace(f"{self.folder}{os.sep}", ""), isinstance(error, Late)
+            self.close()
 
 
 def measure(
-    subject: Subject,
-    entries: Sequence[Entry],
+    work: Mapping[Subject, Sequence[Entry]],
     method: Method,
     *,
-    skip: Callable[[Entry], str | None] = lambda entry: None,
+    skip: Callable[[Subject, Entry], str | None] = lambda subject, entry: None,
     progress: Callable[[str], None] = lambda what: None,
-) -> tuple[list[Row], set[Entry]]:
-    """All entries on one subject.
+) -> tuple[list[Row], list[tuple[Subject, Entry]]]:
+    """All entries on their subjects: first all are built, then those of each subject have their turns.
 
     Args:
-        subject: what to measure.
-        entries: what to measure it in.
+        work: what to measure.
         method: how.
         skip: why an entry need not be tried, if there is a reason.
         progress: called at every step, `method.rounds + 1` times for each entry, with what comes next.
 
     Returns:
-        A row for each entry, and those that ran past the limit.
+        A row for each entry, and which ran past the limit.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unroll-bench-")))
-        saved = folder / "task.pt"
-        expected = _expected(subject, saved)
-        started: dict[Entry, Process] = {}
-        failures: dict[Entry, str] = {}
-        late: set[Entry] = set()
-        replies: dict[Entry, dict[str, Any]] = {}
-        times: dict[Entry, list[float]] = {}
+        saved = {subject: folder / f"{number}.pt" for number, subject in enumerate(work)}
+        expected = {subject: _expected(subject, path) for subject, path in saved.items()}
+        pairs = [(subject, entry) for subject, entries in work.items() for entry in entries]
+        runners = [Runner(*pair, method, folder / f"runner{number}") for number, pair in enumerate(pairs)]
 
-        def attempt(entry: Entry, do: Callable[[], Any]) -> Any:
-            if entry in failures:
-                return None
-            try:
-                return do()
-            except Failed as error:
-                failures[entry] = str(error)
-                if isinstance(error, Late):
-                    late.add(entry)
-                if entry in started:
-                    started[entry].close()
-                return None
-
-        def build(number: int) -> None:
-            entry = entries[number]
-            progress(f"{entry.contender} {entry.plan}: build")
-            if reason := obstacle(CONTENDERS[entry.contender], subject) or skip(entry):
-                failures[entry] = reason
-                return
-            place = folder / str(number)
-            place.mkdir()
-            started[entry] = process = Process(place, subject.threads)
-            stack.callback(process.close)
-            request = {
-                "subject": asdict(subject),
-                "contender": entry.contender,
-                "plan": asdict(entry.layout),
-                "saved": str(saved),
-                "folder": str(place),
-            }
-            replies[entry] = attempt(entry, lambda: process.ask(method.limit, "build", **request)) or {}
+        def build(runner: Runner) -> None:
+            progress(f"{runner.entry}: build")
+            subject, entry = runner.subject, runner.entry
+            runner.failure = obstacle(CONTENDERS[entry.contender], subject) or skip(subject, entry) or ""
+            if not runner.failure:
+                stack.callback(runner.close)
+                runner.build(saved[subject])
 
         if method.jobs == 1:
-            for number in range(len(entries)):
-                build(number)
+            for runner in runners:
+                build(runner)
         else:
             with ThreadPoolExecutor(method.jobs) as pool:
-                list(pool.map(build, range(len(entries))))
-        for round in range(method.rounds):
-            for entry in entries:
-                progress(f"{entry.contender} {entry.plan}: round {round + 1} of {method.rounds}")
-                request = {"seconds": method.seconds, "least": 1 if round else SETTLING}
-                reply = attempt(entry, lambda: started[entry].ask(method.limit, "run", **request))
-                times.setdefault(entry, []).extend(reply["times"] if reply else [])
+                list(pool.map(build, runners))
         rows = []
-        for number, entry in enumerate(entries):
-            path = folder / str(number) / "results.pt"
-            reply = attempt(entry, lambda: started[entry].ask(method.limit, "results", path=str(path)))
-            row = Row(subject, entry.contender, entry.plan, failures.get(entry, ""))
-            if reply:
-                error = _error(expected, torch.load(path))
-                if error == math.inf:
-                    row = replace(row, failure="gives results of other shapes, or such as are no numbers")
-                else:
-                    row = replace(row, **replies[entry] | reply | _summary(times[entry]), error=error)
-            rows.append(row)
-        return rows, late
+        for subject in work:
+            mine = [runner for runner in runners if runner.subject == subject]
+            for number in range(method.rounds):
+                for runner in mine:
+                    progress(f"{runner.entry}: round {number + 1} of {method.rounds}")
+                    runner.turn(1 if number else SETTLING)
+            rows += [runner.finish(expected[subject]) for runner in mine]
+        return rows, [(runner.subject, runner.entry) for runner in runners if runner.late]
 
 
 def _summary(times: list[float]) -> dict[str, Any]:
@@ -228,11 +178,11 @@ def _expected(subject: Subject, path: Path) -> list[Tensor] | None:
     with torch.set_grad_enabled(subject.backward):
         exact = task.double()
         run = exact.runner(exact.model)
-        first, second = [[t.detach().clone() for t in run()] for _ in range(2)]
-    return first if all(map(torch.equal, first, second)) else None
+        first = [t.detach().clone() for t in run()]
+        return first if subject.is_layer or all(map(torch.equal, first, run())) else None
 
 
-def _error(expected: list[Tensor] | None, found: list[Tensor]) -> float | None:
+def error_of(expected: Sequence[Tensor] | None, found: Sequence[Tensor]) -> float | None:
     """The largest difference relative to the largest value of each result; infinite if they do not correspond."""
     if expected is None:
         return None

@@ -1,6 +1,7 @@
 """A process that builds one contender and runs it when it is asked to: `python -m unroll.bench.worker`.
 
-Requests and replies are lines of JSON on the standard input and output. What others print goes to the standard error.
+Requests and replies are lines of JSON on the standard input and output, after a first `{}` that says that it is ready.
+What others print goes to the standard error.
 
     {"do": "build", ...}    {"first_call": seconds, "nodes": ..., "size": bytes} or {"failed": reason}
     {"do": "run", ...}      {"times": [seconds, ...]}
@@ -104,6 +105,8 @@ def main() -> None:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     worker = Worker()
+    replies.write("{}\n")  # ready
+    replies.flush()
     for line in sys.stdin:
         request = json.loads(line)
         try:
