@@ -24,6 +24,9 @@ from unroll.recurrence import Problem, UnrollError
 
 CONTROL_FLOW = {"cond", "while_loop", "scan", "map_impl", "associative_scan"}
 
+SIZES = (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat, int)
+"""What a node of Python's own may give: a piece of a result, or arithmetic on sizes"""
+
 Operands = Mapping[fx.Node, Operand]
 
 
@@ -69,6 +72,7 @@ class _Reader:
         self.target = target
         self.held = held
         self.operands: dict[fx.Node, Operand] = {}
+        self.parts: dict[Any, list[fx.Node] | None] = {}
 
     def uses(self, node: fx.Node, given: bool) -> Iterator[Use]:
         """What a node uses; a placeholder only if it is `given` by the model's user, or held by the model."""
@@ -87,7 +91,7 @@ class _Reader:
         elif isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.returns:  # else it checks something, and computes nothing
                 yield from self.call(node, node.target)
-        elif not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat, int)):
+        elif not isinstance(node.meta.get("val"), SIZES) and not _only_checked(node):
             mend = "give what torch.export.export makes of the model, or make_fx with tracing_mode='fake'"
             finding = f"is a {node.op} of {_name(node.target)}, which is no aten operator"
             raise UnrollError(Problem(node.name, finding, mend))
@@ -101,7 +105,7 @@ class _Reader:
         operands = {n: self.operands.get(n) or _operand(n.meta["val"]) for n in _tensors(node)}
         name = str(operator)
         whole = self.target.restriction(name) is not None or name.startswith(RECURRENT)
-        parts = None if whole else _decomposed(node, operator, list(operands), self.target.decomposed)
+        parts = None if whole else self.decomposed(node, operator, list(operands))
         if parts is None:
             yield _use(node, operator, operands, node.name)
             return
@@ -113,10 +117,31 @@ class _Reader:
                 found = {n: inner.get(n) or _operand(n.meta["val"]) for n in _tensors(part)}
                 yield _use(part, part.target, found, node.name, origin=name)
 
+    def decomposed(self, node: fx.Node, operator: Any, tensors: list[fx.Node]) -> list[fx.Node] | None:
+        """As `_decomposed`, once for each operator and kind of arguments."""
+        kinds = map_arg((node.args, dict(node.kwargs)), lambda n: _kind(n, tensors))
+        key = operator, str(kinds)
+        if key not in self.parts:
+            self.parts[key] = _decomposed(node, operator, tensors, self.target.decomposed)
+        return self.parts[key]
+
+
+def _kind(node: fx.Node, tensors: list[fx.Node]) -> Any:
+    """What tells operands apart, with their place among the tensors of a call."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return tensors.index(node), str(value.dtype), *map(str, (*value.shape, "|", *value.stride()))
+
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
     """The nodes that it reads tensors from."""
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _only_checked(node: fx.Node) -> bool:
+    """Whether all that it leads to is an assertion, which computes nothing."""
+    return node.target is torch._assert or (bool(node.users) and all(map(_only_checked, node.users)))
 
 
 def _gives_tensors(node: fx.Node) -> bool:
@@ -138,7 +163,7 @@ def _use(node: fx.Node, target: Any, operands: Operands, place: str, origin: str
         else:
             attributes[argument.name] = _plain(value)
     results = [value for value in _flat(node.meta["val"]) if isinstance(value, torch.Tensor)]
-    taken: list[Any] = [user.args[1] for user in node.users if user.target is python_operator.getitem]
+    taken: list[Any] = [user.args[1] for user in node.users if user.target is python_operator.getitem and user.users]
     outputs = [_operand(value) for value in results[: max(taken) + 1 if taken else None]]
     typed = inputs | {f"result {k}" if k else "result": output for k, output in enumerate(outputs)}
     return Use(place, str(target), inputs, attributes, outputs, typed, origin=origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,13 +34,13 @@ class Verdict:
 
     Attributes:
         target: the target's name.
-        operators: how many nodes were looked at.
+        nodes: how many nodes were judged.
         rows: one for each thing that the target does not offer.
         notes: conditions of operators in the model that were not checked.
     """
 
     target: str
-    operators: int
+    nodes: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
@@ -78,11 +79,11 @@ class Verdict:
         return asdict(self) | {"ok": self.ok, "rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
-        nodes = f"{self.operators} nodes"
+        nodes = f"{self.nodes} nodes"
         if self.ok:
             lines = [f"{self.target}: {nodes}, all offered"]
         else:
-            lines = [f"{self.target}: {nodes}, {len(self.rows)} findings"]
+            lines = [f"{self.target}: {nodes}, {len(self.rows)} finding{'s' * (len(self.rows) > 1)}"]
             groups = self.groups
             width = max(len(operator) for operator, _, _ in groups)
             for (operator, finding, _), places in groups.items():
@@ -119,7 +120,7 @@ def check(model: Any, *, target: str) -> Verdict:
     Example:
         >>> program = torch.export.export(nn.Sequential(nn.RNN(3, 5)), (torch.zeros(2, 1, 3),))
         >>> print(check(program, target="npu"))
-        npu: 1 nodes, 1 findings
+        npu: 2 nodes, 1 finding
           aten.rnn_tanh.input  is recurrent, and not offered: rnn_tanh
         >>> check(unroll(program), target="npu").ok
         True
@@ -138,10 +139,20 @@ def check(model: Any, *, target: str) -> Verdict:
             rows.append(Row("opset", "model", finding, "export it in another version (opset_version=...)"))
     else:
         uses = read_aten(model, table)
-    rows += dict.fromkeys(row for use in uses for row in judged(use, table))
+    rows += _rows(uses, table)
     nodes = [use for use in uses if use.operator not in (INPUT, CONSTANT)]
     count = sum(1 for use in nodes if not use.origin) + len({use.place for use in nodes if use.origin})
     return Verdict(target, count, tuple(rows), _notes(nodes, table))
+
+
+def _rows(uses: list[Use], table: Target) -> Iterator[Row]:
+    """What the target has against each use, once for all parts of a decomposed operator."""
+    told = set[Row]()
+    for use in uses:
+        for row in judged(use, table):
+            if not use.origin or row not in told:
+                told.add(row)
+                yield row
 
 
 def _kind(model: Any) -> str | None:

@@ -70,7 +70,7 @@ class _Reader:
             node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type,
             f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type,
             inputs,
-            {a.name: a.value for a in node.attributes.values() if a.type != ir.AttributeType.GRAPH},
+            {a.name: _plain(a.value) for a in node.attributes.values() if a.type != ir.AttributeType.GRAPH},
             outputs,
             self.typed(node, schema, inputs, variables, outputs),
             control_flow=node.op_type in CONTROL_FLOW,
@@ -131,6 +131,10 @@ class _Reader:
 
 QUANTIZING = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 """What changes types by its nature: tables are about what it takes."""
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _name(dtype: ir.DataType) -> str:
