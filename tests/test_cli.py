@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.export import Dim
 
@@ -44,6 +45,10 @@ def make_alone():
 def make_packed():
     case = Case("GRU", form="packed")
     return case.model().eval(), case.tensors()
+
+
+def make_exported():
+    return torch.export.export(*make())
 
 
 def make_nothing():
@@ -254,6 +259,28 @@ def test_inspection_of_what_cannot_be_exported(run):
     assert code == 1 and "--steps 9: was given for a PyTorch model" in out
     code, out, _ = run("inspect", "tests.test_cli:make_named", "--where", "rnn")
     assert code == 1 and "gives where, and so does the command line" in out
+
+
+def test_inspection_for_a_target(run, source):
+    code, out, _ = run("inspect", source, "--target", "npu")
+    assert code == 1 and "GRU" in out and "is recurrent, and not offered: rnn" in out
+    assert run("onnx", source, "out.onnx", "--steps", "5")[0] == 0
+    code, out, _ = run("inspect", "out.onnx", "--target", "tensorrt")
+    assert code == 0 and "all offered" in out
+    code, out, _ = run("inspect", "tests.test_cli:make_exported", "--target", "xnnpack", "--json")
+    assert code == 1 and "aten.lstm.input" in [row["operator"] for row in json.loads(out)["rows"]]
+
+
+def test_what_cannot_be_inspected_for_a_target(run, source):
+    for option, value in (("--steps", "5"), ("--gates", "paired"), ("--where", "rnn")):
+        code, _, err = run("inspect", source, "--target", "npu", option, value)
+        assert code == 1 and f"{option}: was given with --target" in err
+    code, _, err = run("inspect", "tests.test_cli:make", "--target", "xnnpack")
+    assert code == 1 and "got Holder, a module that is not exported yet" in err and "torch.export.export" in err
+    code, _, err = run("inspect", source, "--target", "xnnpack")
+    assert code == 1 and "got an ONNX model" in err
+    code, _, err = run("inspect", source, "--target", "nowhere")
+    assert code == 1 and "choose one of npu" in err
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("export", "out.onnx")], ids=lambda c: c[0])
