@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from unroll.bench.contenders import CONTENDERS
 from unroll.bench.machine import machine
-from unroll.bench.measuring import Entry, Method, measure
+from unroll.bench.measuring import BUILD, Entry, Method, measure
 from unroll.bench.plans import named_plan, plan_name
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import Subject, subjects
@@ -19,7 +20,7 @@ from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 
 Progress = Callable[[int, int, str], None]
-"""Called with the steps done, the steps of all, and what comes next."""
+"""Called with the steps done, the number of all steps, and what is being done."""
 
 
 def benchmark(
@@ -58,7 +59,7 @@ def benchmark(
         limit: seconds for a build, and for a turn; what takes longer is stopped, and reported so.
         jobs: builds at a time, also for several shapes at once; with more than one the times of building mean little.
         save: a JSON file, written anew whenever a shape is done.
-        progress: called at every step with the number of steps done, of all, and what comes next.
+        progress: called at every step with the number of steps done, of all, and what is being done.
         layer: `input_size` (64), `hidden_size` (128), `num_layers`, `bidirectional`, `bias`, `proj_size`,
             `nonlinearity`, and of its input `steps` (32), `batch` (1) and `dtype` (`"float32"`). `steps`, `batch` and
             `hidden_size` may be lists: every combination is measured.
@@ -79,7 +80,7 @@ def benchmark(
     chosen = subjects(model, device=device, threads=threads, backward=backward, **layer)
     entries = _entries(contenders, plans)
     _check(method, save)
-    step = _Steps(progress, len(chosen) * len(entries) * (rounds + 1))
+    step = _Steps(progress, len(chosen) * len(entries) * (BUILD + rounds))
     rows: list[Row] = []
     late: dict[tuple[Subject, Entry], int] = {}
 
@@ -100,20 +101,21 @@ def benchmark(
         found = replace(found, rows=tuple(rows))
         if save is not None:
             found.save(save)
-    step("done")
     return found
 
 
 class _Steps:
-    """Counts the steps for whoever shows them."""
+    """Counts the steps for whoever shows them; several builds may report at once."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, -1
+        self.progress, self.total, self.done = progress, total, 0
+        self.lock = Lock()
 
-    def __call__(self, what: str) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total, what)
+    def __call__(self, what: str, steps: int) -> None:
+        with self.lock:
+            self.done += steps
+            if self.progress:
+                self.progress(self.done, self.total, what)
 
 
 def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | None) -> list[Entry]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -34,14 +35,14 @@ def bench_command(
     ] = None,
     kind: Annotated[str | None, typer.Option(help="lstm, gru or rnn. [default: lstm]")] = None,
     input_size: Annotated[int | None, typer.Option(help=_default("input_size"))] = None,
-    hidden_size: Annotated[str | None, typer.Option(help=f"{SIZES} {_default('hidden_size')}")] = None,
+    hidden_size: Annotated[str | None, typer.Option(help=f"Hidden features: {SIZES} {_default('hidden_size')}")] = None,
     num_layers: Annotated[int | None, typer.Option(help=_default("num_layers"))] = None,
     bidirectional: Annotated[bool | None, typer.Option("--bidirectional", help="Both directions.")] = None,
     no_bias: Annotated[bool, typer.Option("--no-bias", help="Without biases.")] = False,
     proj_size: Annotated[int | None, typer.Option(help="Of an LSTM with projection.")] = None,
     nonlinearity: Annotated[str | None, typer.Option(help="Of an RNN: tanh or relu. [default: tanh]")] = None,
     steps: Annotated[str | None, typer.Option(help=f"Time steps: {SIZES} {_default('steps')}")] = None,
-    batch: Annotated[str | None, typer.Option(help=f"{SIZES} {_default('batch')}")] = None,
+    batch: Annotated[str | None, typer.Option(help=f"Sequences at a time: {SIZES} {_default('batch')}")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)} {_default('dtype')}")] = None,
     contenders: Annotated[
         str | None, typer.Option(help=f"Which forms, separated by commas: {', '.join(CONTENDERS)}. [default: all]")
@@ -69,7 +70,7 @@ def bench_command(
         raise UnrollError(Problem(f"--kind {kind}", f"was given beside {factory}", "give one of them"))
     if plots is not None:
         require("matplotlib", extra="bench")
-    with _bar() as progress:
+    with _bar() as progress, redirect_stdout(sys.stderr) if as_json else nullcontext():
         found = benchmark(
             factory or kind or "lstm",
             contenders=None if contenders is None else _words(contenders),

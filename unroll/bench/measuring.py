@@ -25,6 +25,9 @@ from unroll.plan import Plan
 SETTLING = 3
 """Calls of the first turn at least: CUDA graphs are recorded in them."""
 
+BUILD = 50
+"""Steps that a build counts for, so that the time that is left can be told: about as many turns take as long."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -121,7 +124,7 @@ def measure(
     method: Method,
     *,
     skip: Callable[[Subject, Entry], str | None] = lambda subject, entry: None,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> tuple[list[Row], list[tuple[Subject, Entry]]]:
     """All entries on their subjects: first all are built, then those of each subject have their turns.
 
@@ -129,7 +132,8 @@ def measure(
         work: what to measure.
         method: how.
         skip: why an entry need not be tried, if there is a reason.
-        progress: called at every step, `method.rounds + 1` times for each entry, with what comes next.
+        progress: called with what is being done, and the steps done since the last call: `BUILD` for each build, and
+            one for each turn.
 
     Returns:
         A row for each entry, and which ran past the limit.
@@ -142,12 +146,13 @@ def measure(
         runners = [Runner(*pair, method, folder / f"runner{number}") for number, pair in enumerate(pairs)]
 
         def build(runner: Runner) -> None:
-            progress(f"{runner.entry}: build")
+            progress(f"{runner.entry}: build", 0)
             subject, entry = runner.subject, runner.entry
             runner.failure = obstacle(CONTENDERS[entry.contender], subject) or skip(subject, entry) or ""
             if not runner.failure:
                 stack.callback(runner.close)
                 runner.build(saved[subject])
+            progress(f"{runner.entry}: built", BUILD)
 
         if method.jobs == 1:
             for runner in runners:
@@ -160,8 +165,8 @@ def measure(
             mine = [runner for runner in runners if runner.subject == subject]
             for number in range(method.rounds):
                 for runner in mine:
-                    progress(f"{runner.entry}: round {number + 1} of {method.rounds}")
                     runner.turn(1 if number else SETTLING)
+                    progress(f"{runner.entry}: round {number + 1} of {method.rounds}", 1)
             rows += [runner.finish(expected[subject]) for runner in mine]
         return rows, [(runner.subject, runner.entry) for runner in runners if runner.late]
 
