@@ -32,6 +32,7 @@ def table(printed: str) -> list[list[float]]:
 
 def test_no_example_is_left_out():
     names = {"batch_first_series", "bidirectional_stack", "digits", "memory_cell", "step_by_step", "two_layers"}
+    names |= {"voice_activity"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
 
@@ -99,9 +100,27 @@ def test_digits(tmp_path):
 
 
 @pytest.mark.heavy
-def test_readme(tmp_path):
-    """The README's code runs from top to bottom and prints what stands there, errors of rounding apart."""
-    readme = (EXAMPLES.parent / "README.md").read_text()
+def test_voice_activity():
+    printed = run("voice_activity")
+    assert "states: lstm.h, lstm.c\n" in printed
+    right = re.search(r"(\d+)% of the pieces are told right", printed)
+    assert right and int(right[1]) >= 80
+    rows = re.findall(r"^(torch|ONNX Runtime) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["torch", "ONNX Runtime"]
+    for _, *figures in rows:
+        difference, error, offline, factor = map(float, figures)
+        assert difference < 1e-4 and error <= 2 * offline + 1e-6
+        assert 0 < factor < 1, "slower than the audio"
+
+
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((EXAMPLES.parent / "docs").glob("*.md")))]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("page", PAGES)
+def test_readme(page, tmp_path):
+    """The code of the README and of each page runs from top to bottom and prints what stands there, rounding apart."""
+    readme = (EXAMPLES.parent / page).read_text()
     script = tmp_path / "readme.py"
     script.write_text("".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)))
     expected = "".join(re.findall(r"```text\n(.*?)```", readme, re.DOTALL))

@@ -452,7 +452,9 @@ def test_refusals_in_graphs():
         assert refused.startswith("0: is bidirectional")
     x = torch.randn(5, 2, 3)
     assert "the size of its state is unknown" in problems(streaming, trace(nn.Sequential(nn.GRU(3, 4))))[0]
-    assert "cannot be run on fake tensors" in problems(streaming, trace(nn.Sequential(nn.GRU(3, 4))), x[0, 0])[0]
+    assert "0: input: has shape [5, 2, 2]" in problems(streaming, trace(nn.Sequential(nn.GRU(3, 4))), x[..., :2])[0]
+    behind = trace(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4)))
+    assert "cannot be run on fake tensors" in problems(streaming, behind, x[..., :2])[0]
     (refused,) = problems(streaming, trace(nn.Sequential(Doubling(3, 4))), x)
     assert refused.startswith("0: has a forward of its own")
     (refused,) = problems(streaming, trace(Packing()), (x, torch.tensor([5, 3])))

@@ -15,7 +15,16 @@ from unroll.carrying import packed_problem
 from unroll.functions import ARGUMENTS, CLASS_NAMES, bind, form_of, layer_name, read_given
 from unroll.graphs import graph_parts
 from unroll.modules import Unrolled
-from unroll.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_cell, read_layer
+from unroll.recurrence import (
+    CELL_MODES,
+    LAYERS,
+    Problem,
+    Recurrence,
+    UnrollError,
+    check_arguments,
+    read_cell,
+    read_layer,
+)
 from unroll.states import MIXED, call_name, no_state, reads_the_future
 from unroll.trees import Where, chooses, is_recurrent, unknown_names
 
@@ -107,6 +116,7 @@ class CallOfModule(LayerCall):
     def example(self, k: int, known: Known) -> Tensor | None:
         if self.input not in known:
             return None
+        check_arguments(self.recurrence, self.name, known[self.input], None)
         r, lead = self.recurrence, list(known[self.input].shape[:-1])
         if not r.is_cell:  # the steps, wherever they are, give way to the layers in front
             del lead[1 if r.batch_first and len(lead) == 2 else 0]

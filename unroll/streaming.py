@@ -320,15 +320,17 @@ class Stream:
 
     def __init__(self, model: Any, batch: int | None = None) -> None:
         self._run, self._initial = _runner(model)
-        self.state = self._initial(batch)
+        self.reset(batch)
 
     def initial_state(self, batch: int | None = None) -> State:
         """Zeros for this many rows, or for as many as in the example."""
         return self._initial(batch)
 
     def reset(self, batch: int | None = None) -> None:
-        """Begin anew, with zeros for this many rows."""
-        self.state = self._initial(batch)
+        """Begin anew, with zeros for this many rows, or for as many as there are."""
+        if batch is not None or not hasattr(self, "_batch"):
+            self._batch = batch
+        self.state: State = self._initial(self._batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output for one piece; the state goes on to the next."""

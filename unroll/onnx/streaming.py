@@ -33,7 +33,11 @@ def completed(
     if isinstance(model, Streaming):
         if dynamic_shapes is not None and not _names_state(dynamic_shapes):
             dynamic_shapes = _with_states(model, args, kwargs, dynamic_shapes)
-        return args, {**kwargs, ARGUMENT: kwargs.get(ARGUMENT) or model.initial_state()}, dynamic_shapes
+        if kwargs.get(ARGUMENT) is None and not model.training:  # in training it is refused, and would change buffers
+            with torch.no_grad():
+                _, state = model(*args, **kwargs)
+            kwargs = {**kwargs, ARGUMENT: {name: torch.zeros_like(value) for name, value in state.items()}}
+        return args, kwargs, dynamic_shapes
     example = example_state(model)
     if example is None or not isinstance(model, fx.GraphModule) or ARGUMENT in kwargs:
         return args, kwargs, dynamic_shapes
@@ -131,7 +135,13 @@ def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., 
             finding = f"{len(args)} arguments and {', '.join(kwargs) or 'none'} by name were given"
             raise UnrollError(Problem("Stream", finding, f"give {', '.join(inputs)}"))
         feed = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in (given | state).items()}
-        found = dict(zip(outputs, map(torch.from_numpy, runtime.run(outputs, feed))))
+        try:
+            arrays = runtime.run(outputs, feed)
+        except Exception as error:
+            wanted = ", ".join(f"{value.name} {value.shape}" for value in runtime.get_inputs())
+            finding = f"fails in ONNX Runtime ({str(error).splitlines()[0]})"
+            raise UnrollError(Problem("Stream", finding, f"the file takes {wanted}")) from error
+        found = dict(zip(outputs, map(torch.from_numpy, arrays)))
         output = tuple(found[name] for name in results)
         return output[0] if len(output) == 1 else output, {name: found[f"{name}{NEXT}"] for name in names}
 
