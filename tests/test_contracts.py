@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests import onnx_standard as standard  # noqa: E402
 
 CASES = [
     Case("LSTM", num_layers=2, bidirectional=True, batch_first=True, state=True),
-    Case("GRU", num_layers=2),
+    Case("GRU", num_layers=2, bidirectional=True),
     Case("RNN", num_layers=2, bidirectional=True),
     Case("LSTM", num_layers=2, proj_size=2),
 ]
@@ -45,6 +46,27 @@ KNOWN = {
         ("aten.select.int", "is not in the table"),
     },
 }
+
+
+def documented():
+    """Which operators the documentation says are not offered, by layer, plan and target."""
+    text = (Path(__file__).parents[1] / "docs" / "contracts.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    lists = {}
+    for row in rows:
+        if row[0] in ("LSTM", "GRU"):
+            for target, cell in zip(("webnn", "xnnpack"), row[4:], strict=True):
+                lists[(*row[:4], target)] = set() if cell == "none" else set(cell.split(", "))
+    return lists
+
+
+def as_documented(case, plan, model, target):
+    """Hold a model's findings against the documentation's table, if the plan is in it."""
+    if isinstance(plan, str) or plan.block or not case.bidirectional:
+        return
+    key = (case.kind, plan.gates, plan.directions, plan.layers, target)
+    names = {operator.split(".")[1] if "." in operator else operator for operator in operators(model, target)}
+    assert documented().get(key, names) == names
 
 
 @cache
@@ -95,6 +117,7 @@ def test_programs_of_every_plan(case, plan):
         verdict = check(rewritten, target=target)
         assert verdict.check() is verdict and verdict.nodes > 10
     assert found(rewritten, "xnnpack") <= KNOWN["xnnpack"]
+    as_documented(case, plan, rewritten, "xnnpack")
 
 
 @pytest.mark.parametrize("plan", CHOSEN_PLANS, ids=str)
@@ -110,6 +133,7 @@ def test_onnx_exports_of_every_plan(case, plan, tmp_path):
     for target in ("tensorrt", "npu"):
         assert check(tmp_path / "m.onnx", target=target).check().nodes > 10
     assert found(tmp_path / "m.onnx", "webnn") <= KNOWN["webnn"]
+    as_documented(case, plan, tmp_path / "m.onnx", "webnn")
 
 
 @pytest.mark.parametrize("plan", CHOSEN_PLANS, ids=str)
@@ -319,6 +343,13 @@ def test_decomposed_operators_count_as_what_they_become():
 # How it is told
 
 
+def test_the_documentation_shows_what_is_printed(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "contracts.md").read_text()
+    code, _, printed = text.split("```")[1:4]
+    exec(code.removeprefix("python"), {})
+    assert capsys.readouterr().out.strip() == printed.strip()
+
+
 def test_the_verdict_in_every_form():
     model = onnx_model(*[("Det", ["x"], [f"y{k}"], {}) for k in range(5)], inputs={"x": [3, 3]}, outputs=["y0", "y4"])
     verdict = check(model, target="tensorrt")
@@ -405,6 +436,7 @@ def test_tables_are_consistent(name):
     [("tensorrt", 158, 42), ("torch_tensorrt", 238, 0), ("webnn", 117, 0), ("xnnpack", 52, 0)],
 )
 def test_sizes_of_tables(name, offered, refused):
+    """As the documentation says."""
     table = tables.target(name)
     assert (len(table.operators), len(table.refused)) == (offered, refused)
 
