@@ -70,7 +70,7 @@ def recordings(count: int, seconds: float) -> tuple[Tensor, Tensor]:
     return nn.functional.pad(audio, (CONTEXT, 0)).unfold(1, WINDOW + CONTEXT, WINDOW), voiced
 
 
-def train(model: nn.Module, rounds: int = 40) -> None:
+def train(model: nn.Module, rounds: int = 25) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(rounds):
         windows, voiced = recordings(8, 3.2)

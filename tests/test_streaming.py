@@ -484,7 +484,7 @@ def test_an_exported_program(strict):
     wide = torch.cat([x, x, x])
     for program in (streamed, explicit):
         stream = Stream(program)
-        expected.reset()
+        expected.reset(2)
         for piece in x.split(3, 1):
             assert_same(stream(piece), expected(piece))
             assert_same({name: stream.state[name] for name in expected.state}, expected.state)

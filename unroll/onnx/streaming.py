@@ -31,12 +31,12 @@ def completed(
     where the inputs do.
     """
     if isinstance(model, Streaming):
-        if dynamic_shapes is not None and not _names_state(dynamic_shapes):
-            dynamic_shapes = _with_states(model, args, kwargs, dynamic_shapes)
         if kwargs.get(ARGUMENT) is None and not model.training:  # in training it is refused, and would change buffers
             with torch.no_grad():
                 _, state = model(*args, **kwargs)
             kwargs = {**kwargs, ARGUMENT: {name: torch.zeros_like(value) for name, value in state.items()}}
+        if dynamic_shapes is not None and not _names_state(dynamic_shapes):
+            dynamic_shapes = _with_states(model, args, kwargs, dynamic_shapes)
         return args, kwargs, dynamic_shapes
     example = example_state(model)
     if example is None or not isinstance(model, fx.GraphModule) or ARGUMENT in kwargs:
@@ -56,7 +56,7 @@ def _names_state(dynamic_shapes: Any) -> bool:
 
 def _open_rows(state: Tensor) -> dict[int, Any]:
     """That the number of rows of a state may follow that of the inputs."""
-    return {state.dim() - 2: Dim.AUTO} if state.dim() > 1 else {}
+    return {state.dim() - 2: Dim.AUTO} if state.dim() > 1 and state.shape[-2] > 1 else {}
 
 
 def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[str, Any]:
@@ -73,7 +73,9 @@ def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any]
     else:
         positional, named = tuple(shapes), {name: None for name in kwargs if name != ARGUMENT}
     found: dict[str, Any] = {"args": positional}
-    found[ARGUMENT] = {name: _open_rows(state) for name, state in model.initial_state().items()}
+    found[ARGUMENT] = {
+        name: _open_rows(state) for name, state in (kwargs.get(ARGUMENT) or model.initial_state()).items()
+    }
     return {**found, "kwargs": named} if named else found
 
 
