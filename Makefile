@@ -32,8 +32,14 @@ bench: setup
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
-plots: setup
-	$(BIN)/python -m unroll.bench.plots benchmarks/results/sweep-*.json --to benchmarks/results
+SWEEPS := $(addprefix benchmarks/results/sweep-,lstm.json gru.json)
+
+plots: setup $(SWEEPS)
+	$(BIN)/python -m unroll.bench.plots $(SWEEPS) --to benchmarks/results
+
+# A few minutes for each combination of sizes.
+$(SWEEPS): benchmarks/results/sweep-%.json:
+	$(BIN)/python -m unroll bench --kind $* --steps 8,32,128,512 --batch 1,16 --save $@
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from unroll import UnrollError
-from unroll.bench.machine import machine
+from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
 from unroll.bench.plans import named_plan
 from unroll.bench.results import Measurements
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu to try the script itself")
     given = parser.parse_args()
     begin, here = time.monotonic(), machine()
-    found = Measurements((), here, " ".join(["python", *sys.argv]))
+    found = Measurements((), here, command())
     if given.output.exists():
         before = Measurements.load(given.output)
         if before.machine == here:

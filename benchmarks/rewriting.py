@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from unroll import export_onnx, trace, unroll
-from unroll.bench.machine import machine
+from unroll.bench.machine import command, machine
 
 RESULTS = Path(__file__).parent / "results" / "rewriting.json"
 STOCK_UP_TO = 80  # time steps; torch's own decomposition and exporter take minutes beyond
@@ -117,7 +116,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rewriting(4)  # warm-up: imports and first calls
-    found: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "threads": 1}
+    found: dict[str, Any] = {"command": command(), "machine": machine(), "threads": 1}
     found["rewriting"] = []
     for steps in given.steps:
         found["rewriting"].append(rewriting(steps))

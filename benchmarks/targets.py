@@ -5,7 +5,8 @@
     python benchmarks/targets.py --tiny           # everything at toy sizes, to try the script itself
 
 Each figure is a ratio of medians of interleaved runs. Writes benchmarks/results/targets.json: the machine, the
-versions, the table, and every row that it was made of.
+versions, the table, and every row that it was made of; a run of some targets alone, or a tiny one, writes only what
+--output names.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from unroll import trace, unroll
-from unroll.bench.machine import machine
+from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
 from unroll.bench.plans import named_plan
 from unroll.bench.results import Measurements, Row
@@ -130,8 +131,8 @@ def unrolling(steps: int, hidden: int) -> dict[str, float]:
 
 def apart(steps: int, hidden: int) -> dict[str, float]:
     """`unrolling` in a process of its own."""
-    command = [sys.executable, __file__, "--unrolling", str(steps), str(hidden)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    asked = [sys.executable, __file__, "--unrolling", str(steps), str(hidden)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=1200)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for a build")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/targets.json, for a whole run")
     parser.add_argument("--unrolling", type=int, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.unrolling:
@@ -201,9 +202,11 @@ def main() -> None:
     grown = [apart(steps, 8 if given.tiny else 128) for steps in sizes]
     lines = [judged(line) for line in lines + (scaling(grown) if grown else [])]
     print(shown(lines))
-    found = Measurements(tuple(rows.values()), machine(), " ".join(["python", *sys.argv]))
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(found.as_dict() | {"targets": lines, "unrolling": grown}, indent=1) + "\n")
+    found = Measurements(tuple(rows.values()), machine(), command())
+    output = given.output or (None if given.tiny or given.only else RESULTS)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found.as_dict() | {"targets": lines, "unrolling": grown}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

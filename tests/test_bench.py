@@ -130,6 +130,7 @@ def test_a_round_trip(measured, tmp_path):
     plain = json.loads((tmp_path / "found.json").read_text())
     assert set(plain) == {"command", "machine", "rows", "advice"}
     assert plain["machine"]["versions"]["torch"] == torch.__version__ and plain["machine"]["cores"] >= 1
+    assert str(os.getcwd()) not in plain["command"]
     assert plain["rows"][0]["throughput"] > 0 and plain["rows"][0]["subject"]["steps"] == 4
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from threading import Lock
 from typing import Any
 
 from unroll.bench.contenders import CONTENDERS
-from unroll.bench.machine import machine
+from unroll.bench.machine import command, machine
 from unroll.bench.measuring import BUILD, Entry, Method, measure
 from unroll.bench.plans import named_plan, plan_name
 from unroll.bench.results import Measurements, Row
@@ -91,7 +90,7 @@ def benchmark(
             return f"took more than {limit:g} s at T={shorter}"
         return None
 
-    found = Measurements((), machine(), " ".join(sys.argv))
+    found = Measurements((), machine(), command())
     together = max(1, jobs // len(entries))  # subjects, so that all jobs have something to build
     for start in range(0, len(chosen), together):
         work = dict.fromkeys(chosen[start : start + together], entries)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,24 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system(), "gpu": _gpu(), "versions": versions}
+
+
+def command() -> str:
+    """The command that runs, without the places where its files lie.
+
+    Example:
+        >>> from unittest.mock import patch
+        >>> with patch("sys.argv", ["/somewhere/unroll/__main__.py", "bench", "--kind", "gru"]):
+        ...     command()
+        'python -m unroll bench --kind gru'
+    """
+    script, given = Path(sys.argv[0]), shlex.join(sys.argv[1:])
+    if script.name == "__main__.py":
+        return f"python -m {script.parent.name} {given}".strip()
+    if script.suffix == ".py":
+        here = script.absolute().is_relative_to(Path.cwd())
+        return f"python {script.absolute().relative_to(Path.cwd()) if here else script.name} {given}".strip()
+    return f"{script.name} {given}".strip()
 
 
 def _cpu() -> str:
