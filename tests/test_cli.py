@@ -42,11 +42,6 @@ def make_alone():
     return CASE.model().eval()
 
 
-def make_packed():
-    case = Case("GRU", form="packed")
-    return case.model().eval(), case.tensors()
-
-
 def make_exported():
     return torch.export.export(*make())
 
@@ -80,17 +75,18 @@ def make_none():
     raise RuntimeError("no weights in [/red]")
 
 
-class Packs(nn.Module):
+class Chooses(nn.Module):
     def __init__(self):
         super().__init__()
         self.rnn = nn.GRU(6, 5)
 
     def forward(self, x):
-        return self.rnn(nn.utils.rnn.pack_sequence(list(x)))[1]
+        y, h = self.rnn(x)
+        return h if y.sum() > 0 else y
 
 
-def make_packing():
-    return Packs().eval(), CASE.tensors()[0]
+def make_choosing():
+    return Chooses().eval(), CASE.tensors()[0]
 
 
 NOTHING = None
@@ -173,7 +169,7 @@ def test_errors_name_the_mend(run, source):
         (("export", "tests.test_cli:make_with_plan", "out.onnx"), "the options plan, nonsense", "it may give kwargs, "),
         (("onnx", source, "."), "is no name of a file", "give the path of the file to write"),
         (("onnx", "[/red].onnx", "out.onnx"), "[/red].onnx: cannot be read", "give the path of an ONNX file"),
-        (("export", "tests.test_cli:make_packed", "out.onnx"), "cannot be captured", "make torch.export"),
+        (("export", "tests.test_cli:make_choosing", "out.onnx"), "cannot be captured", "make torch.export"),
     ]
     for arguments, finding, mend in cases:
         code, out, err = run(*arguments)
@@ -253,7 +249,7 @@ def test_inspect_says_what_stands_in_the_way(run, source):
 
 
 def test_inspection_of_what_cannot_be_exported(run):
-    code, out, _ = run("inspect", "tests.test_cli:make_packing")
+    code, out, _ = run("inspect", "tests.test_cli:make_choosing")
     assert code == 1 and out.splitlines()[1].split()[:2] == ["rnn", "GRU"] and "in the way: " in out
     code, out, _ = run("inspect", "tests.test_cli:make", "--steps", "9")
     assert code == 1 and "--steps 9: was given for a PyTorch model" in out

@@ -279,15 +279,16 @@ def test_inspection_takes_a_single_argument_and_named_dimensions():
 
 
 def test_inspection_shows_layers_beside_what_stands_in_the_way():
-    class Packs(nn.Module):
+    class Chooses(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.second = nn.LSTM(FEATURES, HIDDEN), nn.GRU(HIDDEN, HIDDEN)
 
         def forward(self, x):
-            return self.second(nn.utils.rnn.pack_sequence(list(self.first(x)[0])))[1]
+            y, _ = self.first(x)
+            return self.second(y)[1] if y.sum() > 0 else y
 
-    found = inspect_module(Packs().eval(), torch.randn(4, 3, FEATURES))
+    found = inspect_module(Chooses().eval(), torch.randn(4, 3, FEATURES))
     assert [layer.name for layer in found.layers] == ["first", "second"]
     assert len(found.problems) == 1 and found.layers[0].nodes is None
 
@@ -322,13 +323,23 @@ def test_dropout_is_gone_in_evaluation_and_refused_in_training(tmp_path):
         export_onnx(model, args, tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("packed", ["module", "unrolled"])
-def test_packed_is_refused(packed, tmp_path):
+def test_rows_packed_outside_of_the_model_are_refused(tmp_path):
     case = Case("GRU", form="packed")
-    model = case.model().eval()
-    model = unroll.unroll(model) if packed == "unrolled" else model
-    with pytest.raises(UnrollError, match=r"cannot be captured|runs on a PackedSequence"):
-        export_onnx(model, case.tensors(), tmp_path / "m.onnx")
+    model = case.layer().eval()
+    (packed,) = case.args()
+
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = model
+
+        def forward(self, data):
+            return self.rnn(packed._replace(data=data))[0].data
+
+    with pytest.raises(UnrollError, match="is called on packed rows|cannot be captured"):
+        export_onnx(Takes().eval(), packed.data, tmp_path / "m.onnx")
+    with pytest.raises(UnrollError, match="is given a sequence that was packed elsewhere"):
+        export_onnx(unroll.unroll(Takes()).eval(), packed.data, tmp_path / "m.onnx")
 
 
 def test_refusals(tmp_path):

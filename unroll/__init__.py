@@ -7,6 +7,7 @@ from unroll.dynamo import compile
 from unroll.graphs import trace
 from unroll.modules import Unrolled
 from unroll.onnx.export import Export, export_onnx
+from unroll.packing import packing
 from unroll.plan import Plan
 from unroll.programs import decompositions
 from unroll.recurrence import Problem, UnrollError
@@ -28,6 +29,7 @@ __all__ = [
     "compile",
     "decompositions",
     "export_onnx",
+    "packing",
     "streaming",
     "trace",
     "unroll",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,10 @@ from torch import fx, nn
 
 from unroll.calls import FIXED, known_values
 from unroll.graphs import find_calls, graph_parts, rewrite
+from unroll.modules import UnrolledLayer
+from unroll.packing import keeping_rows, tracing_packing
 from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError
+from unroll.recurrence import Problem, UnrollError, read_layer
 from unroll.trees import Where, is_recurrent, unknown_names
 from unroll.values import many_objects
 
@@ -108,13 +112,31 @@ class _Permitted:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
         # Dynamo asks by this name for a context in which to run and compile; it looks among the instance's attributes.
-        self.backend_ctx_ctor = _permission
+        self.backend_ctx_ctor = partial(_permission, options["plan"], options["where"])
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return unroll_backend(graph, inputs, options=self.options)
 
 
-def _permission() -> Any:
+@contextmanager
+def _permission(plan: Plan, where: Where) -> Iterator[None]:
     from torch._dynamo import config
 
-    return config.patch(allow_rnn=True, specialize_float=True)
+    def on_packed(layer: Any, input: Any, hx: Any) -> Any:
+        if where is not None:
+            finding = "is given a packed sequence, of which where= cannot choose"
+            raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
+        return UnrolledLayer._forward_packed(_Borrowed(layer, plan), input, hx)  # pyright: ignore[reportArgumentType]
+
+    with config.patch(allow_rnn=True, specialize_float=True), tracing_packing(), keeping_rows(on_packed):
+        yield
+
+
+class _Borrowed:
+    """A layer of torch's with what an `UnrolledLayer` has for packed sequences."""
+
+    _run = UnrolledLayer._run
+
+    def __init__(self, layer: Any, plan: Plan) -> None:
+        self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
+        self.recurrence, self.all_weights = read_layer(layer), layer.all_weights

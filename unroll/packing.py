@@ -7,7 +7,7 @@ remain. Layers, and torch's own functions of packing, work on such a sequence as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -185,9 +185,12 @@ def packing() -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
+    with tracing_packing(), keeping_rows(_refused):
+        yield
+
+
+def tracing_packing() -> Any:
+    """Lets Dynamo read torch's functions of packing, which it otherwise leaves out, and the longest of some lengths."""
     from torch._dynamo import config
 
-    with ExitStack() as stack:
-        stack.enter_context(config.patch(dont_skip_tracing=True, capture_scalar_outputs=True))
-        stack.enter_context(keeping_rows(_refused))
-        yield
+    return config.patch(dont_skip_tracing=True, capture_scalar_outputs=True)

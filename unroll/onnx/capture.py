@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -111,6 +111,51 @@ def _refuse(given: dict[str, Any], finding: str) -> None:
     ]
     if problems:
         raise UnrollError(*problems)
+
+
+class Lengths(NamedTuple):
+    """What lengths of packed sequences may be."""
+
+    steps: Any
+    """The largest, a number or a symbolic one"""
+    falling: bool
+    """Whether they must be sorted"""
+
+
+def lengths_among(program: ExportedProgram) -> dict[str, Lengths]:
+    """The inputs of a captured program that are lengths of packed sequences, by name."""
+    found: dict[str, Lengths] = {}
+    for node in program.graph.find_nodes(
+        op="call_function", target=torch.ops.onnx_symbolic._symbolic_multi_out.default
+    ):
+        operands: Any = node.args[0]
+        if node.kwargs["domain"] != DOMAIN or not _is_padded(node):
+            continue
+        before = _before(operands[-1])
+        vectors = [n for n in before if n.op == "placeholder" and n.meta["val"].dim() == 1]
+        if len(vectors) == 1:
+            falling = not any("sort" in str(n.target) for n in before)
+            found[vectors[0].name] = Lengths(operands[0].meta["val"].shape[0], falling)
+    return found
+
+
+def _is_padded(node: fx.Node) -> bool:
+    keys: Any = node.kwargs["attr_keys"]
+    values: Any = node.kwargs["attr_ints"]
+    positions: Any = node.kwargs["attr_pos"]
+    return bool(values[positions[keys.index("padded")][0]])
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node's value is computed from, that is a tensor."""
+    found: set[fx.Node] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node not in found and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 @contextmanager

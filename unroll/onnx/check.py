@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.compare import Report, Row, compare
+from unroll.onnx.capture import lengths_among
 from unroll.onnx.models import all_nodes, is_recurrent
 from unroll.recurrence import Problem, UnrollError
 
@@ -192,12 +193,21 @@ def fresh_inputs(
             sizes = {s: _within(change(int(hints[s]), k), limits[s]) for k, s in enumerate(symbols)}
             variants.append(sizes)
     generator = torch.Generator().manual_seed(0)
+    packed = lengths_among(program)
     for sizes in variants:
+
+        def size(n: Any, sizes: dict[Any, int] = sizes) -> int:
+            return int(n) if isinstance(n, int) else int(n.node.expr.subs(sizes))
+
         drawn = []
-        for leaf, example in zip(leaves, examples, strict=False):
+        for name, leaf, example in zip(program.graph_signature.user_inputs, leaves, examples, strict=False):
             if isinstance(leaf, Tensor) and isinstance(example, Tensor):
-                shape = [int(n) if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in example.shape]
-                leaf = _drawn(leaf, shape, generator).to(leaf.device)
+                shape = [size(n) for n in example.shape]
+                if name in packed:
+                    steps, falling = packed[str(name)]
+                    leaf = _lengths(leaf, shape, size(steps), falling, generator)
+                else:
+                    leaf = _drawn(leaf, shape, generator).to(leaf.device)
             drawn.append(leaf)
         yield pytree.tree_unflatten(drawn, spec)
 
@@ -208,6 +218,13 @@ def _within(size: int, limits: Any) -> int:
     if limits.upper < size:
         return int(limits.upper)
     return int(limits.lower) if limits.lower > size else size
+
+
+def _lengths(like: Tensor, shape: list[int], steps: int, falling: bool, generator: torch.Generator) -> Tensor:
+    """Random lengths up to `steps`, of which the first is the longest that there may be."""
+    lengths = torch.randint(1, steps + 1, shape, generator=generator)
+    lengths[:1] = steps
+    return (lengths.sort(descending=True).values if falling else lengths).to(like)
 
 
 def _drawn(like: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
