@@ -163,15 +163,16 @@ def nodes(draw):
     st.booleans(),
     st.sampled_from((13, 17, 18, 22)),
     st.sampled_from(("merged", "paired", "split")),
+    st.sampled_from(("explicit", 1, 2, 3)),
 )
-def test_every_attribute(drawn, dynamic, weights_known, opset, gates):
+def test_every_attribute(drawn, dynamic, weights_known, opset, gates, time):
     kind, attributes, optional, sizes = drawn
     opset = max(opset, 14 if attributes["layout"] else 0)
     inputs = standard.draw(kind, attributes, optional=optional, **sizes)
     known = ("W", "R", "B", "P") if weights_known else ()
     model = standard.model(kind, attributes, inputs, known=known, dynamic=tuple(dynamic), opset=opset)
-    result = unrolled(model, plan=Plan(gates=gates))
-    assert ("Scan" in operators(result)) == ("steps" in dynamic)
+    result = unrolled(model, plan=Plan(gates=gates, time=time))
+    assert ("Scan" in operators(result)) == ("steps" in dynamic or time != "explicit")
     assert result.opset_import[0].version == opset
     assert_close(run_reference(result, inputs), standard.evaluate(kind, attributes, inputs))
 

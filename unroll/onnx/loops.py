@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
+from unroll import schedule
 from unroll.cells import State, Value
 from unroll.onnx.values import OnnxWriter
 from unroll.recurrence import Recurrence
@@ -20,7 +22,7 @@ def zeros(writer: OnnxWriter, batch: Value, size: int, dtype: torch.dtype) -> Va
     """`[B, size]`, for `B` of shape `[1]`."""
     zero = writer.operand(0.0, dtype)
     assert zero is not None
-    return writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), rank=2)
+    return writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
 
 
 def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
@@ -31,7 +33,8 @@ def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
 def reshaped(writer: OnnxWriter, value: Value, *sizes: Value | int) -> Value:
     """A value with these sizes, of which any may be zero."""
     attributes = {"allowzero": 1} if writer.opset >= 14 else None
-    return writer.op("Reshape", value, shape_of(writer, *sizes), rank=len(sizes), attributes=attributes)
+    shape = shape_of(writer, *sizes)
+    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=len(sizes), attributes=attributes)
 
 
 def scan(
@@ -41,8 +44,14 @@ def scan(
     widths: Sequence[int],
     dtypes: Sequence[torch.dtype],
     mask: Value | None = None,
+    *,
+    steps: int | None = None,
+    block: int = 1,
 ) -> Loop:
-    """What `schedule.run` takes as `loop`: a `Scan` whose body is one step.
+    """What `schedule.run` takes as `loop`: a `Scan` whose body is a block of steps.
+
+    Where the last block is not full, rows of zeros fill it, and what its steps make of them is left out of the
+    results: a `Scan` without any turn, as one over the rest might be, is an error in ONNX Runtime.
 
     Args:
         writer: of the graph around the loop.
@@ -50,13 +59,22 @@ def scan(
         lead: T and B, each a tensor of shape `[1]`.
         widths: of what a step reads, the features of each product with the input.
         dtypes: of the states.
-        mask: `[T, B, 1]`, boolean: rows that have a step `t`; the others keep their state.
+        mask: `[T * B, 1]`, boolean: rows that have a step; the others keep their state.
+        steps: T, if it is known.
+        block: steps in the body.
     """
+    block = block if steps is None else min(block, steps)
+    filling = block > 1 and (steps is None or steps % block > 0)
 
     def loop(step: Callable, xs: tuple[Any, ...], state: State, *, reverse: bool) -> tuple[Any, State]:
         here = writer.scope
-        sequences = [reshaped(writer, x, *lead, width) for x, width in zip(xs, widths, strict=True)]
-        sequences += [] if mask is None else [mask]
+        rows, sizes = list(xs), list(widths)
+        if mask is not None:
+            rows, sizes = [*rows, mask], [*sizes, 1]
+        blocks = _Blocks.of(writer, lead, block, reverse)
+        if filling:
+            rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
+        sequences = [reshaped(writer, x, blocks.count, blocks.rows, size) for x, size in zip(rows, sizes, strict=True)]
         starts = tuple(
             zeros(writer, lead[1], size, dtype) if s is None else s
             for s, size, dtype in zip(state, recurrence.state_sizes, dtypes, strict=True)
@@ -66,7 +84,7 @@ def scan(
         inputs: list[ir.Value] = []
 
         def entry(name: str, like: Value, width: int) -> Value:
-            """An input of the body, `[B, width]`."""
+            """An input of the body, `[B, width]` or a block of these."""
             dtype = tensor_adapters.from_torch_dtype(like.dtype)
             value = ir.Value(
                 name=body.unique(body.name(name)), type=ir.TensorType(dtype), shape=ir.Shape([None, width])
@@ -78,40 +96,104 @@ def scan(
             entry(f"before.{name}", start, size)
             for name, start, size in zip(recurrence.cell.states, starts, recurrence.state_sizes, strict=True)
         )
-        read = [entry(f"x.{k}", x, width) for k, (x, width) in enumerate(zip(sequences, (*widths, 1), strict=False))]
-        after: State = step(0, tuple(read[: len(xs)]), before)
-        if mask is not None:
-            after = tuple(torch.where(read[-1], new, old) for new, old in zip(after, before, strict=True))
-        output = body.op("Identity", after[0]).named(body.name("output"))
-        results: list[Any] = [value.node for value in (*after, output)]
-        for value, like, size in zip(results, (*starts, starts[0]), (*recurrence.state_sizes, recurrence.output_size)):
+        read = [entry(f"x.{k}", x, size) for k, (x, size) in enumerate(zip(sequences, sizes, strict=True))]
+        pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
+        states: list[State] = [()] * block
+
+        def noted(t: int, x: tuple[Value, ...], state: State) -> State:
+            new: State = step(t, x[: len(xs)], state)
+            if mask is not None:
+                new = tuple(torch.where(x[-1], n, s) for n, s in zip(new, state, strict=True))
+            states[t] = new
+            return new
+
+        _, after = schedule.sweep(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
+        put_out = list(zip(*states, strict=True))[: len(starts) if filling else 1]
+        joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
+        joined = [body(value, f"outputs.{name}") for value, name in zip(joined, recurrence.cell.states, strict=False)]
+        results: list[Any] = [value.node for value in (*after, *joined)]
+        likes = [*zip(starts, recurrence.state_sizes, strict=True)]
+        for value, (like, size) in zip(results, likes * 2, strict=False):
             value.type = ir.TensorType(tensor_adapters.from_torch_dtype(like.dtype))
             value.shape = ir.Shape([None, size])
         writer.enter(here)
-        graph = ir.Graph(inputs, results, nodes=body.made, name=writer.name("step"))
+        graph = ir.Graph(inputs, results, nodes=body.made, name=writer.name("step" if block == 1 else "block"))
 
         attributes: dict[str, Any] = {"body": graph, "num_scan_inputs": len(sequences)}
         if reverse:
-            attributes |= {"scan_input_directions": [1] * len(sequences), "scan_output_directions": [1]}
-        names = [writer.name(f"final.{name}") for name in recurrence.cell.states]
-        outputs = writer.node(
-            "Scan", [v.node for v in (*starts, *sequences)], [*names, writer.name("outputs")], attributes
-        )
-        *finals, stacked = outputs
-        rows = torch.reshape(writer.value(stacked, starts[0].dtype, 3), (-1, recurrence.output_size))
-        return rows, tuple(writer.value(v, start.dtype, 2) for v, start in zip(finals, starts, strict=True))
+            attributes |= {
+                "scan_input_directions": [1] * len(sequences),
+                "scan_output_directions": [1] * len(joined),
+            }
+        names = [writer.name(f"{kind}.{name}") for kind in ("final", "outputs") for name in recurrence.cell.states]
+        outputs = writer.node("Scan", [v.node for v in (*starts, *sequences)], names[: len(results)], attributes)
+        values = [writer.value(v, like.dtype, 2) for v, (like, _) in zip(outputs, likes, strict=False)]
+        stacked = [
+            torch.reshape(writer.value(v, like.dtype, 3), (-1, size))
+            for v, (like, size) in zip(outputs[len(starts) :], likes, strict=False)
+        ]
+        if not filling:
+            return stacked[0], tuple(values)
+        return blocks.all_steps(stacked[0]), tuple(map(blocks.last_step, stacked))
 
     return loop
 
 
+class _Blocks(NamedTuple):
+    """A sequence in blocks of steps, the last of which is filled up: at the end at which the steps arrive."""
+
+    writer: OnnxWriter
+    reverse: bool
+    count: Value
+    """How many blocks there are, of shape `[1]` as all here"""
+    rows: Value
+    """Of a block"""
+    batch: Value
+    """Rows of a step"""
+    total: Value
+    """Rows of all steps"""
+    missing: Value
+    """Rows that fill the last block"""
+
+    @classmethod
+    def of(cls, writer: OnnxWriter, lead: tuple[Value, Value], block: int, reverse: bool) -> _Blocks:
+        steps, batch = lead
+        op = partial(writer.op, rank=1)
+        if block == 1:
+            count, rows = steps, batch
+        else:
+            count, rows = op("Div", op("Add", steps, [block - 1]), [block]), op("Mul", batch, [block])
+        total = op("Mul", steps, batch)
+        return cls(writer, reverse, count, rows, batch, total, op("Sub", op("Mul", count, rows), total))
+
+    def filled(self, x: Value, size: int) -> Value:
+        """Rows `[total, size]` with those that are missing."""
+        more = zeros(self.writer, self.missing, size, x.dtype)
+        return torch.cat([more, x] if self.reverse else [x, more])
+
+    def all_steps(self, filled: Value) -> Value:
+        """Without the rows that were filled in."""
+        return self._between(filled, self.missing if self.reverse else [0], self.total)
+
+    def last_step(self, filled: Value) -> Value:
+        """The rows of the step that comes last before those that were filled in."""
+        begin = self.missing if self.reverse else self.writer.op("Sub", self.total, self.batch, rank=1)
+        return self._between(filled, begin, self.batch)
+
+    def _between(self, rows: Value, begin: Any, count: Value) -> Value:
+        return self.writer.op("Slice", rows, begin, self.writer.op("Add", count, begin, rank=1), [0])
+
+
 def drop_unread_outputs(node: ir.Node) -> None:
-    """Let a `Scan` keep its last states alone, if nothing reads what its steps put out."""
-    stacked = node.outputs[-1]
-    if stacked.uses() or stacked.is_graph_output():
-        return
-    node.resize_outputs(len(node.outputs) - 1)
-    node.attributes.pop("scan_output_directions", None)
+    """Let a `Scan` put out no more of what its steps leave than is read; the last states stay."""
     body = node.attributes["body"].as_graph()
-    copied = body.outputs.pop().producer()
-    assert copied is not None
-    body.remove(copied, safe=True)
+    states = len(node.inputs) - node.attributes["num_scan_inputs"].as_int()
+    while len(node.outputs) > states and not (node.outputs[-1].uses() or node.outputs[-1].is_graph_output()):
+        node.resize_outputs(len(node.outputs) - 1)
+        joined = body.outputs.pop().producer()
+        assert joined is not None
+        body.remove(joined, safe=True)
+    if "scan_output_directions" in node.attributes:
+        node.attributes.pop("scan_output_directions")
+        if count := len(node.outputs) - states:
+            node.attributes["scan_output_directions"] = ir.AttrInt64s("scan_output_directions", [1] * count)

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.calls import unknown_steps
-from unroll.cells import Prepared
 from unroll.onnx import loops
 from unroll.onnx.files import load
 from unroll.onnx.sites import DOMAIN, LAYER, Site, Steps, TorchSite
@@ -20,6 +19,7 @@ from unroll.onnx.standard import STANDARD, StandardSite
 from unroll.onnx.values import Constants, OnnxWriter
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
+from unroll.schedule import Layout
 from unroll.trees import Where, chooses
 from unroll.values import many_objects
 
@@ -126,7 +126,7 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
 def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
     """Put plain operators in the place of nodes of a model."""
     taken, opset = set(_names(model)), model.opset_imports[""]
-    constants, prepared = Constants(model.graph), dict[Any, list[Prepared]]()
+    constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with many_objects():
         for site in sites:
             _replace(site, OnnxWriter(site.name, constants, opset, taken), plan, prepared)
@@ -202,7 +202,7 @@ def _inline(model: ir.Model) -> None:
     common.RemoveUnusedFunctionsPass()(model)
 
 
-def _replace(site: Site, writer: OnnxWriter, plan: Plan, prepared: dict[Any, list[Prepared]]) -> None:
+def _replace(site: Site, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
     """Put plain operators in the place of a node."""
     node = site.node
     graph = node.graph

@@ -145,11 +145,12 @@ class Site:
         state = self._state(writer)
         layout = self._prepared(writer, plan, prepared)
         wide = torch.float32 if layout.passes[0].precision else self.dtype
-        loop, mask = None, self._mask(writer, lead)
-        padding = None if mask is None else torch.reshape(mask, (-1, 1))
-        if self.steps is None:
+        looping = not recurrence.is_cell and (self.steps is None or plan.block is not None)
+        loop, padding = None, self._mask(writer, lead, looping=looping)
+        if looping:
+            dtypes = (self.dtype, wide)[: len(recurrence.state_sizes)]
             loop = loops.scan(
-                writer, recurrence, lead, layout.widths, (self.dtype, wide)[: len(recurrence.state_sizes)], mask
+                writer, recurrence, lead, layout.widths, dtypes, padding, steps=self.steps, block=plan.block or 1
             )
         elif padding is not None:
             state = self._zeros_for(writer, state, lead)
@@ -195,13 +196,13 @@ class Site:
         sizes = self.recurrence.state_sizes
         return tuple(loops.zeros(writer, count, size, self.dtype) if s is None else s for s, size in zip(state, sizes))
 
-    def _mask(self, writer: OnnxWriter, lead: tuple[Value, Value]) -> Value | None:
-        """`[T, B, 1]`, boolean: the rows that have a step `t`; None if all have."""
+    def _mask(self, writer: OnnxWriter, lead: tuple[Value, Value], *, looping: bool) -> Value | None:
+        """`[T * B, 1]`, boolean: the rows that have a step; None if all have."""
         if self.lengths is None:
             return None
         lengths = writer.op("Cast", writer.value(self.lengths, torch.int32, 1), dtype=torch.int64, attributes={"to": 7})
-        if self.steps is not None:
-            steps: Any = torch.arange(self.steps).reshape(-1, 1, 1)
+        if self.steps is not None and not looping:
+            steps: Any = torch.arange(self.steps).reshape(-1, 1)
         else:
             zero, one = (writer.operand(n, torch.int64) for n in (0, 1))
             assert zero is not None and one is not None
@@ -209,8 +210,9 @@ class Site:
             steps = writer.op(
                 "Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1
             )
-            steps = torch.reshape(steps, (-1, 1, 1))
-        return writer.op("Less", steps, torch.reshape(lengths, (1, -1, 1)), dtype=torch.bool, rank=3)
+            steps = torch.reshape(steps, (-1, 1))
+        going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
+        return torch.reshape(going, (-1, 1))
 
     def _prepared(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, schedule.Layout]) -> schedule.Layout:
         """The weights as the steps want them, laid out once for nodes that share them."""
