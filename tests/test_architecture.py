@@ -15,7 +15,7 @@ ROOT = Path(unroll.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What the recipe is made of, from the bottom up. Everything else is a frontend, and none of these may import one.
-ORDER = ["cells", "recurrence", "plan", "schedule"]
+ORDER = ["cells", "recurrence", "plan", "sweeps", "orders", "schedule"]
 
 
 def name_of(file):

@@ -193,8 +193,8 @@ def stack(passes: Sequence[Prepared]) -> Prepared:
     """The parameters of passes of one kind, for steps on states `[n, B, size]`."""
 
     def of(maps: Sequence[Affine]) -> Affine:
-        biases = None if maps[0].bias is None else [torch.reshape(m.bias, (1, -1)) for m in maps]
-        return Affine(torch.stack([m.weight for m in maps]), None if biases is None else torch.stack(biases), True)
+        biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
+        return Affine(torch.stack([m.weight for m in maps]), torch.stack(biases) if biases else None, True)
 
     first = passes[0]
     projection, peephole = first.projection, first.peephole

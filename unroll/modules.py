@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from unroll import schedule
-from unroll.packing import Sizes
+from unroll import loops, schedule
+from unroll.packing import Sizes, original_order, sorted_state
 from unroll.plan import Plan
 from unroll.recurrence import (
     AUTOCAST,
@@ -78,7 +78,7 @@ class Unrolled(nn.Module):
         self,
         rows: Tensor,
         state: tuple[Tensor, ...] | None,
-        steps: int,
+        steps: Any,
         batch: Any,
         sizes: list[int] | None = None,
         padded: Sizes | None = None,
@@ -96,7 +96,10 @@ class Unrolled(nn.Module):
                 state = state and tuple(s.to(dtype) for s in state)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.
-        if state is None and (promoting or sizes or padded or (steps == 1 and torch.is_grad_enabled())):
+        block = self.plan.block if loops.is_captured() and not (sizes or recurrence.is_cell) else None
+        steps = loops.captured_steps(steps) if block else steps
+        loop = loops.over_blocks(steps, block, padded.mask if padded else None) if block else None
+        if state is None and (promoting or sizes or padded or loop or (steps == 1 and torch.is_grad_enabled())):
             state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
         drop = self.training and recurrence.dropout
         return schedule.run(
@@ -108,6 +111,7 @@ class Unrolled(nn.Module):
             sizes=sizes,
             mask=padded.mask if padded else None,
             dropout=partial(functional.dropout, p=drop) if drop else None,
+            loop=loop,
         )
 
 
@@ -227,18 +231,6 @@ class UnrolledCell(Unrolled):
         return _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
 
 
-def sorted_state(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
-    """An initial state in the order of a packed sequence's rows."""
-    state, order = _tuple(hx), packed.sorted_indices
-    return state if state is None or order is None else tuple(s.index_select(1, order) for s in state)
-
-
-def original_order(packed: PackedSequence, states: Sequence[Tensor]) -> list[Tensor]:
-    """Last states in the order that rows had before they were packed."""
-    order = packed.unsorted_indices
-    return list(states) if order is None else [state.index_select(1, order) for state in states]
-
-
 def _tuple(hx: Any) -> tuple[Tensor, ...] | None:
     return hx if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
@@ -252,4 +244,4 @@ def _own(result: Tensor, steps: Any = 1) -> Tensor:
 
     The output of several steps is so already, as the pieces were joined.
     """
-    return result.clone() if isinstance(steps, int) and steps == 1 else result
+    return result.clone() if has_static_value(steps) and steps == 1 else result

@@ -1,0 +1,98 @@
+"""Blocks of steps inside a loop that `torch.export` and `torch.compile` keep as one: `torch.scan`.
+
+The loop is `torch._higher_order_ops.scan`, a prototype of PyTorch; docs/lengths.md has a table of what works in
+which version. Its body is compiled once, whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional
+
+from unroll.cells import State
+from unroll.sweeps import Step, masked, sweep
+
+
+def is_captured() -> bool:
+    """Whether a graph is being made of what runs now. Otherwise there is no loop to be had: Python has its own."""
+    return torch.compiler.is_compiling()
+
+
+def captured_steps(steps: Any) -> Any:
+    """The number of steps for a loop, made a plain number where Inductor cannot take a symbolic one: in training.
+
+    A compiled model then runs at any length too, but is compiled anew for each.
+    """
+    return operator.index(steps) if torch.is_grad_enabled() and not torch.compiler.is_exporting() else steps
+
+
+def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tuple[Tensor, State]]:
+    """What `schedule.run` takes as `loop`.
+
+    Where the number of steps is known, those that fill no block come after the loop. Where it is symbolic, the last
+    block is filled up, and steps past the end leave the state as it is; there are then always two blocks or more, as
+    `scan` would take one for a constant.
+
+    Args:
+        steps: T, a number or a `SymInt`.
+        block: how many steps are written.
+        mask: boolean `[T * B, 1]`: the rows that have a step, the others keep their state; None if all have.
+    """
+
+    def loop(step: Step, xs: tuple[Tensor, ...], state: State, *, reverse: bool) -> tuple[Tensor, State]:
+        pieces = [x.reshape(steps, -1, x.shape[-1]) for x in (*xs, *([] if mask is None else [mask]))]
+
+        def run(state: State, pieces: list[Tensor]) -> tuple[State, Tensor]:
+            """Explicit steps over pieces `[k, B, n]`: what they read, the mask, and where the last block is filled up,
+            their numbers.
+            """
+
+            def masked_step(t: int, x: tuple[Tensor, ...], state: State) -> State:
+                new = step(t, x[: len(xs)], state)
+                if mask is not None:
+                    new = masked(x[len(xs)], new, state)
+                # Inductor finds the symbol of the number of steps only if the body reads it.
+                return new if len(x) == len(xs) + (mask is not None) else masked(x[-1] < steps, new, state)
+
+            each = zip(*(piece.unbind(0) for piece in pieces), strict=True)
+            outputs, state = sweep(masked_step, list(each), state, reverse=reverse)
+            return tuple(s.clone() for s in state), torch.stack(outputs)  # results of a loop may not share memory
+
+        if has_static_value(steps):  # Dynamo takes a symbolic number for an int
+            looped = steps // block * block if steps >= 2 * block else 0
+            parts = [[p[:looped] for p in pieces], [p[looped:] for p in pieces]]
+            found: list[Tensor] = []
+            for k in (1, 0) if reverse else (0, 1):
+                if k == 0 and looped:
+                    rows, state = _scan(run, parts[0], state, block, looped // block, reverse=reverse)
+                elif k == 1 and looped < steps:
+                    state, rows = run(state, parts[1])
+                else:
+                    continue
+                found.append(rows)
+            return torch.cat(found[::-1] if reverse else found).flatten(0, 1), state
+        blocks = (steps + 2 * block - 1) // block
+        padded = [functional.pad(p, (0, 0, 0, 0, 0, blocks * block - steps)) for p in pieces]
+        padded.append(torch.arange(blocks * block, device=xs[0].device))
+        rows, state = _scan(run, padded, state, block, blocks, reverse=reverse)
+        return rows[:steps].flatten(0, 1), state
+
+    return loop
+
+
+def _scan(
+    run: Callable, pieces: list[Tensor], state: State, block: int, blocks: Any, *, reverse: bool
+) -> tuple[Tensor, State]:
+    """`h` after every step, `[blocks * block, B, P]`, and the last state."""
+    from torch._higher_order_ops import scan
+
+    xs = [piece.reshape(blocks, block, *piece.shape[1:]) for piece in pieces]
+    state = tuple(s.contiguous() for s in state)
+    state, rows = scan(run, state, xs, reverse=reverse)
+    return rows.flatten(0, 1), state
