@@ -20,7 +20,6 @@ from unroll.bench import CONTENDERS, Measurements, Row, Subject
 from unroll.bench.benchmark import benchmark
 from unroll.bench.contenders import obstacle
 from unroll.bench.measuring import error_of
-from unroll.bench.plans import named_plan, plan_name
 from unroll.bench.processes import Process
 from unroll.bench.report import advice, as_text, is_wrong
 from unroll.bench.subjects import Task, subjects
@@ -239,9 +238,9 @@ def test_cuda_where_there_is_none():
 
 
 def test_plans_by_name():
-    assert named_plan("default") == Plan() and named_plan("gates=split") == Plan(gates="split")
+    assert Plan.of("default") == Plan() and Plan.of("gates=split") == Plan(gates="split")
     for plan in (Plan(), Plan(gates="paired"), Plan(gates="split")):
-        assert named_plan(plan_name(plan)) == plan
+        assert Plan.of(str(plan)) == plan
 
 
 def test_obstacles():
@@ -249,7 +248,7 @@ def test_obstacles():
     for name, contender in CONTENDERS.items():
         assert contender.title
         for plan in contender.plans:
-            assert isinstance(named_plan(plan), Plan)
+            assert isinstance(Plan.of(plan), Plan)
         if name not in ("tensorrt", "unrolled-cudagraphs"):
             assert obstacle(contender, on_cpu) is None
     assert obstacle(CONTENDERS["unrolled-cpp"], replace(on_cpu, device="cuda")) == "is for a CPU alone"
@@ -318,6 +317,13 @@ def test_advice_for_a_layer_kept_in_another_runtime():
     said = advice([EAGER, other("onnx", 2e-4), other("onnx-unrolled", 4e-4, "default")])
     assert "use onnx, 200 µs a call, 5.00 times as fast as the fused layer, after 2 s to build it" in said
     assert said.endswith("where recurrent operators cannot go, onnx-unrolled takes 2.00 times as long.")
+
+
+def test_advice_for_what_others_decompose():
+    said = advice([EAGER, other("onnx-decomposed", 2e-4), other("onnx-unrolled", 4e-4, "default")])
+    assert said.endswith(
+        "use onnx-decomposed, 200 µs a call, 5.00 times as fast as the fused layer, after 2 s to build it."
+    )
 
 
 def test_advice_in_a_tie_keeps_the_layer():

@@ -12,7 +12,6 @@ from typing import Any
 from unroll.bench.contenders import CONTENDERS
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import BUILD, Entry, Method, measure
-from unroll.bench.plans import named_plan, plan_name
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import Subject, subjects
 from unroll.plan import Plan
@@ -148,10 +147,10 @@ def _layouts(plans: Sequence[str | Plan]) -> Iterator[tuple[str, Plan]]:
     if not plans:
         raise UnrollError(Problem("plans", "names none", "leave it out, or give some"))
     for plan in plans:
-        made = named_plan(plan) if isinstance(plan, str) else Plan.of(plan)
+        made = Plan.of(plan)
         if made not in seen:
             seen.add(made)
-            yield plan if isinstance(plan, str) else plan_name(made), made
+            yield str(plan), made
 
 
 def _check(method: Method, save: str | os.PathLike[str] | None) -> None:

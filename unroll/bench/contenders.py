@@ -51,6 +51,7 @@ class Contender:
         device: the one kind of device that it runs on; None for any.
         trains: whether it has gradients.
         in_torch: whether PyTorch runs it and knows its memory on a GPU.
+        keeps: whether the recurrent layer stays one operation.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Contender:
     device: str | None = None
     trains: bool = False
     in_torch: bool = True
+    keeps: bool = False
 
     @property
     def unrolls(self) -> bool:
@@ -292,9 +294,9 @@ FUSED = "eager"
 """The contender against which the others are held: the model as PyTorch runs it"""
 
 CONTENDERS: dict[str, Contender] = {
-    FUSED: Contender("fused layer, eager", _eager, trains=True),
+    FUSED: Contender("fused layer, eager", _eager, trains=True, keeps=True),
     "eager-unrolled": Contender("unrolled, eager", _eager_unrolled, ("default",), trains=True),
-    "compile": Contender("torch.compile of the fused layer", _compile, needs=INDUCTOR, trains=True),
+    "compile": Contender("torch.compile of the fused layer", _compile, needs=INDUCTOR, trains=True, keeps=True),
     "compile-allow-rnn": Contender("torch.compile with allow_rnn", _compile_allow_rnn, needs=INDUCTOR, trains=True),
     "unrolled-compile": Contender(
         "torch.compile, unrolled", _unrolled_compile, ("default",), needs=INDUCTOR, trains=True
@@ -306,7 +308,7 @@ CONTENDERS: dict[str, Contender] = {
         "torch.compile, unrolled, CUDA graphs", _unrolled_cudagraphs, ("default",), INDUCTOR, device="cuda", trains=True
     ),
     "unrolled-aoti": Contender("AOTInductor, unrolled", _unrolled_aoti, ("default",), INDUCTOR),
-    "onnx": Contender("ONNX Runtime, recurrent operator", _onnx, needs=ONNX, in_torch=False),
+    "onnx": Contender("ONNX Runtime, recurrent operator", _onnx, needs=ONNX, in_torch=False, keeps=True),
     "onnx-unrolled": Contender(
         "ONNX Runtime, unrolled", _onnx_unrolled, ("gates=paired", "gates=merged"), needs=ONNX, in_torch=False
     ),

@@ -33,22 +33,21 @@ def advice(rows: Sequence[Row]) -> str:
     if not usable:
         return f"{_for(rows)}: nothing ran, so there is nothing to advise."
     best, base = _best(usable), fused(usable)
+    named = [best]
     if best is base:
         text = f"use the fused layer as it is, {_seconds(best.median)} a call"
-        others = [row for row in usable if row is not best]
-        if others:
-            second = _best(others)
-            text += f"; the nearest, {second.name}, takes {_times(second, best)} as long"
+        if others := [row for row in usable if row is not best]:
+            named.append(_best(others))
+            text += f"; the nearest, {named[-1].name}, takes {_times(named[-1], best)} as long"
     else:
         text = f"use {best.name}, {_seconds(best.median)} a call"
         if base is not None:
             text += f", {_times(base, best)} as fast as the fused layer"
         text += f", after {_seconds(best.first_call)} to build it"
-    if not CONTENDERS[best.contender].unrolls:
-        unrolled = [row for row in usable if CONTENDERS[row.contender].unrolls]
-        if unrolled and not (best is base and _best(unrolled).name in text):
-            second = _best(unrolled)
-            text += f"; where recurrent operators cannot go, {second.name} takes {_times(second, best)} as long"
+    explicit = [row for row in usable if not CONTENDERS[row.contender].keeps]
+    if explicit and all(CONTENDERS[row.contender].keeps for row in named):
+        second = _best(explicit)
+        text += f"; where recurrent operators cannot go, {second.name} takes {_times(second, best)} as long"
     return f"{_for(rows)}: {text}."
 
 
@@ -60,9 +59,7 @@ def _best(rows: Sequence[Row]) -> Row:
     fastest = min(row.median or 0.0 for row in rows)
     near = [row for row in rows if (row.median or 0.0) <= NEAR * fastest]
     base = fused(rows)
-    return min(
-        near, key=lambda row: (row is not base, CONTENDERS[row.contender].unrolls, row.first_call or 0.0, row.median)
-    )
+    return min(near, key=lambda row: (row is not base, not CONTENDERS[row.contender].keeps, row.first_call, row.median))
 
 
 def _times(row: Row, other: Row) -> str:
