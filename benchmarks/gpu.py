@@ -22,9 +22,9 @@ import torch
 from unroll import UnrollError
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
-from unroll.bench.plans import named_plan
 from unroll.bench.results import Measurements
 from unroll.bench.subjects import Subject
+from unroll.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 STEPS = 100
@@ -70,7 +70,7 @@ def entries(subject: Subject) -> list[Entry]:
     found = [Entry("eager")]
     for name in plans(subject):
         try:
-            found.append(Entry("unrolled-cudagraphs", name, named_plan(name)))
+            found.append(Entry("unrolled-cudagraphs", name, Plan.of(name)))
         except UnrollError as error:
             print(f"left out: {error}", file=sys.stderr)
     return found

@@ -28,10 +28,10 @@ from torch import nn
 from unroll import trace, unroll
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
-from unroll.bench.plans import named_plan
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import LAYER, Subject
 from unroll.bench.worker import largest_memory
+from unroll.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "targets.json"
 LONG = (250, 500, 1000, 2000)
@@ -39,7 +39,7 @@ LONG = (250, 500, 1000, 2000)
 
 
 def entry(contender: str, plan: str = "") -> Entry:
-    return Entry(contender, plan, named_plan(plan or "default"))
+    return Entry(contender, plan, Plan.of(plan or "default"))
 
 
 PAIRED, NATIVE, STOCK = entry("onnx-unrolled", "gates=paired"), entry("onnx"), entry("onnx-decomposed")

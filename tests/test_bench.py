@@ -197,7 +197,7 @@ REFUSED = [
     ({"model": "gru", "contenders": ["eagre"]}, "contender 'eagre': is unknown; choose among eager, "),
     ({"model": "gru", "contenders": []}, "names none"),
     ({"model": "mlp"}, "is no recurrent layer; give lstm, gru or rnn"),
-    ({"model": "gru", "plans": ["fast"]}, "plan 'fast': is no plan; give default"),
+    ({"model": "gru", "plans": ["fast"]}, "plan='fast': is no plan; give default"),
     ({"model": "gru", "plans": ["gates=all"]}, "got 'all'"),
     ({"model": "gru", "plans": []}, "plans: names none"),
     ({"model": "gru", "plans": ["default"], "contenders": ["eager"]}, "unroll nothing"),
