@@ -177,6 +177,53 @@ def test_explicit_steps_are_free_of_loops_and_hold_for_one_length(case):
         by_args(*replace(case, steps=case.steps + 2).tensors(F64))
 
 
+@pytest.mark.parametrize("block", [1, 3, 8])
+@pytest.mark.parametrize("case", [case for case in CHOSEN if not case.is_cell], ids=str)
+def test_blocks_of_steps(case, block):
+    module = torch.jit.script(model_of(case))
+    result = unroll(module, plan=Plan(time=block))
+    loops = list(kinds(result.inlined_graph)).count("prim::Loop")
+    assert loops == case.num_layers * (1 + case.bidirectional) * (2 if block > 1 else 1)
+    for steps in range(1, 2 * block + 2):
+        args = replace(case, steps=steps, batch=steps % 3).tensors(F64)
+        assert_same(result(*args), module(*args))
+    assert_same(gradients(result, args), gradients(module, args))
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_sequences_take_no_blocks(case):
+    module = torch.jit.script(model_of(case))
+    blocks = unroll(module, plan=Plan(time=3))
+    for steps in (1, 4, 7):
+        args = replace(case, steps=steps).tensors(F64)
+        assert_same(blocks(*args), module(*args))
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_blocks_of_known_steps(kind):
+    case = Case(kind, bidirectional=True, steps=1000)
+    module = torch.jit.script(model_of(case))
+    args = case.tensors(F64)
+    by_args, open_ = unroll(module, args, plan=Plan(time=16)), unroll(module, plan=Plan(time=16))
+    assert_same(by_args(*args), module(*args))
+    assert len(operators(by_args)) <= len(operators(open_)) + 20
+    with pytest.raises(torch.jit.Error, match="has 7 time steps, unrolled were 1000"):
+        by_args(*replace(case, steps=7).tensors(F64))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("case", [case for case in CHOSEN if not case.is_cell], ids=str)
+def test_scripting_and_tracing_a_layer_in_blocks(case):
+    model = case.model(F64)
+    layer = unroll(model, plan=Plan(time=3))
+    modules = [(torch.jit.script(layer.rnn), model.rnn), (torch.jit.trace(layer, case.tensors(F64)), model)]
+    for steps in (1, 2, 3, 7):
+        other = replace(case, steps=steps, batch=2)
+        for module, original in modules:
+            args = other.args(F64) if original is model.rnn else other.tensors(F64)
+            assert_same(module(*args), original(*args))
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
 def test_every_plan(kind, plan):

@@ -69,8 +69,9 @@ def kernel(
 ) -> Any:
     """A compiled function: `kernel(input, state, weights, train)` gives what torch's operator does, as a list.
 
-    With `steps` every step is written. With `train` given it is no argument. A packed kernel takes the batch sizes
-    after the weights. What was compiled stays, as all that `torch.jit.script` compiles: traces point to it.
+    With `steps` every step is written, unless they go in blocks. With `train` given it is no argument. A packed kernel
+    takes the batch sizes after the weights. What was compiled stays, as all that `torch.jit.script` compiles: traces
+    point to it.
     """
     graph = torch._C.Graph()
     tensors = torch._C.ListType(TENSOR)
@@ -96,7 +97,10 @@ def kernel(
 
 
 def trace(layer: Any, input: Any, hx: Any) -> Any:
-    """What a layer or cell gives while `torch.jit.trace` records: a call of its kernel, for this number of steps."""
+    """What a layer or cell gives while `torch.jit.trace` records: a call of its kernel, for this number of steps.
+
+    In blocks they may be any number.
+    """
     if isinstance(input, PackedSequence):
         return _trace_packed(layer, input, hx)
     recurrence = layer.recurrence
@@ -104,7 +108,8 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
     with untraced():
         check_arguments(recurrence, layer.place, input, hx, weight=layer.all_weights[0][0])
         batched = input.dim() == (2 if recurrence.is_cell else 3)
-        steps = None if recurrence.is_cell else input.shape[1 - axis if batched else 0]
+        looping = recurrence.is_cell or layer.plan.block is not None
+        steps = None if looping else input.shape[1 - axis if batched else 0]
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
     state = state if batched or hx is None else [s.unsqueeze(-2) for s in state]

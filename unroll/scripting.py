@@ -1,6 +1,7 @@
 """The recipe in TorchScript: writing a recurrence into its graphs, and layers that `torch.jit.script` compiles.
 
-Where the number of time steps is left open, a `prim::Loop` runs over them, and the recipe writes its body.
+Where the number of time steps is left open, or the plan has blocks, a `prim::Loop` runs over them, and the recipe
+writes its body.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class ScriptWriter(Writer):
         self,
         steps: Value,
         sizes: Value | None,
+        block: int,
         step: Callable[[Any, Any, State], State],
         xs: tuple[Value, ...],
         state: State,
@@ -96,32 +98,56 @@ class ScriptWriter(Writer):
     ) -> tuple[Value, State]:
         """Like `schedule.sweep`, over all rows at once, as a loop of the graph.
 
-        For packed rows `sizes` tells how many have a step `t`; the others keep their state.
+        A turn of the loop does `block` steps, and those of a second one the steps that fill no block.
+        For packed rows `sizes` tells how many have a step `t`; the others keep their state, and a turn is one step.
         """
         pieces = [self.insert("chunk", x, steps) if sizes is None else self.insert("split", x, sizes) for x in xs]
         outputs = self.list([])
-        loop = self.node("prim::Loop", [steps, True, *state], len(state))
-        block = loop.addBlock()
-        t = Value(self, node=block.addInputToBlock().setType(INT))
-        state = tuple(Value(self, node=block.addInputToBlock()) for _ in state)
-        with self.graph.insert_point_guard(block):
-            t = self.insert("sub", self.insert("sub", steps, 1), t) if reverse else t
+
+        def one_step(name: Any, done: Value, state: State) -> State:
+            """The next step, after those that are done."""
+            t = self.insert("sub", self.insert("sub", steps, 1), done) if reverse else done
             x = tuple(self.insert("__getitem__", piece, t) for piece in pieces)
             if sizes is None:
-                state = step("", x, state)
-                h = state[0]
-            else:
-                rows = self.insert("__getitem__", sizes, t)
-                going = step("", x, tuple(self.insert("slice", s, 0, 0, rows) for s in state))
-                h = going[0]
-                idle = [self.insert("slice", s, 0, rows) for s in state]
-                state = tuple(self.insert("cat", pair) for pair in zip(going, idle, strict=True))
-            self.insert("append", outputs, h)
-            for output in (self.constant(True), *state):
-                block.registerOutput(output.node)
+                state = step(name, x, state)
+                self.insert("append", outputs, state[0])
+                return state
+            rows = self.insert("__getitem__", sizes, t)
+            going = step(name, x, tuple(self.insert("slice", s, 0, 0, rows) for s in state))
+            self.insert("append", outputs, going[0])
+            idle = [self.insert("slice", s, 0, rows) for s in state]
+            return tuple(self.insert("cat", pair) for pair in zip(going, idle, strict=True))
+
+        if sizes is None and block > 1:
+            blocks = self.insert("floordiv", steps, block)
+
+            def whole_block(turn: Value, state: State) -> State:
+                done = self.insert("mul", turn, block)
+                for k in range(block):
+                    name = block - 1 - k if reverse else k
+                    state = one_step(name, self.insert("add", done, k) if k else done, state)
+                return state
+
+            state = self.turns(blocks, whole_block, state)
+            done = self.insert("mul", blocks, block)
+            rest = self.insert("sub", steps, done)
+            state = self.turns(rest, lambda turn, state: one_step("", self.insert("add", done, turn), state), state)
+        else:
+            state = self.turns(steps, lambda turn, state: one_step("", turn, state), state)
         if reverse:
             self.node("aten::reverse", [outputs], 0)
-        return self.insert("cat", outputs), tuple(Value(self, node=output) for output in loop.outputs())
+        return self.insert("cat", outputs), state
+
+    def turns(self, count: Value, body: Callable[[Value, State], State], state: State) -> State:
+        """The state after `count` turns of a loop, each of which makes it `body(turn, state)`."""
+        loop = self.node("prim::Loop", [count, True, *state], len(state))
+        block = loop.addBlock()
+        turn = Value(self, node=block.addInputToBlock().setType(INT))
+        state = tuple(Value(self, node=block.addInputToBlock()) for _ in state)
+        with self.graph.insert_point_guard(block):
+            for output in (self.constant(True), *body(turn, state)):
+                block.registerOutput(output.node)
+        return tuple(Value(self, node=output) for output in loop.outputs())
 
     def write(
         self,
@@ -146,7 +172,7 @@ class ScriptWriter(Writer):
             input: as the operator takes it.
             hx: the initial state, for an LSTM a list.
             train: whether dropout is on, a truth value or the graph's value of one.
-            steps: the number of time steps, or None for a loop over any number.
+            steps: the number of time steps, or None for any number.
             batch_sizes: of packed rows.
 
         Returns:
@@ -166,7 +192,7 @@ class ScriptWriter(Writer):
         state = self.items(hx, 2) if len(recurrence.state_sizes) == 2 else [hx]
         for s, size in zip(state, recurrence.state_sizes, strict=True):
             self.run(compiled(check_state), s, [*lead, batch, size], place)
-        looping = steps is None and not recurrence.is_cell
+        looping = not recurrence.is_cell and (steps is None or plan.block is not None)
         prepared: Any = schedule.prepare(recurrence, recurrence.weights(weights), plan, dtype, self)
         prepared = pytree.tree_map_only(Tensor, self.constant, prepared)
         rows = input if sizes is not None else schedule.flat_rows(recurrence, input)
@@ -178,7 +204,7 @@ class ScriptWriter(Writer):
             tuple(state),
             steps=steps or 1,
             dropout=(lambda rows: self.insert("dropout", rows, drop, train)) if drop else None,
-            loop=functools.partial(self.loop, length, sizes) if looping else None,
+            loop=functools.partial(self.loop, length, sizes, plan.block or 1) if looping else None,
             names=self,
         )
         self.enter("results")

@@ -38,7 +38,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
 
     The copy is what saving and loading would give, but shares its tensors with the original: parameters, buffers
     and lists of them. Without `args` and `steps` a loop of TorchScript runs over the time steps, any number of them;
-    otherwise every step is written, and another number is refused when it comes.
+    otherwise every step is written, or the loop that the plan asks for, and another number is refused when it comes.
 
     A layer is called by the path of its module; where a module calls an operator itself, or was frozen, by the
     operator's name after the path, such as `encoder.lstm` or, for the next one, `encoder.lstm_2`.
