@@ -126,7 +126,7 @@ def test_help(run):
     for word in ("onnx", "export", "inspect", "Exit codes: 0 done"):
         assert word in out
     for command, words in {
-        "onnx": ("--where", "--steps", "--gates", "--json", "Scan"),
+        "onnx": ("--where", "--steps", "--plan", "--json", "Scan"),
         "export": ("package.module:name", "--no-check", "--opset"),
         "inspect": ("what unrolling makes of each", "--json"),
     }.items():
@@ -139,11 +139,14 @@ def test_onnx(run, source):
     code, out, _ = run("onnx", source, "out.onnx")
     assert code == 0 and out.startswith("out.onnx: ") and " nodes, 0.0 MB" in out
     assert "Scan" in operators("out.onnx") and "GRU" not in operators("out.onnx")
-    code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--gates", "split", "--json")
+    code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--plan", "npu", "--json")
     found = json.loads(out)
     assert code == 0 and found["path"] == "out.onnx" and found["size"] == os.path.getsize("out.onnx")
     assert found["operators"]["Gemm"] == 3 * 3  # the first step has no state, and there is no bias
     assert "Scan" not in operators("out.onnx")
+    code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--plan", "gates=split,time=2", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["operators"]["Scan"] == 1 and found["operators"]["Gemm"] == 3 * 2
 
 
 def test_errors_name_the_mend(run, source):
@@ -151,7 +154,8 @@ def test_errors_name_the_mend(run, source):
         (("onnx", "nothing.onnx", "out.onnx"), "nothing.onnx: cannot be read", "give the path of an ONNX file"),
         (("onnx", source, "no/out.onnx"), "directory that does not exist", "make it first"),
         (("onnx", source, "out.onnx", "--where", "x"), "names no recurrent node", "the recurrent nodes are: rnn"),
-        (("onnx", source, "out.onnx", "--gates", "all"), "got 'all'", "choose one of 'merged', 'paired', 'split'"),
+        (("onnx", source, "out.onnx", "--plan", "gates=all"), "got 'all'", "choose one of 'merged', 'paired', 'split'"),
+        (("inspect", source, "--plan", "fast"), "plan='fast': is no plan", "give default, onnxruntime"),
         (("export", "nomodule:make", "out.onnx"), "No module named 'nomodule'", "give package.module:name"),
         (("export", "tests.test_cli:nothing", "out.onnx"), "has no attribute 'nothing'", "give package.module:name"),
         (("export", "tests", "out.onnx"), "is not the name of a function", "give package.module:name"),
@@ -268,7 +272,7 @@ def test_inspection_for_a_target(run, source):
 
 
 def test_what_cannot_be_inspected_for_a_target(run, source):
-    for option, value in (("--steps", "5"), ("--gates", "paired"), ("--where", "rnn")):
+    for option, value in (("--steps", "5"), ("--plan", "npu"), ("--where", "rnn")):
         code, _, err = run("inspect", source, "--target", "npu", option, value)
         assert code == 1 and f"{option}: was given with --target" in err
     code, _, err = run("inspect", "tests.test_cli:make", "--target", "xnnpack")

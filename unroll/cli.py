@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 try:
     import typer
@@ -28,7 +28,7 @@ from unroll.contracts.tables import NAMES
 from unroll.factories import made_by, options_of
 from unroll.onnx import require
 from unroll.onnx.export import Export, export_onnx
-from unroll.plan import Gates, Plan
+from unroll.plan import PRESETS, Plan
 from unroll.recurrence import Problem, UnrollError
 
 app = typer.Typer(
@@ -46,8 +46,8 @@ app.command("bench", short_help="Measure a layer or a model in every form.")(ben
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
-GatesOption = Annotated[
-    str, typer.Option(help=f"Products of a step: {', '.join(get_args(Gates))}. See unroll.Plan.", show_default=True)
+PlanOption = Annotated[
+    str, typer.Option(help=f"{', '.join(PRESETS)}, or fields as in gates=paired,time=8. See unroll.Plan.")
 ]
 TargetOption = Annotated[
     str | None, typer.Option(help=f"Show what the model, as it is, uses that one of {', '.join(NAMES)} does not offer.")
@@ -77,12 +77,13 @@ def onnx_command(
     target: Annotated[Path, typer.Argument(help="Where the unrolled model goes.", show_default=False)],
     where: Where = None,
     steps: StepsOption = None,
-    gates: GatesOption = "paired",
+    plan: PlanOption = "onnxruntime",
     as_json: Json = False,
 ) -> None:
     """Replace the LSTM, GRU and RNN nodes of an ONNX file by plain operators.
 
-    Where the file leaves the number of time steps open, they run in a Scan; with --steps they are written out.
+    Where the file leaves the number of time steps open, they run in a Scan; with --steps they are written out, or with
+    --plan gates=paired,time=8 run in a Scan all the same, 8 in a turn.
     """
     require("onnx", "onnx_ir")
     from unroll.onnx import check, files
@@ -93,7 +94,7 @@ def onnx_command(
         part("read")
         model = files.load(source)
         part("unroll")
-        unroll_ir(model, where=where, plan=_plan(gates), steps=steps)
+        unroll_ir(model, where=where, plan=plan, steps=steps)
         part("save")
         with files.delivered(model, target) as draft:
             part("check")
@@ -111,7 +112,7 @@ def export_command(
     factory: Annotated[str, typer.Argument(help=FACTORY, show_default=False)],
     target: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
     where: Where = None,
-    gates: GatesOption = "paired",
+    plan: PlanOption = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     check: Annotated[bool, typer.Option(help="Compare ONNX Runtime with the original.")] = True,
     as_json: Json = False,
@@ -124,7 +125,7 @@ def export_command(
             raise UnrollError(Problem(factory, "returns a model alone", mend))
         options = options_of(factory, given, opset_version=opset, where=where)
         with _parts() as part:
-            export = export_onnx(model, args, target, plan=_plan(gates), check=check, progress=part, **options)
+            export = export_onnx(model, args, target, plan=plan, check=check, progress=part, **options)
     if as_json:
         _print_json(_plain(export))
     else:
@@ -137,7 +138,7 @@ def inspect_command(
     model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
     where: Where = None,
     steps: StepsOption = None,
-    gates: GatesOption = "paired",
+    plan: PlanOption = "onnxruntime",
     target: TargetOption = None,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +153,7 @@ def inspect_command(
     from unroll.onnx.files import load
     from unroll.onnx.inspection import Inspection, inspect_model, inspect_module
 
-    plan = _plan(gates)
+    layout = Plan.of(plan)
     with _stdout_for(as_json), _parts() as part:
         part("read")
         try:
@@ -163,11 +164,11 @@ def inspect_command(
                 made, args, given = made_by(model)
                 options = options_of(model, given, where=where)
                 part("unroll")
-                found = inspect_module(made, args, options, where=options.get("where"), plan=plan)
+                found = inspect_module(made, args, options, where=options.get("where"), plan=layout)
             else:
                 ir_model = load(model)
                 part("unroll")
-                found = inspect_model(ir_model, where=where, plan=plan, steps=steps)
+                found = inspect_model(ir_model, where=where, plan=layout, steps=steps)
         except UnrollError as error:
             found = Inspection((), error.problems)
     if as_json:
@@ -195,11 +196,6 @@ def _judge(context: typer.Context, model: str, target: str, as_json: bool) -> No
         Console(soft_wrap=True).print(str(verdict), highlight=False, markup=False)
     if not verdict.ok:
         raise typer.Exit(1)
-
-
-def _plan(gates: str) -> Plan:
-    chosen: Any = gates
-    return Plan(gates=chosen)
 
 
 def _stdout_for(as_json: bool) -> Any:
