@@ -31,7 +31,15 @@ def table(printed: str) -> list[list[float]]:
 
 
 def test_no_example_is_left_out():
-    names = {"batch_first_series", "bidirectional_stack", "digits", "memory_cell", "step_by_step", "two_layers"}
+    names = {
+        "batch_first_series",
+        "bidirectional_stack",
+        "digits",
+        "memory_cell",
+        "step_by_step",
+        "two_layers",
+        "speech_encoder",
+    }
     names |= {"voice_activity"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
@@ -71,6 +79,15 @@ def test_step_by_step():
     rows = table(run("step_by_step"))
     assert [row[0] for row in rows] == [0, 1, 2] * 2
     assert all(len(row) == 5 and len(set(row[1:])) == 1 for row in rows)
+
+
+def test_speech_encoder():
+    printed = run("speech_encoder")
+    rows = re.findall(r"^ +(\d+) +(\d+)  (\[.*?\]) +(\S+)$", printed, re.MULTILINE)
+    assert len(rows) == 5 and "LSTM: 0" in printed
+    for count, padded, lengths, difference in rows:
+        lengths = [int(n) for n in re.findall(r"\d+", lengths)]
+        assert (len(lengths), max(lengths)) == (int(count), int(padded)) and float(difference) < 1e-5
 
 
 def test_two_layers():

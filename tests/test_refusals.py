@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch import fx, nn
-from torch.nn.utils import rnn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -44,21 +43,6 @@ def test_unknown_keywords_are_refused():
     (node,) = graph.graph.find_nodes(op="call_module", target="0")
     node.kwargs = {"state": None}
     assert problems(unroll, graph, X) == ["0: is called with state; a layer takes input and hx"]
-
-
-def test_a_packed_layer_behind_another_is_named():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = gru(), gru()
-
-        def forward(self, x, lengths):
-            return rnn.pad_packed_sequence(self.b(self.a(rnn.pack_padded_sequence(x, lengths))[0])[0])[0]
-
-    packed = "is called with a PackedSequence in an FX graph; use unroll(module) for models that pack"
-    expected = [f"a: {packed}", f"b: {packed}"]
-    assert problems(unroll, trace(Model()), steps=4) == expected
-    assert problems(unroll, trace(Model()), (X, torch.tensor([4, 2, 1]))) == expected
 
 
 def test_a_predicate_is_asked_about_the_layer_that_was():

@@ -56,6 +56,9 @@ class Call:
     """Which rows have a step, `[T * B, 1]`, where they differ"""
 
     def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
+        if self.plan.block and not self.recurrence.is_cell:
+            mend = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
+            raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", mend))
         self.node = node
         self.writer = writer
         self.written = is_written(node)
@@ -128,6 +131,7 @@ class Call:
             if state is not None and self.steps > 1 and not self.packed and all(s.target in ZEROS for s in state):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
+            state = self.starts(input, state)
             if self.key not in prepared:
                 prepared[self.key] = schedule.prepare(
                     recurrence, recurrence.weights(self.weights()), self.plan, self.dtype, writer
@@ -145,9 +149,17 @@ class Call:
             writer.enter("results")
             wholes = schedule.joined_states(recurrence, result.finals, batched=self.batched)
             rank = (1 if recurrence.is_cell else 2) + self.batched
-            finals = [self._returned(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
+            finals = [self.final(w, rank, partial(self._read_state, result, k)) for k, w in enumerate(wholes)]
             self._hand_over(node, self.arrange(self.output(result), finals))
         node.graph.erase_node(node)
+
+    def starts(self, input: fx.Node, state: Sequence[fx.Node] | None) -> Sequence[fx.Node] | None:
+        """The states that the steps begin with, given those of the call."""
+        return state
+
+    def final(self, whole: Value, rank: int, read: Callable[[tuple[Any, ...]], Any]) -> Returned:
+        """A last state, as the layer returns it."""
+        return self._returned(whole, rank, read)
 
     def assert_shapes(self, input: fx.Node, state: Sequence[fx.Node] | None) -> None:
         """Other shapes than those unrolled for must stop the graph: they would be cut or broadcast in silence."""
@@ -268,7 +280,7 @@ class ModuleCall(Call):
     def __init__(self, node: fx.Node, layer: Unrolled, known: Known, steps: Any) -> None:
         self.name = self.key = str(node.target)
         self.layer = layer
-        self.recurrence, self.plan = layer.recurrence, layer.plan
+        self.recurrence, self.plan = self.read_recurrence(), layer.plan
         self.dtype = layer.all_weights[0][0].dtype
         problems = []
         given = vars(layer).keys() & {"forward", "__call__"}
@@ -281,17 +293,15 @@ class ModuleCall(Call):
         if any(getattr(layer, hook) for hook in hooks):
             mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
             problems.append(Problem(self.name, "has hooks, which no graph would call", mend))
-        packed = _is_packed(operands(node.args, node.kwargs)[0])
-        if packed:
-            mend = "use unroll(module) for models that pack"
-            problems.append(Problem(self.name, "is called with a PackedSequence in an FX graph", mend))
         try:
-            if not packed:
-                super().__init__(node, GraphWriter(self.name, node.graph, node.meta), known, steps)
+            super().__init__(node, GraphWriter(self.name, node.graph, node.meta), known, steps)
         except UnrollError as error:
             problems += error.problems
         if problems:
             raise UnrollError(*problems)
+
+    def read_recurrence(self) -> Recurrence:
+        return self.layer.recurrence
 
     def operands(self) -> tuple[Any, Any]:
         return operands(self.node.args, self.node.kwargs)
@@ -342,11 +352,14 @@ def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     return given.get("input"), given.get("hx")
 
 
-def _is_packed(input: Any) -> bool:
+def is_packed(input: Any) -> bool:
     """Whether a node gives a `PackedSequence`: by packing, or as the output of a layer that is given one."""
     while isinstance(input, fx.Node):
         if input.target in (rnn.pack_padded_sequence, rnn.pack_sequence, rnn.PackedSequence):
             return True
+        if input.op == "call_method" and input.target in ("_replace", "to"):
+            input = input.args[0]
+            continue
         layer = input.args[0] if input.target is operator.getitem and input.args[1] == 0 else None
         if not isinstance(layer, fx.Node) or layer.op != "call_module":
             return False

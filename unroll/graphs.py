@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from unroll import trees
 from unroll.aten import Metadata, writer_for
-from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, known_values, operands, unknown_steps
+from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, is_packed, known_values, operands, unknown_steps
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
+from unroll.packed_calls import PackedModuleCall
+from unroll.packing import is_padded, keeping_rows, refuse_layer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, check_arguments
 from unroll.schedule import Layout
@@ -43,7 +48,8 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         raise UnrollError(Problem(type(model).__name__, "is itself a recurrent layer, with nothing around it", mend))
     try:
         tracer = _Tracer()
-        graph = tracer.trace(model, concrete_args)
+        with _packed_by_node(tracer):
+            graph = tracer.trace(model, concrete_args)
         for node in graph.nodes:  # torch would declare these by dotted names, on which every later trace stumbles
             if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
                 node.meta.pop("is_wrapped", None)
@@ -51,6 +57,24 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         mend = "use unroll(module), which needs no trace, or the graph of torch.export"
         raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", mend)) from error
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+@contextmanager
+def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
+    """While this lasts, a `PackedSequence` made of values of the graph is a node."""
+    kind: Any = PackedSequence
+    made = kind.__new__
+
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
+            return tracer.create_proxy("call_function", PackedSequence, args, kwargs)
+        return made(cls, *args, **kwargs)
+
+    kind.__new__ = new
+    try:
+        yield
+    finally:
+        kind.__new__ = made
 
 
 class _Tracer(fx.Tracer):
@@ -138,7 +162,8 @@ def find_calls(
                 layer = module.get_submodule(name)
                 asked = original.get_submodule(name) if original else layer
                 if isinstance(layer, Unrolled) and chooses(where, [name], asked):
-                    found.append(ModuleCall(node, layer, known, steps))
+                    packed = is_packed(operands(node.args, node.kwargs)[0])
+                    found.append((PackedModuleCall if packed else ModuleCall)(node, layer, known, steps))
         except UnrollError as error:
             problems += error.problems
     if problems:
@@ -162,11 +187,11 @@ class _FakeRun(fx.Interpreter):
 
     def of(self, args: Any) -> dict[fx.Node, torch.Tensor]:
         self.found: dict[fx.Node, torch.Tensor] = {}
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-        fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
+        fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), args)
         try:
-            with mode:
+            with mode, keeping_rows(refuse_layer):
                 self.run(*fakes)
         except UnrollError as error:  # without what the interpreter adds to the text
             raise UnrollError(*error.problems) from None
@@ -181,6 +206,8 @@ class _FakeRun(fx.Interpreter):
         result = self._packed(n) if form and form[1] == "packed" else super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.found[n] = result
+        elif is_padded(result):
+            self.found[n] = result.data.unflatten(0, (result.batch_sizes.steps, result.batch_sizes.count))
         return result
 
     def _packed(self, n: fx.Node) -> Any:
@@ -198,9 +225,15 @@ class _FakeRun(fx.Interpreter):
         if not isinstance(layer, Unrolled):
             return super().call_module(target, args, kwargs)
         input, state = operands(args, kwargs)
+        recurrence = layer.recurrence
+        if is_padded(input):
+            count, features = input.batch_sizes.count, len(recurrence.directions) * recurrence.output_size
+            check_arguments(recurrence, target, input.data, state, rows=count)
+            states = tuple(input.data.new_empty(recurrence.passes, count, size) for size in recurrence.state_sizes)
+            output = PackedSequence(input.data.new_empty(len(input.data), features), *input[1:])
+            return output, states[0] if len(states) == 1 else states
         if not isinstance(input, torch.Tensor):
             return layer(input, state)
-        recurrence = layer.recurrence
         check_arguments(recurrence, target, input, state)
         lead = input.shape[:-1]
         batch = lead[:-1] if recurrence.batch_first and len(lead) == 2 else lead[1:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
-from unroll.calls import PLAIN_FORWARDS, ZEROS, _is_packed, operands
+from unroll.calls import PLAIN_FORWARDS, ZEROS, is_packed, operands
 from unroll.carrying import packed_problem
 from unroll.functions import ARGUMENTS, CLASS_NAMES, bind, form_of, layer_name, read_given
 from unroll.graphs import graph_parts
@@ -99,7 +99,7 @@ class CallOfModule(LayerCall):
                 layer, next(mode for kind, mode in CELL_MODES.items() if isinstance(layer, kind))
             )
         self.input, self.hx = operands(node.args, node.kwargs)
-        self.packed = _is_packed(self.input)
+        self.packed = is_packed(self.input)
 
     @property
     def finals(self) -> list[Reading]:

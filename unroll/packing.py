@@ -6,7 +6,7 @@ remain. Layers, and torch's own functions of packing, work on such a sequence as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,7 +100,10 @@ class _Functions:
         falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
         lengths = self.check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
-        return input.flatten(0, 1), Sizes(lengths, steps, count, mask)
+        data = input.reshape(-1, *features).clone(
+            memory_format=torch.contiguous_format
+        )  # memory of its own, as torch's
+        return data, Sizes(lengths, steps, count, mask)
 
     def _pad_packed_sequence(
         self, data: Tensor, sizes: Sizes, batch_first: bool, padding_value: float, total_length: Any
@@ -153,7 +156,8 @@ def keeping_rows(on_layer: OnLayer, check: Check = _stopped) -> Iterator[None]:
             kind.forward = forward
 
 
-def _refused(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
+def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
+    """Stands in for torch's own layers, which cannot run on padded rows."""
     finding = "is given a packed sequence inside of unroll.packing(), which keeps the padding"
     raise UnrollError(Problem(type(layer).__name__, finding, "export or compile unroll(model)"))
 
@@ -165,7 +169,10 @@ def packing() -> Iterator[None]:
     While it lasts, `pack_padded_sequence` keeps the padding and the lengths, `Unrolled` layers leave the state of a
     row alone in the steps after its end, and `pad_packed_sequence` writes the padding anew; the results are the same.
     T, the padded length, is fixed; lengths and their longest may be any. Lengths that torch refuses stop the graph
-    when it runs. What a model does with `packed.data` must treat each row by itself.
+    when it runs. `packed.data` holds rows of padding too, which nothing tells apart: what a model does with it must
+    treat each row by itself (a linear layer, dropout, a norm over features; not a mean over rows, nor batch norm in
+    training). What `torch.compile` returned must be called inside too: outside, Dynamo would compile it anew.
+    Torch's functions are changed meanwhile for all threads.
 
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
 
@@ -185,7 +192,7 @@ def packing() -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
-    with tracing_packing(), keeping_rows(_refused):
+    with tracing_packing(), keeping_rows(refuse_layer):
         yield
 
 
@@ -194,3 +201,54 @@ def tracing_packing() -> Any:
     from torch._dynamo import config
 
     return config.patch(dont_skip_tracing=True, capture_scalar_outputs=True)
+
+
+def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
+    """The rows of a packed sequence padded to `steps`, `[T * B, F]`, and which of them have a step, `[T * B, 1]`."""
+    sizes: Any = packed.batch_sizes
+    found = sizes.steps if is_padded(packed) else len(sizes)
+    torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
+    if is_padded(packed):
+        torch._assert(found == steps, f"sequences must be padded to {steps} time steps, as unrolled for")
+        return packed.data, sizes.mask
+    mask = _mask(packed, steps)
+    rows = packed.data.new_zeros(len(mask), *packed.data.shape[1:])
+    return rows.index_copy(0, mask.nonzero()[:, 0], packed.data), mask
+
+
+def gathered(packed: PackedSequence, rows: Tensor, steps: int) -> PackedSequence:
+    """The same packing around what has become of its rows."""
+    data = rows if is_padded(packed) else rows.index_select(0, _mask(packed, steps).nonzero()[:, 0])
+    return PackedSequence(data, *packed[1:])
+
+
+def _mask(packed: PackedSequence, steps: int) -> Tensor:
+    sizes = functional.pad(packed.batch_sizes, (0, steps - len(packed.batch_sizes)))
+    return (torch.arange(int(sizes[0])) < sizes[:, None]).reshape(-1, 1).to(packed.data.device)
+
+
+def started(packed: PackedSequence, hx: Any, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """The initial states in the order of the rows, zeros for None; passes and features of each are in `shapes`."""
+    sizes: Any = packed.batch_sizes
+    count = sizes.count if is_padded(packed) else int(sizes[0])
+    state = sorted_state(packed, hx)
+    if state is None:
+        return tuple(packed.data.new_zeros(passes, count, size) for passes, size in shapes)
+    for s, (passes, size) in zip(state, shapes, strict=True):
+        good = tuple(s.shape) == (passes, count, size)
+        torch._assert(good, f"an initial state must have shape {[passes, count, size]}")
+    return state
+
+
+def sorted_state(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
+    """An initial state in the order of a packed sequence's rows."""
+    if hx is None:
+        return None
+    state, order = (hx,) if isinstance(hx, Tensor) else tuple(hx), packed.sorted_indices
+    return state if order is None else tuple(s.index_select(1, order) for s in state)
+
+
+def original_order(packed: PackedSequence, states: Sequence[Tensor]) -> list[Tensor]:
+    """Last states in the order that rows had before they were packed."""
+    order = packed.unsorted_indices
+    return list(states) if order is None else [state.index_select(1, order) for state in states]

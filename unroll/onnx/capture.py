@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from unroll import trees
 from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
-from unroll.modules import UnrolledCell, UnrolledLayer, original_order, sorted_state
+from unroll.modules import UnrolledCell, UnrolledLayer
 from unroll.onnx.sites import DOMAIN, LAYER
-from unroll.packing import Sizes, keeping_rows, stopped_by_index
+from unroll.packing import Sizes, keeping_rows, original_order, sorted_state, stopped_by_index
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.trees import Rules, Where

@@ -1,0 +1,255 @@
+"""Models that pack sequences, in every form they can be rewritten to: equal to eager for every choice of lengths."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import unroll as library
+from tests.checks import assert_same, gradients
+from unroll import UnrollError, export_onnx, packing, trace, unroll
+
+torch.set_num_threads(1)
+
+F64 = torch.float64
+STEPS, BATCH, FEATURES = 5, 3, 4
+
+
+class Encoder(nn.Module):
+    """Packs, works on the rows, runs two layers in a row, and pads."""
+
+    def __init__(self, kind: str, *, ordered: bool, first: bool, total: int | None, layers: int = 1, two: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ordered, self.first, self.total = ordered, first, total
+        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.one = getattr(nn, kind)(FEATURES, 3, layers, batch_first=first, bidirectional=two)
+        self.two = nn.GRU(3 * (1 + two), 2, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor):
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=self.first, enforce_sorted=self.ordered)
+        data = torch.relu(self.linear(packed.data))
+        packed = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        packed, one = self.one(packed)
+        packed, two = self.two(packed)
+        padded, lengths = pad_packed_sequence(packed, self.first, padding_value=-1.0, total_length=self.total)
+        return padded, lengths, one, two
+
+    def input(self, batch: int = BATCH, steps: int = STEPS) -> Tensor:
+        generator = torch.Generator().manual_seed(batch)
+        shape = (batch, steps) if self.first else (steps, batch)
+        return torch.randn(*shape, FEATURES, generator=generator, dtype=F64)
+
+
+ENCODERS = {
+    "LSTM, sorted": functools.partial(Encoder, "LSTM", ordered=True, first=True, total=STEPS, layers=2),
+    "GRU, as long as the longest": functools.partial(Encoder, "GRU", ordered=False, first=False, total=None),
+    "RNN, longer": functools.partial(Encoder, "RNN", ordered=False, first=True, total=STEPS + 2, layers=2, two=False),
+}
+EXAMPLE = torch.tensor([5, 3, 3])
+
+
+@functools.cache
+def made(name: str) -> Encoder:
+    return ENCODERS[name]().double().eval()
+
+
+@functools.cache
+def rewritten(name: str, form: str):
+    model = made(name)
+    args = (model.input(), EXAMPLE)
+    if form == "graph":
+        return unroll(trace(model), args)
+    if form in ("export", "strict"):
+        with packing():
+            return torch.export.export(unroll(model), args, strict=form == "strict").module()
+    if form == "graph exported":
+        with packing():
+            return torch.export.export(rewritten(name, "graph"), args).module()
+    assert form == "compile"
+    return library.compile(model, backend="aot_eager")
+
+
+def lengths_for(model: Encoder, most: int = STEPS):
+    drawn = st.lists(st.integers(1, most), min_size=BATCH, max_size=BATCH)
+    return drawn.map(lambda values: torch.tensor(sorted(values, reverse=True) if model.ordered else values))
+
+
+FORMS = ["graph", "export", "strict", "graph exported", "compile"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_choice_of_lengths(name, form):
+    model, ours = made(name), rewritten(name, form)
+
+    @settings(max_examples=12, deadline=None)
+    @given(lengths_for(model))
+    def agree(lengths):
+        with torch.no_grad():
+            assert_same(ours(model.input(), lengths), model(model.input(), lengths))
+
+    agree()
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 3], [5, 5, 5], [1, 1, 1], [4, 2, 1]], ids=str)
+@pytest.mark.parametrize("form", ["graph", "export", "compile"])
+def test_gradients(form, lengths):
+    name = "GRU, as long as the longest"
+    model, ours, lengths = made(name), rewritten(name, form), torch.tensor(lengths)
+    expected = gradients(model, (model.input(), lengths))
+    found = gradients(ours, (model.input(), lengths))
+    assert_same(found["input 0"], expected["input 0"])
+    for key, gradient in expected.items():
+        if key in found:
+            assert_same(found[key], gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", [[5, 3, 0], [6, 3, 3], [-1, -1, -1]], ids=str)
+def test_bad_lengths_stop_the_graph(form, lengths):
+    name = "RNN, longer"
+    with pytest.raises((RuntimeError, AssertionError), match=r"[Ll]ength|longest"):
+        rewritten(name, form)(made(name).input(), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unsorted_lengths_stop_the_graph(form):
+    name = "LSTM, sorted"
+    with pytest.raises(RuntimeError, match="sorted"):
+        rewritten(name, form)(made(name).input(), torch.tensor([2, 5, 3]))
+
+
+@pytest.mark.parametrize("form", ["export", "onnx"])
+def test_total_length_below_the_longest_stops_the_graph(form, tmp_path):
+    model = Encoder("GRU", ordered=False, first=True, total=3).double().eval()
+    good, bad, x = torch.tensor([3, 1, 2]), torch.tensor([4, 1, 2]), model.input()
+    if form == "export":
+        with packing():
+            ours = torch.export.export(unroll(model), (x, good)).module()
+        assert_same(ours(x, good), model(x, good))
+    else:
+        ours = session(model, tmp_path, x, good)
+        assert_same(ours(x, good), list(flat(model(x, good))))
+    with pytest.raises(Exception, match=r"total_length|data bounds"):
+        ours(x, bad)
+
+
+def flat(results):
+    return torch.utils._pytree.tree_leaves(results)
+
+
+def session(model, folder, *args, **options):
+    import onnxruntime
+
+    export_onnx(model, args, folder / "m.onnx", **options)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level, settings.intra_op_num_threads = 4, 1
+    runner = onnxruntime.InferenceSession(folder / "m.onnx", settings)
+    names = [value.name for value in runner.get_inputs()]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in runner.run(None, feed)]
+
+    return run
+
+
+@pytest.mark.parametrize("form", ["fixed", "batch", "time"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_onnx(name, form, tmp_path):
+    model = made(name)
+    time, batch = (1, 0) if model.first else (0, 1)
+    open_sizes = {batch: Dim("B")} | ({time: Dim("T")} if form == "time" else {})
+    shapes = None if form == "fixed" else (open_sizes, {0: open_sizes[batch]})
+    run = session(model, tmp_path, model.input(), EXAMPLE, dynamic_shapes=shapes)
+
+    @settings(max_examples=12, deadline=None)
+    @given(lengths_for(model))
+    def agree(lengths):
+        with torch.no_grad():
+            assert_same(run(model.input(), lengths), list(flat(model(model.input(), lengths))))
+
+    agree()
+    for lengths in ([5, 3, 0], [6, 5, 5], *([[3, 4, 5]] if model.ordered else [])):
+        with pytest.raises(Exception, match="data bounds"):
+            run(model.input(), torch.tensor(lengths))
+    if form == "time":
+        for lengths in ([3, 2, 2, 1], [1, 1, 1, 1]):
+            x = model.input(4, 3)
+            assert_same(run(x, torch.tensor(lengths)), list(flat(model(x, torch.tensor(lengths)))))
+
+
+def test_dynamic_batch_in_a_program():
+    model = made("RNN, longer")
+    batch = Dim("B")
+    with packing():
+        ours = torch.export.export(
+            unroll(model), (model.input(), EXAMPLE), dynamic_shapes=({0: batch}, {0: batch})
+        ).module()
+    for lengths in ([5, 1], [2, 3, 1, 5], [4]):
+        x = model.input(len(lengths))
+        assert_same(ours(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))
+
+
+@pytest.mark.heavy
+def test_inductor():
+    model = made("RNN, longer")
+    compiled = torch.compile(unroll(model), fullgraph=True)
+    for lengths in ([5, 3, 1], [1, 2, 2]):
+        args = model.input(), torch.tensor(lengths)
+        with torch.no_grad():
+            with packing():
+                found = compiled(*args)
+            assert_same(found, model(*args))
+
+
+def changed():
+    return nn.utils.rnn._VF, nn.LSTM.forward, torch._dynamo.config.dont_skip_tracing  # pyright: ignore
+
+
+def test_nothing_is_left_changed():
+    before = changed()
+
+    def fail():
+        with packing():
+            assert all(now is not then for now, then in zip(changed(), before, strict=True))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert changed() == before
+
+
+def test_layers_of_torch_are_refused():
+    model = made("LSTM, sorted")
+    with packing(), pytest.raises(UnrollError, match=r"LSTM: is given a packed sequence .* export or compile unroll"):
+        model(model.input(), EXAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("x", "lengths", "message"),
+    [
+        ((5, 3, 2), [5, 3], "there are 2 lengths for 3 rows"),
+        ((5, 0, 2), [], "the input is empty"),
+        ((5, 1, 2), [[5]], "lengths are 2-D"),
+    ],
+)
+def test_shapes_that_torch_refuses(x, lengths, message):
+    with packing(), pytest.raises(UnrollError, match=message):
+        pack_padded_sequence(torch.zeros(x), torch.tensor(lengths, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        pack_padded_sequence(torch.zeros(x), torch.tensor(lengths, dtype=torch.int64))
+
+
+def test_sequences_packed_outside_are_refused_inside():
+    packed = pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 2]))
+    with packing(), pytest.raises(UnrollError, match=r"packed outside of unroll\.packing"):
+        pad_packed_sequence(packed)
