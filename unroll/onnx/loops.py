@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from unroll import schedule
 from unroll.cells import State, Value
 from unroll.onnx.values import OnnxWriter
 from unroll.recurrence import Recurrence
+from unroll.sweeps import masked, sweep
 
 Loop = Callable[..., tuple[Any, State]]
 
@@ -102,12 +102,10 @@ def scan(
 
         def noted(t: int, x: tuple[Value, ...], state: State) -> State:
             new: State = step(t, x[: len(xs)], state)
-            if mask is not None:
-                new = tuple(torch.where(x[-1], n, s) for n, s in zip(new, state, strict=True))
-            states[t] = new
-            return new
+            states[t] = new if mask is None else masked(x[-1], new, state)
+            return states[t]
 
-        _, after = schedule.sweep(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
+        _, after = sweep(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
         put_out = list(zip(*states, strict=True))[: len(starts) if filling else 1]
         joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
         joined = [body(value, f"outputs.{name}") for value, name in zip(joined, recurrence.cell.states, strict=False)]
