@@ -16,7 +16,7 @@ from unroll.modules import UnrolledLayer
 from unroll.packing import keeping_rows, tracing_packing
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, read_layer
-from unroll.trees import Where, is_recurrent, unknown_names
+from unroll.trees import Where, is_recurrent, replace, unknown_names
 from unroll.values import many_objects
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
@@ -67,7 +67,7 @@ def unroll_backend(
 def compile(
     model: Callable[..., Any],
     *,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     where: Where = None,
     backend: str | Callable[..., Any] = "inductor",
     options: Mapping[str, Any] | None = None,
@@ -83,7 +83,7 @@ def compile(
         backend: what compiles the unrolled graph.
         options: for that backend.
         fullgraph: as for `torch.compile`, but on by default.
-        dynamic: as for `torch.compile`; the number of time steps is static all the same.
+        dynamic: as for `torch.compile`; the number of time steps is static all the same, unless the plan has blocks.
 
     Returns:
         The model compiled: a module for a module, that shares everything with it.
@@ -96,13 +96,16 @@ def compile(
         >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
         torch.Size([7, 2, 5])
     """
-    ours: dict[str, Any] = {"backend": backend, "plan": Plan.of(plan), "where": where}
+    plan = Plan.of(plan)
+    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
     if options is not None:
         ours["options"] = dict(options)
     if isinstance(model, nn.Module):
         names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
         if problems := unknown_names(where, names):
             raise UnrollError(*problems)
+        if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
+            model = replace(model, plan, where)
     return torch._dynamo.optimize(_Permitted(ours), nopython=fullgraph, dynamic=dynamic)(model)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from unroll.recurrence import Problem, UnrollError
 
@@ -42,16 +42,26 @@ class Plan:
     time: Literal["explicit"] | int = "explicit"
 
     @staticmethod
-    def of(plan: Plan | None) -> Plan:
+    def of(plan: Plan | str | None) -> Plan:
         """The plan that an argument `plan=` stands for.
+
+        Args:
+            plan: a plan; the name of one of `PRESETS`; fields and values, `gates=paired,time=8`; or None for the
+                default.
 
         Raises:
             UnrollError: if it is no plan.
+
+        Example:
+            >>> Plan.of("onnxruntime") == Plan.of("gates=paired") == Plan(gates="paired")
+            True
         """
         if plan is None:
             return Plan()
+        if isinstance(plan, str):
+            return PRESETS[plan] if plan in PRESETS else _read(plan)
         if not isinstance(plan, Plan):
-            mend = "give a Plan, such as Plan(gates='paired')"
+            mend = f"give a Plan, such as Plan(gates='paired'), or the name of one: {', '.join(PRESETS)}"
             raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", mend))
         return plan
 
@@ -68,10 +78,39 @@ class Plan:
         if problems:
             raise UnrollError(*problems)
 
+    def __str__(self) -> str:
+        """What it has that the default has not, as `of` reads it."""
+        chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(chosen) or "default"
+
     @property
     def block(self) -> int | None:
         """Steps in a block of a loop; None where every step is written."""
         return self.time if isinstance(self.time, int) else None
 
 
+def _read(text: str) -> Plan:
+    """A plan of fields and values, `gates=paired,time=8`."""
+    known = [field.name for field in fields(Plan)]
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        field, equals, value = part.partition("=")
+        if not equals or field not in known:
+            mend = (
+                f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"
+            )
+            raise UnrollError(Problem(f"plan={text!r}", "is no plan", mend))
+        given[field] = int(value) if value.isdigit() else value
+    return Plan(**given)
+
+
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers}
+
+PRESETS = {
+    "default": Plan(),
+    "onnxruntime": Plan(gates="paired"),
+    "inductor": Plan(gates="merged"),
+    "tensorrt": Plan(gates="merged"),
+    "npu": Plan(gates="split"),
+}
+"""Plans for targets, by the target's name"""

@@ -92,7 +92,7 @@ def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
     return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
 
 
-def decompositions(plan: Plan | None = None) -> dict[Any, Callable[..., Any]]:
+def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., Any]]:
     """Decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
 
     They keep dropout between layers in training, which torch's own lose. `unroll(program)` gives the
@@ -112,6 +112,9 @@ def decompositions(plan: Plan | None = None) -> dict[Any, Callable[..., Any]]:
     """
     operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
     plan = Plan.of(plan)
+    if plan.block:
+        mend = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
+        raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", mend))
     return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
 
 

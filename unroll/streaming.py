@@ -120,7 +120,7 @@ def streaming(
     kwargs: Mapping[str, Any] | None = None,
     where: Where = None,
     rules: Rules | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> Any:
     """Make the states of a model's recurrent layers inputs and outputs of the whole model, by name.
 
@@ -178,7 +178,7 @@ def streaming(
         raise UnrollError(
             Problem("streaming(model)", "has states for inputs already", "give the model that it was made of")
         )
-    return _stream_module(model, args, dict(kwargs or {}), where, rules, plan)
+    return _stream_module(model, args, dict(kwargs or {}), where, rules, None if plan is None else Plan.of(plan))
 
 
 def _stream_module(

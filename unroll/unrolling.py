@@ -23,7 +23,7 @@ def unroll(
     *,
     where: Where = None,
     rules: Rules | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     steps: Steps = None,
 ) -> Any:
     """Replace the recurrent layers of a model by explicit unrolled operations.
@@ -42,8 +42,9 @@ def unroll(
             is given what it has: a node of the graph, or a part of the ScriptModule.
         rules: for classes of your own that cannot be unrolled as they are, a function from the layer to
             a module that does the same and can.
-        plan: how the steps are laid out; for an ONNX model, `Plan(gates="paired")` if not given. Layers that are
-            unrolled already keep theirs, unless `where` picks them or there are no others.
+        plan: how the steps are laid out, a `Plan` or the name of one, `"inductor"`; for an ONNX model,
+            `"onnxruntime"` if not given. Layers that are unrolled already keep theirs, unless `where` picks them or
+            there are no others.
         steps: for a graph, the number of time steps, for all layers or by layer name. An ONNX model that leaves
             it open, and a ScriptModule, need none: their steps then run in a loop.
 
@@ -60,7 +61,7 @@ def unroll(
         True
     """
     where = where if where is None or isinstance(where, str) or callable(where) else list(where)
-    Plan.of(plan)  # raises if it is none
+    plan = plan if plan is None else Plan.of(plan)
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
         return _onnx(model, where, plan, steps)

@@ -71,7 +71,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset_version: int | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
     where: Where = None,
     rules: Rules | None = None,
     check: bool = True,
@@ -97,7 +97,7 @@ def export_onnx(
         output_names: names of its outputs.
         opset_version: version of the standard's operators; what torch writes by default. Versions before 18
             are had by conversion, and refused if that fails.
-        plan: how the steps are laid out, `Plan(gates="paired")` by default.
+        plan: how the steps are laid out, `"onnxruntime"` by default.
         where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
         rules: for layers of classes of your own, as for `unroll`.
         check: whether to run the checks.

@@ -61,7 +61,9 @@ class Inspection:
         }
 
 
-def inspect_model(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> Inspection:
+def inspect_model(
+    model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None
+) -> Inspection:
     """Unroll a copy of the model, and count; where something stands in the way, tell what the nodes tell."""
     plan = PLAN if plan is None else Plan.of(plan)
     copy = model.clone()
@@ -83,7 +85,7 @@ def inspect_module(
     options: Mapping[str, Any] | None = None,
     *,
     where: Where = None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> Inspection:
     """The layers of a PyTorch model, as they would go to ONNX; without arguments, only what the modules tell.
 

@@ -17,7 +17,7 @@ from unroll.onnx.files import load
 from unroll.onnx.sites import DOMAIN, LAYER, Site, Steps, TorchSite
 from unroll.onnx.standard import STANDARD, StandardSite
 from unroll.onnx.values import Constants, OnnxWriter
-from unroll.plan import Plan
+from unroll.plan import PRESETS, Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.schedule import Layout
 from unroll.trees import Where, chooses
@@ -25,15 +25,15 @@ from unroll.values import many_objects
 
 OLDEST_OPSET = 13
 
-PLAN = Plan(gates="paired")
-"""ONNX Runtime runs a product and the activation after it as one node, if it is applied to all of the product."""
+PLAN = PRESETS["onnxruntime"]
+"""For callers that ask for none"""
 
 
-def unroll_model(model: Any, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> Any:
+def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> Any:
     """A copy of an ONNX model with plain operators in place of its recurrent nodes.
 
     See `unroll.unroll`. Where the number of time steps is known, or given by `steps`, every step is written out;
-    else the steps run in a `Scan`.
+    else, or if the plan has blocks, the steps run in a `Scan`, a block in each turn, or a single step.
 
     Args:
         model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the path of a file.
@@ -64,7 +64,7 @@ def is_recurrent(node: ir.Node) -> bool:
     return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
 
 
-def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | None = None, steps: Steps = None) -> ir.Model:
+def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
     plan = PLAN if plan is None else Plan.of(plan)
     sites, problems = read_sites(model, where, steps)

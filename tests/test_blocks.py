@@ -1,0 +1,162 @@
+"""Blocks of steps in a loop, in programs and compiled modules: any length, from one compilation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.export import Dim
+
+from tests.cases import Case, flat
+from tests.checks import assert_same
+from unroll import Plan, UnrollError, compile, decompositions, trace, unroll
+
+BLOCK = 3
+LAYERS = [
+    Case("LSTM", num_layers=2, proj_size=2, bidirectional=True, batch_first=True, state=True),
+    Case("LSTM"),
+    Case("GRU", bidirectional=True),
+    Case("RNN", nonlinearity="relu", bias=False, state=True),
+]
+
+
+class Loop(nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.layer = case.layer(torch.float64)
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+def loops(program):
+    return [node for node in program.graph.nodes if node.target is torch.ops.higher_order.scan]
+
+
+def exported(case, strict=False):
+    model = Loop(case)
+    args = sized(case, 7, 4)
+    spec = (({0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, *(dynamic_batch(state) for state in args[1:])),)
+    with torch.no_grad():
+        program = torch.export.export(unroll(model, plan=Plan(time=BLOCK)), args, dynamic_shapes=spec, strict=strict)
+    return model, program
+
+
+def dynamic_batch(state):
+    return tuple(map(dynamic_batch, state)) if isinstance(state, tuple) else {1: Dim.DYNAMIC}
+
+
+def sized(case, steps, batch):
+    return Case(**{**vars(case), "steps": steps, "batch": batch}).args(torch.float64)
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_program_runs_at_any_length(case):
+    model, program = exported(case)
+    assert len(loops(program)) == model.layer.num_layers * (1 + model.layer.bidirectional)
+    run = program.module()
+    for steps, batch in ((1, 4), (2, 1), (3, 4), (4, 2), (6, 4), (7, 4), (20, 4)):
+        args = sized(case, steps, batch)
+        assert_same(list(flat(run(*args))), list(flat(model(*args))))
+
+
+def test_strict_programs_too():
+    case = Case("LSTM", num_layers=2, bidirectional=True, state=True)
+    model, program = exported(case, strict=True)
+    for steps in (1, 8):
+        args = sized(case, steps, 4)
+        assert_same(list(flat(program.module()(*args))), list(flat(model(*args))))
+
+
+def test_the_size_of_a_program_depends_on_the_block_alone():
+    case = Case("GRU")
+    sizes = set()
+    for steps in (8, 80):
+        args = sized(case, steps, 2)
+        with torch.no_grad():
+            program = torch.export.export(unroll(Loop(case), plan=Plan(time=4)), args)
+        (loop,) = loops(program)
+        sizes.add((len(program.graph.nodes), len(getattr(program.graph_module, loop.args[0].target).graph.nodes)))
+    assert len(sizes) == 1
+
+
+COMPILED = Case("LSTM", num_layers=2, bidirectional=True)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch.compiler.reset()
+    model = Loop(COMPILED).eval()
+    yield model, torch.compile(unroll(model, plan=Plan(time=BLOCK)), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.compiler.reset()
+
+
+@settings(max_examples=12, deadline=None)
+@given(steps=st.integers(1, 40), batch=st.integers(2, 5))
+def test_compiled_modules_run_at_any_length(compiled, steps, batch):
+    model, ours = compiled
+    args = sized(COMPILED, steps, batch)
+    with torch.no_grad():
+        assert_same(list(flat(ours(*args))), list(flat(model(*args))))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7, 8])
+def test_a_known_number_of_steps_leaves_a_rest(steps):
+    torch.compiler.reset()
+    case = Case("GRU", bidirectional=True, state=True)
+    model, args = Loop(case), sized(case, steps, 2)
+    ours = torch.compile(unroll(model, plan=Plan(time=BLOCK)), fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        assert_same(list(flat(ours(*args))), list(flat(model(*args))))
+
+
+def test_training_in_blocks():
+    torch.compiler.reset()
+    case = Case("LSTM", bidirectional=True, state=True)
+    model = Loop(case)
+    ours = torch.compile(unroll(model, plan=Plan(time=BLOCK)), fullgraph=True, backend="aot_eager")
+    for steps in (8, 11):
+        found = []
+        for function in (ours, model):
+            args = [a.requires_grad_() for a in flat(sized(case, steps, 2))]
+            x, *state = args
+            loss = sum((t.sin() * (k + 1)).sum() for k, t in enumerate(flat(function(x, tuple(state)))))
+            found.append(torch.autograd.grad(loss, [*args, *model.parameters()]))
+        assert_same(list(found[0]), list(found[1]))
+
+
+@pytest.mark.heavy
+def test_inductor_compiles_a_block_once_for_all_lengths():
+    torch.compiler.reset()
+    model = nn.GRU(3, 5)
+    ours = torch.compile(unroll(model, plan=Plan(time=4)), fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for steps in (9, 50, 3, 500):
+            x = torch.randn(steps, 2, 3)
+            for a, b in zip(ours(x), model(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_of_the_library_takes_blocks():
+    torch.compiler.reset()
+    model = Loop(Case("RNN"))
+    x = torch.randn(10, 2, model.layer.input_size, dtype=torch.float64)
+    ours = compile(model, plan=Plan(time=4), backend="aot_eager")
+    assert_same(list(flat(ours(x))), list(flat(model(x))))
+
+
+def test_eager_modules_run_as_they_do():
+    case = Case("LSTM", num_layers=2, proj_size=2)
+    model, args = Loop(case), case.args(torch.float64)
+    assert_same(list(flat(unroll(model, plan=Plan(time=4))(*args))), list(flat(model(*args))))
+
+
+def test_graphs_have_no_loop():
+    model = nn.Sequential(nn.GRU(3, 5))
+    with pytest.raises(UnrollError, match="cannot run in blocks, time=4"):
+        unroll(trace(model), plan=Plan(time=4), steps=8)
+    program = torch.export.export(model, (torch.zeros(8, 2, 3),))
+    with pytest.raises(UnrollError, match="cannot run in blocks, time=4"):
+        unroll(program, plan="time=4")
+    with pytest.raises(UnrollError, match="cannot make blocks, time=4"):
+        decompositions("time=4")
