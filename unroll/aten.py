@@ -75,6 +75,11 @@ class Metadata:
             self.ours.add(id(value))
         return self.kinds[key]
 
+    def like(self, tensor: torch.Tensor) -> FakeTensor:
+        """The metadata of a tensor that is none of the graph's values so far."""
+        with self.mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)  # pyright: ignore[reportReturnType]
+
     def of(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The metadata of `target(*args, **kwargs)`, for nodes among the arguments."""
         if target is operator.getitem:
@@ -117,6 +122,8 @@ class AtenWriter(GraphWriter):
         node = super().node(op, target, args, kwargs, name)
         if isinstance(target, torch._ops.OpOverload) or (target is operator.getitem and "val" in args[0].meta):
             node.meta["val"] = self.metadata.of(target, args, kwargs or {})
+        elif op == "get_attr":
+            node.meta["val"] = self.metadata.like(operator.attrgetter(target)(self.graph.owning_module))
         return node
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -154,5 +161,6 @@ def writer_for(call: fx.Node, metadata: Metadata) -> Callable[[str, fx.Graph, Ma
     """The writer for the dialect that a call is written in."""
     described = all(isinstance(node.meta.get("val"), FakeTensor) for node in call.all_input_nodes)
     if described and isinstance(call.target, torch._ops.OpOverload):
+        metadata.mode = metadata.mode or call.all_input_nodes[0].meta["val"].fake_mode
         return lambda layer, graph, meta: AtenWriter(layer, graph, meta, metadata)
     return GraphWriter

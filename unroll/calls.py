@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +13,8 @@ from torch.nn.utils import parametrize, rnn
 
 from unroll import schedule
 from unroll.aliasing import is_written
+from unroll.frozen import Frozen
+from unroll.indexing import constant_index
 from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
@@ -54,6 +55,8 @@ class Call:
     packed = False
     mask: Any = None
     """Which rows have a step, `[T * B, 1]`, where they differ"""
+    frozen: Frozen | None = None
+    """Where weights are that were laid out before, named from the graph's module"""
 
     def __init__(self, node: fx.Node, writer: GraphWriter, known: Known, steps: Any) -> None:
         if self.plan.block and not self.recurrence.is_cell:
@@ -77,6 +80,13 @@ class Call:
     def weights(self) -> list[Value]:
         """The weights in torch's order."""
         raise NotImplementedError
+
+    def prepare(self) -> schedule.Layout:
+        """The weights as the steps want them."""
+        if self.frozen is not None:
+            return self.frozen.written(self)
+        weights = self.recurrence.weights(self.weights())
+        return schedule.prepare(self.recurrence, weights, self.plan, self.dtype, self.writer)
 
     def dropout(self) -> Callable[[Value], Value] | None:
         """What runs between layers."""
@@ -133,9 +143,7 @@ class Call:
                 state = None
             state = self.starts(input, state)
             if self.key not in prepared:
-                prepared[self.key] = schedule.prepare(
-                    recurrence, recurrence.weights(self.weights()), self.plan, self.dtype, writer
-                )
+                prepared[self.key] = self.prepare()
             result = schedule.run(
                 recurrence,
                 prepared[self.key],
@@ -201,7 +209,7 @@ class Call:
         """Give the users of `node` the results, through `getitem` chains of any depth."""
         for user in list(node.users):
             if isinstance(result, Returned):
-                index = _index(user, node, result.rank)
+                index = constant_index(user, node, result.rank)
                 whole = index == (slice(None),) * result.rank
                 part = result if whole else result.read(index) if index else None
                 if isinstance(part, Returned):
@@ -281,7 +289,8 @@ class ModuleCall(Call):
         self.name = self.key = str(node.target)
         self.layer = layer
         self.recurrence, self.plan = self.read_recurrence(), layer.plan
-        self.dtype = layer.all_weights[0][0].dtype
+        self.dtype = layer.like.dtype
+        self.frozen = layer.frozen and layer.frozen.under(self.name)
         problems = []
         given = vars(layer).keys() & {"forward", "__call__"}
         if given or parametrize.type_before_parametrizations(layer).forward not in PLAIN_FORWARDS:
@@ -379,40 +388,3 @@ def unknown_steps(steps: Any, names: Iterable[str]) -> list[Problem]:
 def _whole(result: Any) -> Any:
     """The nodes of a result, in its structure."""
     return result.whole.node if isinstance(result, Returned) else tuple(map(_whole, result))
-
-
-def _index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] | None:
-    """The index at which `user` reads `node`, an entry for each dimension, if it does and with constants."""
-    if not user.args or user.args[0] is not node or user.kwargs:
-        return None
-    index: Any
-    if user.target is operator.getitem:
-        index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
-        if index.count(...) == 1:
-            at = index.index(...)
-            index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
-    elif user.target in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
-        dim, *rest = user.args[1:] or (0,)
-        part = (
-            rest[0] if user.target is torch.ops.aten.select.int else slice(*(rest if len(rest) != 1 else (*rest, None)))
-        )
-        if not isinstance(dim, int):
-            return None
-        index = (slice(None),) * (dim % rank) + (part,)
-    else:
-        return None
-    parts = [
-        part
-        for entry in index
-        for part in ((entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,))
-    ]
-    if len(index) > rank or not all(part is None or type(part) is int for part in parts) or None in index:
-        return None
-    index += (slice(None),) * (rank - len(index))
-    return tuple(slice(None) if _is_full(entry) else entry for entry in index)
-
-
-def _is_full(entry: Any) -> bool:
-    return (
-        isinstance(entry, slice) and (entry.start or 0, entry.step or 1) == (0, 1) and (entry.stop or 0) >= sys.maxsize
-    )

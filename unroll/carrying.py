@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.recurrence import Problem, UnrollError
+from unroll.subclasses import assign_class
 
 States = tuple[Tensor, ...]
 """`(h,)` or `(h, c)`"""
@@ -124,13 +125,7 @@ def packed_problem(name: str) -> Problem:
 
 def carried(layer: Unrolled, name: str) -> Carry:
     """Let a layer keep its state between calls of its model."""
-    kind = carrying(parametrize.type_before_parametrizations(layer))
-    names = list(vars(layer)["_modules"]["parametrizations"]) if parametrize.is_parametrized(layer) else []
-    layer.__class__ = kind
-    if names:
-        parametrize._inject_new_class(layer)
-        for parameter in names:
-            parametrize._inject_property(layer, parameter)
+    assign_class(layer, carrying(parametrize.type_before_parametrizations(layer)))
     carry = Carry(name)
     object.__setattr__(layer, "carry", carry)
     return carry

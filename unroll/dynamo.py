@@ -138,8 +138,10 @@ def _permission(plan: Plan, where: Where) -> Iterator[None]:
 class _Borrowed:
     """A layer of torch's with what an `UnrolledLayer` has for packed sequences."""
 
-    _run = UnrolledLayer._run
+    _run, _layout = UnrolledLayer._run, UnrolledLayer._layout
+    frozen = None
 
     def __init__(self, layer: Any, plan: Plan) -> None:
         self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
         self.recurrence, self.all_weights = read_layer(layer), layer.all_weights
+        self.like = self.all_weights[0][0]

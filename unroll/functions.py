@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from unroll import schedule
 from unroll.calls import Call, Known, Returned
+from unroll.frozen import freeze_attributes
 from unroll.plan import Plan
 from unroll.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
 from unroll.values import GraphWriter, Value
@@ -90,6 +91,16 @@ class FunctionCall(Call):
 
     def weights(self) -> list[Value]:
         return [Value(self.writer, node=w) for w in self.given["params"] if w is not None]
+
+    def freeze(self) -> list[str]:
+        """Lay out the weights now, and return the names of attributes that may be needed no more.
+
+        Raises:
+            UnrollError: if the graph does not read them from attributes.
+        """
+        weights, module = [w for w in self.given["params"] if w is not None], self.node.graph.owning_module
+        self.frozen = freeze_attributes(module, self.name, self.recurrence, weights, self.plan)  # pyright: ignore[reportArgumentType]
+        return [*(str(w.target) for w in weights), *self.frozen.names]
 
     def dropout(self) -> Callable[[Value], Value] | None:
         if self.train is False:

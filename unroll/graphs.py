@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from unroll import trees
 from unroll.aten import Metadata, writer_for
 from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, is_packed, known_values, operands, unknown_steps
+from unroll.frozen import drop_unread
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.packed_calls import PackedModuleCall
@@ -87,12 +88,19 @@ class _Tracer(fx.Tracer):
 
 
 def unroll_graph(
-    module: fx.GraphModule, args: Any, *, where: Where, rules: Rules | None, plan: Plan | None, steps: Steps
+    module: fx.GraphModule,
+    args: Any,
+    *,
+    where: Where,
+    rules: Rules | None,
+    plan: Plan | None,
+    steps: Steps,
+    freeze: bool = False,
 ) -> fx.GraphModule:
     """A copy of the graph module with explicit gate operations in place of recurrent calls."""
     parts = graph_parts(module)
     functional = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
-    copied: Any = trees.replace(module, plan, where, rules, others=functional)
+    copied: Any = trees.replace(module, plan, where, rules, others=functional, freeze=freeze)
     run = _FakeRun(copied)
     known = run.of(args) if args is not None else {}
     found: list[tuple[fx.GraphModule, list[Call]]] = []
@@ -103,6 +111,8 @@ def unroll_graph(
             found.append((part, calls))
         except UnrollError as error:
             problems += error.problems
+    frozen, refused = _freeze(found) if freeze else ({}, [])
+    problems += refused
     modules = [node.target for node in copied.graph.find_nodes(op="call_module") if _is_unrolled(copied, node)]
     problems += unknown_steps(steps, [*functional, *modules])
     if run.problem and any("unknown" in problem.finding for problem in problems):
@@ -112,8 +122,26 @@ def unroll_graph(
     with many_objects():
         for part, calls in found:
             rewrite(part.graph, calls)
+            drop_unread(part, frozen.get(part, []))
             part.recompile()
     return copied
+
+
+def _freeze(found: list[tuple[fx.GraphModule, list[Call]]]) -> tuple[dict[fx.GraphModule, list[str]], list[Problem]]:
+    """Lay out the weights of calls; layers that are modules were frozen before.
+
+    Returns the names of attributes of each graph module that may be needed no more, and problems.
+    """
+    names: dict[fx.GraphModule, list[str]] = {}
+    problems: list[Problem] = []
+    for part, calls in found:
+        for call in calls:
+            try:
+                frozen = call.frozen.names if call.frozen else call.freeze() if isinstance(call, FunctionCall) else []
+                names.setdefault(part, []).extend(frozen)
+            except UnrollError as error:
+                problems += error.problems
+    return names, problems
 
 
 def _is_unrolled(module: fx.GraphModule, node: fx.Node) -> bool:

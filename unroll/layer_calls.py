@@ -121,7 +121,8 @@ class CallOfModule(LayerCall):
         if not r.is_cell:  # the steps, wherever they are, give way to the layers in front
             del lead[1 if r.batch_first and len(lead) == 2 else 0]
             lead.insert(0, r.passes)
-        weight = getattr(self.layer, r.weight_names[0][0])
+        layer = self.layer
+        weight = layer.like if isinstance(layer, Unrolled) else getattr(layer, r.weight_names[0][0])
         return weight.new_empty(_hints([*lead, r.state_sizes[k]]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll import loops, schedule
+from unroll.orders import Layout
 from unroll.packing import Sizes, original_order, sorted_state
 from unroll.plan import Plan
 from unroll.recurrence import (
@@ -26,6 +27,13 @@ from unroll.recurrence import (
     read_layer,
 )
 
+if TYPE_CHECKING:
+    from unroll.frozen import Frozen
+
+# What the weights of a layer were laid out for, besides their own names.
+SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
+SETTLED |= {"proj_size"}
+
 
 class Unrolled(nn.Module):
     """What stands where a recurrent layer stood: the same parameters and attributes, explicit steps.
@@ -36,19 +44,42 @@ class Unrolled(nn.Module):
     Attributes:
         plan: how the steps are laid out.
         place: the layer's name in the model, for messages.
+        frozen: where its weights are after `unroll(model, freeze=True)`; None for a layer with parameters.
     """
 
     plan: Plan
     place: str
     hidden_size: int
+    frozen: Frozen | None = None
 
     @property
     def recurrence(self) -> Recurrence:
         raise NotImplementedError
 
     @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and on the device of the weights."""
+        return self.all_weights[0][0] if self.frozen is None else getattr(self, self.frozen.first)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.frozen is not None and name in self._settled:
+            self._refuse_if_frozen(f"cannot be given another {name}")
+        super().__setattr__(name, value)
+
+    @property
+    def _settled(self) -> set[str]:
+        """Attributes that say what the weights of a frozen layer were laid out from."""
+        return SETTLED.union(*self.recurrence.weight_names)
+
+    def _refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
+        if self.frozen is not None:
+            mend = "use the model that unroll gives without freeze, and freeze that again"
+            raise UnrollError(Problem(self.place, f"is frozen and {finding}", mend))
+
+    @property
     def all_weights(self) -> list[list[Tensor]]:
         """The weights, a list for each layer and direction, in torch's order."""
+        self._refuse_if_frozen()
         names = self.recurrence.weight_names
         try:
             return [[getattr(self, name) for name in group] for group in names]
@@ -59,6 +90,7 @@ class Unrolled(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from torch's distribution for recurrent layers."""
+        self._refuse_if_frozen()
         bound = 1 / math.sqrt(self.hidden_size)
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
@@ -67,12 +99,21 @@ class Unrolled(nn.Module):
         """The form that `torch.jit.script` compiles; it asks for it by this name."""
         from unroll.scriptable import prepare
 
+        self._refuse_if_frozen("cannot be scripted")
         return prepare(self)
 
     def _trace(self, input: Any, hx: Any) -> Any:
         from unroll.scriptable import trace
 
         return trace(self, input, hx)
+
+    def _layout(self, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
+        """The weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
+        if self.frozen is not None:
+            return self.frozen.read(self, cast, dtype)
+        recurrence, weights = self.recurrence, [weight for group in self.all_weights for weight in group]
+        cast_weights = [weight.to(cast) for weight in weights] if cast else weights
+        return schedule.prepare(recurrence, recurrence.weights(cast_weights), self.plan, dtype)
 
     def _run(
         self,
@@ -85,26 +126,25 @@ class Unrolled(nn.Module):
     ) -> schedule.Result:
         """All steps over `rows`, `[T * B, F]`, of packed rows with their sizes."""
         recurrence = self.recurrence
-        flat = [weight for group in self.all_weights for weight in group]
         promoting = False
-        dtype = autocast_dtype(rows)
-        if dtype and rows.dtype in AUTOCAST:
-            flat = [weight.to(dtype) for weight in flat]
+        cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
+        if cast:
             promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
             if not promoting:
-                rows = rows.to(dtype)
-                state = state and tuple(s.to(dtype) for s in state)
+                rows = rows.to(cast)
+                state = state and tuple(s.to(cast) for s in state)
+        loop = None
+        if self.plan.block and loops.is_captured() and not (sizes or recurrence.is_cell):
+            loops.refuse_training(self.place, self.plan.block, [rows, *(state or ()), *self.parameters()])
+            loop = loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.
-        block = self.plan.block if loops.is_captured() and not (sizes or recurrence.is_cell) else None
-        steps = loops.captured_steps(steps) if block else steps
-        loop = loops.over_blocks(steps, block, padded.mask if padded else None) if block else None
         if state is None and (promoting or sizes or padded or loop or (steps == 1 and torch.is_grad_enabled())):
             state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
         drop = self.training and recurrence.dropout
         return schedule.run(
             recurrence,
-            schedule.prepare(recurrence, recurrence.weights(flat), self.plan, None if promoting else rows.dtype),
+            self._layout(cast, None if promoting else rows.dtype),
             rows,
             state,
             steps=steps,
@@ -162,6 +202,7 @@ class UnrolledLayer(Unrolled):
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
+        self._refuse_if_frozen()
         names = [name for group in self.recurrence.weight_names for name in group]
         for name, weight in zip(names, weights, strict=True):
             setattr(self, name, weight)
@@ -175,7 +216,7 @@ class UnrolledLayer(Unrolled):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         recurrence = self.recurrence
-        check_arguments(recurrence, self.place, input, hx, weight=self.all_weights[0][0])
+        check_arguments(recurrence, self.place, input, hx, weight=self.like)
         batched = input.dim() == 3
         steps = input.shape[1 if batched and recurrence.batch_first else 0]
         batch = input.shape[0 if recurrence.batch_first else 1] if batched else 1
@@ -189,7 +230,7 @@ class UnrolledLayer(Unrolled):
         padded: Any = input.batch_sizes if isinstance(input.batch_sizes, Sizes) else None
         sizes: Any = None if padded else input.batch_sizes.tolist()
         steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
-        check_arguments(recurrence, self.place, input.data, hx, weight=self.all_weights[0][0], rows=batch)
+        check_arguments(recurrence, self.place, input.data, hx, weight=self.like, rows=batch)
         result = self._run(input.data, sorted_state(input, hx), steps, batch, sizes, padded)
         states = original_order(input, schedule.joined_states(recurrence, result.finals))
         # Not `_replace`, which Dynamo gets wrong after a graph break.
@@ -224,7 +265,7 @@ class UnrolledCell(Unrolled):
         if _is_traced():
             return self._trace(input, hx)
         recurrence = self.recurrence
-        check_arguments(recurrence, self.place, input, hx, weight=self.weight_ih)
+        check_arguments(recurrence, self.place, input, hx, weight=self.like)
         batched = input.dim() == 2
         batch = input.shape[0] if batched else 1
         result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), 1, batch)

@@ -39,8 +39,7 @@ def prepare(
 
     With float16 or bfloat16 as `dtype`, gates and `c` are computed in float32.
     """
-    low = dtype in (torch.float16, torch.bfloat16)
-    precision = Precision(dtype, torch.float32) if low else None
+    precision = precision_of(dtype)
     passes = []
     for k, w in enumerate(weights):
         names.enter(scope(recurrence, k))
@@ -62,6 +61,11 @@ def prepare(
         stacks.append(stack([p._replace(inputs=()) for p in passes])._replace(inputs=inputs))
     widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.gates))
     return Layout(passes, stacks, widths)
+
+
+def precision_of(dtype: torch.dtype | None) -> Precision | None:
+    """The types for rows of `dtype`, where there are two."""
+    return Precision(dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else None
 
 
 def run(

@@ -68,7 +68,7 @@ class Streaming(nn.Module):
         """
         weights = {}
         for layer in self.layers:
-            weight = layer.all_weights[0][0]
+            weight = layer.like
             weights |= {name: weight for names in state_names(_carry(layer), layer) for name in names}
         return zeros({name: weights[name].new_empty(shape) for name, shape in self.example.items()}, batch)
 

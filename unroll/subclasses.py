@@ -89,6 +89,16 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
+def assign_class(layer: Any, kind: type) -> None:
+    """Give a layer a class, and on top of it the properties that its parametrizations need."""
+    names = list(layer.parametrizations) if parametrize.is_parametrized(layer) else []
+    layer.__class__ = kind
+    if names:
+        parametrize._inject_new_class(layer)
+        for name in names:
+            parametrize._inject_property(layer, name)
+
+
 @functools.cache
 def rebased(kind: type) -> type:
     """The class as it would be with `Unrolled` layers for bases in place of torch's."""

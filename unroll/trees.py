@@ -17,10 +17,11 @@ from torch.ao.nn.quantized.dynamic.modules import rnn
 from torch.nn.utils import parametrize
 
 from unroll.cells import CELLS
+from unroll.frozen import freeze_layer
 from unroll.modules import Unrolled, UnrolledCell
 from unroll.plan import Plan
 from unroll.recurrence import CELL_MODES, Problem, UnrollError
-from unroll.subclasses import counterpart
+from unroll.subclasses import assign_class, counterpart
 
 
 class Found(NamedTuple):
@@ -221,12 +222,19 @@ QUANTIZED = (quantized.LSTM, rnn.RNNBase, rnn.RNNCellBase)
 
 
 def replace(
-    root: nn.Module, plan: Plan | None, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()
+    root: nn.Module,
+    plan: Plan | None,
+    where: Where = None,
+    rules: Rules | None = None,
+    others: Iterable[str] = (),
+    *,
+    freeze: bool = False,
 ) -> nn.Module:
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
-    are `Unrolled` already keep their plan, unless `where` picks them or there are no others.
+    are `Unrolled` already keep their plan, unless `where` picks them or there are no others. With `freeze`, those that
+    `where` picks are frozen, and share no weight.
 
     Raises:
         UnrollError: with every layer that cannot be honoured, before anything is copied.
@@ -244,8 +252,12 @@ def replace(
                 if not isinstance(stand_in, nn.Module):
                     finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
                     raise UnrollError(Problem(names[0], finding, "return an nn.Module"))
-                memo[id(layer)] = replace(stand_in, plan, rules={k: rule for k, rule in rules.items() if k is not kind})
+                others_ruled = {k: rule for k, rule in rules.items() if k is not kind}
+                memo[id(layer)] = replace(stand_in, plan, rules=others_ruled, freeze=freeze)
             elif isinstance(layer, torch.jit.ScriptModule):
+                if freeze:
+                    finding = "is a ScriptModule, which unroll does not freeze"
+                    raise UnrollError(Problem(names[0], finding, "leave freeze out, and use torch.jit.freeze"))
                 from unroll.scripts import unroll_script
 
                 memo[id(layer)] = unroll_script(layer, plan=Plan.of(plan))
@@ -281,12 +293,30 @@ def replace(
         ) from error
     for name, module in copied.named_modules():
         asked = where is not None or not found
-        if plan is not None and asked and isinstance(module, Unrolled) and chooses(where, [name], module):
+        if plan is None or not asked or not isinstance(module, Unrolled) or module.plan == plan:
+            continue
+        if chooses(where, [name], module):
             module.plan = plan
     left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
     if left:
         raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))
+    if freeze:
+        unrolled = [
+            value for name, value in reach(copied) if isinstance(value, Unrolled) and chooses(where, [name], value)
+        ]
+        _freeze([*(shell for _, _, shell in shells), *unrolled])
     return copied
+
+
+def _freeze(layers: Iterable[Unrolled]) -> None:
+    problems: list[Problem] = []
+    for layer in layers:
+        try:
+            freeze_layer(layer)
+        except UnrollError as error:
+            problems += error.problems
+    if problems:
+        raise UnrollError(*dict.fromkeys(problems))
 
 
 def _captures_layer(value: Any) -> bool:
@@ -337,7 +367,4 @@ def _furnish(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]
         raise UnrollError(
             Problem(shell.place, f"has the unknown mode {shell.recurrence.mode}", f"the modes are {known}")
         )
-    if parametrize.is_parametrized(layer):
-        parametrize._inject_new_class(shell)
-        for parameter in vars(layer)["_modules"]["parametrizations"]:
-            parametrize._inject_property(shell, parameter)
+    assign_class(shell, type(shell))

@@ -25,6 +25,7 @@ def unroll(
     rules: Rules | None = None,
     plan: Plan | str | None = None,
     steps: Steps = None,
+    freeze: bool = False,
 ) -> Any:
     """Replace the recurrent layers of a model by explicit unrolled operations.
 
@@ -47,6 +48,9 @@ def unroll(
             there are no others.
         steps: for a graph, the number of time steps, for all layers or by layer name. An ONNX model that leaves
             it open, and a ScriptModule, need none: their steps then run in a loop.
+        freeze: for inference with a module or graph module: whether weights are laid out for the steps once, now,
+            and held as buffers that nothing else shares, in place of the layers' parameters and parametrizations.
+            Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
@@ -64,19 +68,22 @@ def unroll(
     plan = plan if plan is None else Plan.of(plan)
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
+        _refuse_freeze(freeze, "an ONNX model", "leave freeze out: constants are always folded there")
         return _onnx(model, where, plan, steps)
     if isinstance(model, ExportedProgram):
         _refuse("an ExportedProgram, which has them in its metadata", args=args, steps=steps)
         _refuse("an ExportedProgram, which has no modules any more", rules=rules)
+        _refuse_freeze(freeze, "an ExportedProgram", "export what unroll(module, freeze=True) returns")
         return programs.unroll_program(model, where=where, plan=Plan.of(plan))
     if isinstance(model, fx.GraphModule):
-        return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps)
+        return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps, freeze=freeze)
     if isinstance(model, torch.jit.ScriptModule):
         _refuse("a ScriptModule, which has no Python classes any more", rules=rules)
+        _refuse_freeze(freeze, "a ScriptModule", "leave freeze out, and use torch.jit.freeze")
         return scripts.unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
-        return trees.replace(model, plan, where, rules)
+        return trees.replace(model, plan, where, rules, freeze=freeze)
     kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
 
@@ -86,6 +93,11 @@ def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
     from unroll.onnx.models import unroll_model
 
     return unroll_model(model, where=where, plan=plan, steps=steps)
+
+
+def _refuse_freeze(freeze: bool, what: str, mend: str) -> None:
+    if freeze:
+        raise UnrollError(Problem("unroll(freeze=True)", f"was given for {what}", mend))
 
 
 def _refuse(what: str, **given: Any) -> None:
