@@ -18,6 +18,7 @@ from unroll.indexing import constant_index
 from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
+from unroll.sweeps import Pieces
 from unroll.values import GraphWriter, Value
 
 Steps = int | Mapping[str, int] | None
@@ -246,7 +247,7 @@ class Call:
         if step is None:
             whole = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
         else:
-            whole = schedule.joined_rows([schedule.Outputs.of_pieces([output.at(step)]) for output in outputs])
+            whole = schedule.joined_rows([Pieces([output.at(step)]) for output in outputs])
             if not self.batched:
                 whole = torch.reshape(whole, (len(outputs) * self.recurrence.output_size,))
         rank = 1 + self.batched + (step is None)

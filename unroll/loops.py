@@ -6,17 +6,21 @@ which version. Its body is compiled once, whatever the number of steps.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 
 from unroll.cells import State
 from unroll.sweeps import Step, masked, sweep
+
+
+GRADIENTS = TorchVersion(torch.__version__) >= "2.15"
+"""Whether Inductor makes right gradients of the loop"""
 
 
 def is_captured() -> bool:
@@ -24,12 +28,19 @@ def is_captured() -> bool:
     return torch.compiler.is_compiling()
 
 
-def captured_steps(steps: Any) -> Any:
-    """The number of steps for a loop, made a plain number where Inductor cannot take a symbolic one: in training.
+def is_trained(place: str, tensors: Iterable[Any]) -> bool:
+    """Whether `torch.compile` is to take gradients through a loop where Inductor makes wrong ones, in silence.
 
-    A compiled model then runs at any length too, but is compiled anew for each.
+    Dynamo then stops with the reason, or without `fullgraph` goes on, and the steps are to be written one by one.
     """
-    return operator.index(steps) if torch.is_grad_enabled() and not torch.compiler.is_exporting() else steps
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if not wanted or GRADIENTS or torch.compiler.is_exporting():
+        return False
+    torch._dynamo.graph_break(
+        f"unroll: {place} would be trained in blocks by torch.compile, whose gradients of a loop are wrong before PyTorch 2.15; "
+        "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
+    )
+    return True
 
 
 def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tuple[Tensor, State]]:

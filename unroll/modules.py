@@ -135,8 +135,8 @@ class Unrolled(nn.Module):
                 state = state and tuple(s.to(cast) for s in state)
         loop = None
         if self.plan.block and loops.is_captured() and not (sizes or recurrence.is_cell):
-            loops.refuse_training(self.place, self.plan.block, [rows, *(state or ()), *self.parameters()])
-            loop = loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
+            trained = loops.is_trained(self.place, [rows, *(state or ()), *self.parameters()])
+            loop = None if trained else loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.
         if state is None and (promoting or sizes or padded or loop or (steps == 1 and torch.is_grad_enabled())):

@@ -9,7 +9,7 @@ import torch
 
 from unroll.cells import Prepared, State, Value
 from unroll.recurrence import Recurrence
-from unroll.sweeps import Names, Outputs, Step, divided, joined, masked, sweep
+from unroll.sweeps import Names, Outputs, Pieces, Rows, Step, divided, joined, masked, sweep
 
 
 class Layout(NamedTuple):
@@ -62,11 +62,11 @@ class Orders(NamedTuple):
         if whole:
             xs: Any = tuple(self.names(x, "x") for x in projected)
             put_out, final = over(step, xs, start, reverse=reverse)
-            return Outputs.of_rows(put_out, self.steps, recurrence.output_size), final
+            return Rows(put_out, self.steps, recurrence.output_size), final
         pieces = zip(*(divided(x, self.steps, sizes) for x in projected), strict=True)
         xs = [tuple(self.names(x, f"t{t}.x") for x in parts) for t, parts in enumerate(pieces)]
         put_out, final = over(step, xs, start, reverse=reverse)
-        return Outputs.of_pieces(put_out), final
+        return Pieces(put_out), final
 
     def both_directions(self, layer: int, rows: Value, starts: Sequence[State]) -> tuple[list[Outputs], list[State]]:
         """A bidirectional layer in T steps: step `s` is step `s` forwards and step `T - 1 - s` backwards, stacked."""
@@ -88,15 +88,7 @@ class Orders(NamedTuple):
         start = tuple(None if parts[0] is None else torch.stack(list(parts)) for parts in zip(*starts, strict=True))
         hs, final = sweep(self.step(f"l{layer}.stacked", weights, masks), list(zip(*pieces, strict=True)), start)
         whole = torch.reshape(joined(hs), (steps, 2, -1, size))
-
-        def direction(side: int) -> Outputs:
-            def rows() -> Value:
-                mine = torch.select(whole, 1, side)
-                return torch.reshape(torch.flip(mine, [0]) if side else mine, (-1, size))
-
-            return Outputs(steps, lambda t: torch.select(hs[steps - 1 - t if side else t], 0, side), rows)
-
-        return [direction(0), direction(1)], _unstacked(final, 2)
+        return [_Side(hs, whole, side, size) for side in (0, 1)], _unstacked(final, 2)
 
     def wavefront(
         self, rows: Value, starts: Sequence[State], dropout: Callable[[Value], Value] | None
@@ -150,7 +142,9 @@ class Orders(NamedTuple):
                 layers[layer] = self.step(here, passes[layer], self.masks)(t, x, before[layer])
             if w >= count - 1:
                 outputs[w - count + 1] = layers[-1][0]
-        return [self._last_layer(outputs, core, begin - count + 1)], layers
+        if not core:
+            return [Pieces(outputs)], layers
+        return [_LastLayer(outputs, core, begin - count + 1, count, recurrence.output_size)], layers
 
     def _kept(
         self, projected: Value, width: int, dropout: Callable[[Value], Value] | None
@@ -165,22 +159,36 @@ class Orders(NamedTuple):
         like = torch.split(projected, [size, width - size], 1)[0] if width > size else projected
         return [divided(dropout(torch.ones_like(like)), self.steps) for _ in range(1, self.recurrence.num_layers)]
 
-    def _last_layer(self, outputs: list[Value], core: list[Value], begin: int) -> Outputs:
-        """What the last layer put out: by itself in the first and last steps, and from step `begin` on in the stack."""
-        if not core:
-            return Outputs.of_pieces(outputs)
-        size, last = self.recurrence.output_size, self.recurrence.num_layers - 1
 
-        def rows() -> Value:
-            stacked = torch.reshape(joined(core), (len(core), last + 1, -1, size))
-            middle = torch.reshape(torch.select(stacked, 1, last), (-1, size))
-            return torch.cat([*outputs[:begin], middle, *outputs[begin + len(core) :]])
+class _Side(Outputs):
+    """One of two stacked directions."""
 
-        def at(t: int) -> Value:
-            inside = begin <= t < begin + len(core)
-            return torch.select(core[t - begin], 0, last) if inside else outputs[t]
+    def __init__(self, hs: Sequence[Value], whole: Value, side: int, size: int) -> None:
+        self.hs, self.whole, self.side, self.size, self.steps = hs, whole, side, size, len(hs)
 
-        return Outputs(self.steps, at, rows)
+    def at(self, t: int) -> Value:
+        return torch.select(self.hs[self.steps - 1 - t if self.side else t], 0, self.side)
+
+    def rows(self) -> Value:
+        mine = torch.select(self.whole, 1, self.side)
+        return torch.reshape(torch.flip(mine, [0]) if self.side else mine, (-1, self.size))
+
+
+class _LastLayer(Outputs):
+    """What the last layer put out: by itself in the first and last steps, and from step `begin` on in the stack."""
+
+    def __init__(self, alone: list[Value], stacked: list[Value], begin: int, count: int, size: int) -> None:
+        self.alone, self.stacked, self.begin, self.count, self.size = alone, stacked, begin, count, size
+        self.steps, self.end = len(alone), begin + len(stacked)
+
+    def at(self, t: int) -> Value:
+        inside = self.begin <= t < self.end
+        return torch.select(self.stacked[t - self.begin], 0, self.count - 1) if inside else self.alone[t]
+
+    def rows(self) -> Value:
+        stacked = torch.reshape(joined(self.stacked), (len(self.stacked), self.count, -1, self.size))
+        middle = torch.reshape(torch.select(stacked, 1, self.count - 1), (-1, self.size))
+        return torch.cat([*self.alone[: self.begin], middle, *self.alone[self.end :]])
 
 
 def _unstacked(state: State, count: int) -> list[State]:

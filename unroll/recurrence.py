@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from unroll.cells import CELLS, ONNX_CELLS, Cell, Value, Weights
 
@@ -230,7 +231,8 @@ def check_arguments(
     time, batch = (1, 0) if recurrence.batch_first else (0, 1)
     if known and rows is None and not recurrence.is_cell:
         length = shape[time if batched else 0]
-        expect(length > 0, "input", f"has no time steps, {list(shape)}", "give a sequence of at least one step")
+        some = not has_static_value(length) or length > 0  # Dynamo cannot branch on a symbolic length everywhere
+        expect(some, "input", f"has no time steps, {list(shape)}", "give a sequence of at least one step")
 
     checked = [("input", input)]
     if state is not None:

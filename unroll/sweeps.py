@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -44,26 +42,45 @@ def joined(pieces: Sequence[Value]) -> Value:
     return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]
 
 
-@dataclass(frozen=True)
 class Outputs:
     """What the steps of one direction put out. It is put together when it is asked for."""
 
     steps: Any
     """How many: T"""
-    at: Callable[[int], Value]
-    """`h` after step `t`, `[B, P]`"""
-    rows: Callable[[], Value]
-    """`h` after every step, `[T * B, P]`"""
 
-    @staticmethod
-    def of_pieces(pieces: Sequence[Value]) -> Outputs:
-        """From `h` of each step."""
-        return Outputs(len(pieces), pieces.__getitem__, partial(joined, pieces))
+    def at(self, t: int) -> Value:
+        """`h` after step `t`, `[B, P]`"""
+        raise NotImplementedError
 
-    @staticmethod
-    def of_rows(rows: Value, steps: Any, size: int) -> Outputs:
-        """From `h` of all steps, of `size` features."""
-        return Outputs(steps, lambda t: torch.select(torch.reshape(rows, (steps, -1, size)), 0, t), lambda: rows)
+    def rows(self) -> Value:
+        """`h` after every step, `[T * B, P]`"""
+        raise NotImplementedError
+
+
+class Pieces(Outputs):
+    """From `h` of each step."""
+
+    def __init__(self, pieces: Sequence[Value]) -> None:
+        self.pieces, self.steps = pieces, len(pieces)
+
+    def at(self, t: int) -> Value:
+        return self.pieces[t]
+
+    def rows(self) -> Value:
+        return joined(self.pieces)
+
+
+class Rows(Outputs):
+    """From `h` of all steps at once, of `size` features."""
+
+    def __init__(self, rows: Value, steps: Any, size: int) -> None:
+        self.whole, self.steps, self.size = rows, steps, size
+
+    def at(self, t: int) -> Value:
+        return torch.select(torch.reshape(self.whole, (self.steps, -1, self.size)), 0, t)
+
+    def rows(self) -> Value:
+        return self.whole
 
 
 def sweep(step: Step, xs: Sequence[Any], state: State, *, reverse: bool = False) -> tuple[list[Value], State]:

@@ -15,6 +15,7 @@ from unroll.onnx import loops
 from unroll.onnx.values import OnnxWriter
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
+from unroll.sweeps import Rows
 
 Steps = int | Mapping[str, int] | None
 """The number of time steps, for all layers or by the node's name."""
@@ -161,7 +162,7 @@ class Site:
         if padding is not None and self.zeros_past_end:
             size = recurrence.output_size
             shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
-            result = result._replace(outputs=[schedule.Outputs.of_rows(rows, self.steps, size) for rows in shown])
+            result = result._replace(outputs=[Rows(rows, self.steps, size) for rows in shown])
         return self.results(writer, result, lead)
 
     def _lead(self, writer: OnnxWriter, x: Value) -> tuple[Value, Value]:
