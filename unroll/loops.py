@@ -16,11 +16,10 @@ from torch.nn import functional
 from torch.torch_version import TorchVersion
 
 from unroll.cells import State
+from unroll.recurrence import Problem, UnrollError
 from unroll.sweeps import Step, masked, sweep
 
-
-GRADIENTS = TorchVersion(torch.__version__) >= "2.15"
-"""Whether Inductor makes right gradients of the loop"""
+VERSION = TorchVersion(torch.__version__)
 
 
 def is_captured() -> bool:
@@ -29,15 +28,24 @@ def is_captured() -> bool:
 
 
 def is_trained(place: str, tensors: Iterable[Any]) -> bool:
-    """Whether `torch.compile` is to take gradients through a loop where Inductor makes wrong ones, in silence.
+    """Whether gradients are to go through a loop where they would be wrong, in silence: compiled, before PyTorch 2.15.
 
     Dynamo then stops with the reason, or without `fullgraph` goes on, and the steps are to be written one by one.
+
+    Raises:
+        UnrollError: before PyTorch 2.13, where an exported program's gradients would be wrong.
     """
-    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-    if not wanted or GRADIENTS or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return False
+    if torch.compiler.is_exporting():
+        if VERSION < "2.13":
+            finding = f"would be exported in blocks with gradients, which are wrong in PyTorch {VERSION}"
+            raise UnrollError(Problem(place, finding, "export under torch.no_grad() and do not train the program"))
+        return False
+    if VERSION >= "2.15":
         return False
     torch._dynamo.graph_break(
-        f"unroll: {place} would be trained in blocks by torch.compile, whose gradients of a loop are wrong before PyTorch 2.15; "
+        f"unroll: {place} would be trained in blocks by torch.compile, where PyTorch before 2.15 makes wrong gradients; "
         "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
     )
     return True
