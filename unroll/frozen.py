@@ -172,10 +172,10 @@ def freeze_attributes(
             problems.append(Problem(place, f"takes its weight {node.name} as an input of the graph", MEND))
         elif node.op != "get_attr":
             problems.append(Problem(place, f"takes its weight {node.name} from other operations of the graph", MEND))
-        elif is_written(node):
+        elif any(is_written(n) for n in module.graph.find_nodes(op="get_attr") if n.target == node.target):
             problems.append(Problem(place, f"has the weight {node.target}, to which the graph writes", MEND))
     if problems:
-        raise UnrollError(*problems)
+        raise UnrollError(*dict.fromkeys(problems))
 
     def keep(name: str, tensor: Tensor) -> str:
         name = f"frozen_{place}_{name}".replace(".", "_")
