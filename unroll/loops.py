@@ -45,7 +45,7 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     if VERSION >= "2.15":
         return False
     torch._dynamo.graph_break(
-        f"unroll: {place} would be trained in blocks by torch.compile, where PyTorch before 2.15 makes wrong gradients; "
+        f"unroll: {place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong; "
         "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
     )
     return True
