@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test bench bench-gpu plots format clean
+.PHONY: setup demo test test-gpu bench bench-gpu plots format clean
 
 setup: .venv/ready
 
@@ -23,6 +23,11 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+# With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
+# no GPU. A plugin of pytest that pyproject.toml configures may be missing.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -rs --durations=10 -W ignore::pytest.PytestConfigWarning tests/gpu
 
 # What unrolled layers are to reach, and what they reach here: about half an hour, on a machine that does nothing else.
 bench: setup

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,7 +41,7 @@ def test_no_example_is_left_out():
         "two_layers",
         "speech_encoder",
     }
-    names |= {"voice_activity"}
+    names |= {"voice_activity", "tensorrt_from_export", "tensorrt_from_onnx"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
 
@@ -128,6 +129,33 @@ def test_voice_activity():
         difference, error, offline, factor = map(float, figures)
         assert difference < 1e-4 and error <= 2 * offline + 1e-6
         assert 0 < factor < 1, "slower than the audio"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("example", "target"), [("tensorrt_from_export", "torch_tensorrt"), ("tensorrt_from_onnx", "tensorrt")]
+)
+def test_what_tensorrt_is_given(example, target):
+    """The part that needs no GPU: programs and files in every type, all of it in the target's table."""
+    printed = run(example, "--prepare")
+    assert len(re.findall(rf"^{target}: \d+ nodes, all offered$", printed, re.MULTILINE)) == 3
+    if target == "torch_tensorrt":
+        assert printed.count("  ok\n") == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("example", "package"), [("tensorrt_from_export", "torch_tensorrt"), ("tensorrt_from_onnx", "tensorrt")]
+)
+def test_tensorrt(example, package):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: pip install torch-unroll[tensorrt]")
+    printed = run(example)
+    assert printed.count("unrolled engine") == 9
+    assert printed.count("  ok\n") >= 9
 
 
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((EXAMPLES.parent / "docs").glob("*.md")))]
