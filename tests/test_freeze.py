@@ -7,11 +7,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from tests.cases import CHOSEN, PACKED, PLANS, Case, flat
-from tests.checks import assert_equal, gradients, problems
+from tests.checks import assert_equal, assert_same, gradients, problems
 from unroll import Plan, Unrolled, UnrollError, streaming, trace, unroll
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -295,6 +296,30 @@ def test_graph_of_functions(case, plan):
     assert all("val" in node.meta for node in frozen.graph.find_nodes(op="get_attr"))
     program = torch.export.export(frozen, args)
     assert_equal(program.module()(*args), frozen(*args))
+
+
+def test_graph_of_a_function_on_packed_rows():
+    weights = [w.detach() for w in nn.GRU(3, 5, bidirectional=True, dtype=F64).parameters()]
+    packed = pack_sequence([torch.randn(n, 3, dtype=F64) for n in (5, 3, 1)])
+    args = packed.data, packed.batch_sizes, torch.randn(2, 3, 5, dtype=F64)
+
+    def model(data, sizes, state):
+        return torch.gru(data, sizes, state, weights, True, 1, 0.0, False, True)
+
+    graph = make_fx(model, tracing_mode="real", pre_dispatch=True)(*args)
+    unfrozen, frozen = (unroll(graph, freeze=freeze) for freeze in (False, True))
+    assert_equal(frozen(*args), unfrozen(*args))
+    assert not {name for name, _ in frozen.named_buffers()} & {name for name, _ in unfrozen.named_buffers()}
+
+
+def test_blocks_in_a_loop():
+    torch._dynamo.reset()
+    unfrozen, frozen = both(Case("GRU", bidirectional=True), plan=Plan(time=2))
+    compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for steps in (4, 9):
+            x = torch.randn(steps, 3, 6, dtype=F64)
+            assert_same(compiled(x), unfrozen(x))
 
 
 @pytest.mark.parametrize("functional", [False, True])
