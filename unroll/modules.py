@@ -62,14 +62,9 @@ class Unrolled(nn.Module):
         return self.all_weights[0][0] if self.frozen is None else getattr(self, self.frozen.first)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.frozen is not None and name in self._settled:
+        if self.frozen is not None and name in SETTLED.union(*self.recurrence.weight_names):
             self._refuse_if_frozen(f"cannot be given another {name}")
         super().__setattr__(name, value)
-
-    @property
-    def _settled(self) -> set[str]:
-        """Attributes that say what the weights of a frozen layer were laid out from."""
-        return SETTLED.union(*self.recurrence.weight_names)
 
     def _refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
         if self.frozen is not None:

@@ -173,7 +173,7 @@ class Scriptable(Unrolled):
 
     # TorchScript reads types here, and no strings; it infers those of everything but an empty list.
     __annotations__ = {"_state_lead": list[int]}
-    __jit_unused_properties__ = ("all_weights", "recurrence", "_flat_weights")
+    __jit_unused_properties__ = ("all_weights", "like", "recurrence", "_flat_weights")
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("_kernel", "_kernel_weights", "_kernel_rank", "_batch_axis", "_state_lead", "_state_sizes")
