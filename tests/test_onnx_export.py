@@ -351,7 +351,7 @@ def test_refusals(tmp_path):
         ({"output_names": ["y", "y2", "y3"]}, r"output_names=.*does not fit"),
         ({"where": "nothing"}, "names no recurrent layer"),
         ({"output_names": "y"}, "output_names='y': is a single string; give a list of names"),
-        ({"plan": "split"}, "plan='split': is a str; give a Plan"),
+        ({"plan": "split"}, "plan='split': is no plan; give default, .*, or fields and values"),
         ({"kwargs": {"other": 1}}, "cannot be captured by torch.export"),
     ]
     for options, message in refused:

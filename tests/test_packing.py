@@ -228,10 +228,32 @@ def test_nothing_is_left_changed():
     assert changed() == before
 
 
+class Applied(nn.Module):
+    """A function as a module, for exporters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def exported(function, *args, **options):
+    with packing():
+        return torch.export.export(function if isinstance(function, nn.Module) else Applied(function), args, **options)
+
+
 def test_layers_of_torch_are_refused():
     model = made("LSTM, sorted")
-    with packing(), pytest.raises(UnrollError, match=r"LSTM: is given a packed sequence .* export or compile unroll"):
-        model(model.input(), EXAMPLE)
+    with pytest.raises(UnrollError, match=r"LSTM: is given a packed sequence .* export or compile unroll"):
+        exported(model, model.input(), EXAMPLE)
+
+
+def test_models_run_eagerly_meanwhile():
+    model = made("LSTM, sorted")
+    with packing():
+        assert_same(unroll(model)(model.input(), EXAMPLE), model(model.input(), EXAMPLE))
 
 
 @pytest.mark.parametrize(
@@ -243,13 +265,17 @@ def test_layers_of_torch_are_refused():
     ],
 )
 def test_shapes_that_torch_refuses(x, lengths, message):
-    with packing(), pytest.raises(UnrollError, match=message):
-        pack_padded_sequence(torch.zeros(x), torch.tensor(lengths, dtype=torch.int64))
+    def pack(x, lengths):
+        return pad_packed_sequence(pack_padded_sequence(x, lengths), total_length=5)[0]
+
+    x, lengths = torch.zeros(x), torch.tensor(lengths, dtype=torch.int64)
+    with pytest.raises(UnrollError, match=message):
+        exported(pack, x, lengths)
     with pytest.raises(RuntimeError):
-        pack_padded_sequence(torch.zeros(x), torch.tensor(lengths, dtype=torch.int64))
+        pack(x, lengths)
 
 
 def test_sequences_packed_outside_are_refused_inside():
     packed = pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 2]))
-    with packing(), pytest.raises(UnrollError, match=r"packed outside of unroll\.packing"):
-        pad_packed_sequence(packed)
+    with pytest.raises(UnrollError, match=r"packed outside of unroll\.packing"):
+        exported(lambda x: x + pad_packed_sequence(packed)[0], torch.zeros(5, 2, 3))

@@ -219,7 +219,7 @@ class _FakeRun(fx.Interpreter):
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
         fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), args)
         try:
-            with mode, keeping_rows(refuse_layer):
+            with mode, keeping_rows(refuse_layer, always=True):
                 self.run(*fakes)
         except UnrollError as error:  # without what the interpreter adds to the text
             raise UnrollError(*error.problems) from None

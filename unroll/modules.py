@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll import loops, schedule
 from unroll.orders import Layout
 from unroll.packing import Sizes, original_order, sorted_state
+from unroll.padded_rows import released, watched
 from unroll.plan import Plan
 from unroll.recurrence import (
     AUTOCAST,
@@ -225,12 +226,15 @@ class UnrolledLayer(Unrolled):
         padded: Any = input.batch_sizes if isinstance(input.batch_sizes, Sizes) else None
         sizes: Any = None if padded else input.batch_sizes.tolist()
         steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
-        check_arguments(recurrence, self.place, input.data, hx, weight=self.like, rows=batch)
-        result = self._run(input.data, sorted_state(input, hx), steps, batch, sizes, padded)
+        data = released(input.data) if padded else input.data
+        check_arguments(recurrence, self.place, data, hx, weight=self.like, rows=batch)
+        result = self._run(data, sorted_state(input, hx), steps, batch, sizes, padded)
         states = original_order(input, schedule.joined_states(recurrence, result.finals))
+        rows = _own(schedule.joined_rows(result.outputs), steps)
+        if padded:
+            rows, _ = watched(rows), watched(data)
         # Not `_replace`, which Dynamo gets wrong after a graph break.
-        output = PackedSequence(_own(schedule.joined_rows(result.outputs), steps), *input[1:])
-        return output, _untuple([_own(state) for state in states])
+        return PackedSequence(rows, *input[1:]), _untuple([_own(state) for state in states])
 
 
 class UnrolledCell(Unrolled):

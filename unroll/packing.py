@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
+from unroll.padded_rows import released, watched, watching, watching_graphs
 from unroll.recurrence import LAYERS, Problem, UnrollError
 
 PLACE = "pack_padded_sequence"
@@ -76,10 +77,12 @@ OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
 class _Functions:
     """Stands in for `torch._VF`, from which `torch.nn.utils.rnn` takes what packs and pads."""
 
-    def __init__(self, check: Check) -> None:
-        self.check = check
+    def __init__(self, original: Any, check: Check, *, always: bool) -> None:
+        self.original, self.check, self.always = original, check, always
 
-    def _pack_padded_sequence(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Sizes]:
+    def _pack_padded_sequence(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Any]:
+        if not (self.always or torch.compiler.is_compiling()):
+            return self.original._pack_padded_sequence(input, lengths, batch_first)
         input = input.transpose(0, 1) if batch_first else input
         steps, count, *features = input.shape
         problems = []
@@ -100,41 +103,43 @@ class _Functions:
         falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
         lengths = self.check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
-        data = input.reshape(-1, *features).clone(
-            memory_format=torch.contiguous_format
-        )  # memory of its own, as torch's
-        return data, Sizes(lengths, steps, count, mask)
+        data = input.reshape(-1, *features).clone(memory_format=torch.contiguous_format)  # its own memory, as torch's
+        return watched(data), Sizes(lengths, steps, count, mask)
 
     def _pad_packed_sequence(
-        self, data: Tensor, sizes: Sizes, batch_first: bool, padding_value: float, total_length: Any
+        self, data: Tensor, sizes: Any, batch_first: bool, padding_value: float, total_length: Any
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(sizes, Sizes):
+            if not (self.always or torch.compiler.is_compiling()):
+                return self.original._pad_packed_sequence(data, sizes, batch_first, padding_value, total_length)
             finding = "is given a sequence that was packed outside of unroll.packing()"
             raise UnrollError(Problem("pad_packed_sequence", finding, "pack it inside"))
         steps, lengths = sizes.steps, sizes.lengths
         features = data.shape[1:]
         mask = sizes.mask.reshape(-1, *[1] * len(features))
-        padded = torch.where(mask, data, padding_value).unflatten(0, (steps, sizes.count))
+        result = torch.where(mask, released(data), padding_value).unflatten(0, (steps, sizes.count))
+        watched(data)
         if total_length is LONGEST:
             longest = lengths.max().item()
             torch._check(longest >= 1)
             torch._check(longest <= steps)
-            padded = padded[:longest]
+            result = result[:longest]
         elif not statically_known_true(total_length == steps):
             message = f"pad_packed_sequence: total_length={total_length} is less than the longest length"
             lengths = self.check(lengths, lengths <= total_length, message)
             room = [0, 0] * (len(features) + 1) + [0, total_length - steps]
-            padded = functional.pad(padded, room, value=padding_value)
-        return padded.transpose(0, 1) if batch_first else padded, lengths
+            result = functional.pad(result, room, value=padding_value)
+        return result.transpose(0, 1) if batch_first else result, lengths
 
 
 @contextmanager
-def keeping_rows(on_layer: OnLayer, check: Check = _stopped) -> Iterator[None]:
-    """While this lasts, sequences are packed with all their rows.
+def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, always: bool = False) -> Iterator[None]:
+    """While this lasts, sequences are packed with all their rows where a graph is made.
 
     Args:
         on_layer: runs torch's own layers on them.
         check: stops a graph that is given bad lengths.
+        always: whether they are elsewhere too.
     """
 
     def replaced(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,7 +150,7 @@ def keeping_rows(on_layer: OnLayer, check: Check = _stopped) -> Iterator[None]:
 
     home: Any = rnn
     before, forwards = home._VF, [(kind, kind.forward) for kind in LAYERS]
-    home._VF = _Functions(check)
+    home._VF = _Functions(before, check, always=always)
     try:
         for kind, forward in forwards:
             kind.forward = replaced(forward)
@@ -169,9 +174,10 @@ def packing() -> Iterator[None]:
     While it lasts, `pack_padded_sequence` keeps the padding and the lengths, `Unrolled` layers leave the state of a
     row alone in the steps after its end, and `pad_packed_sequence` writes the padding anew; the results are the same.
     T, the padded length, is fixed; lengths and their longest may be any. Lengths that torch refuses stop the graph
-    when it runs. `packed.data` holds rows of padding too, which nothing tells apart: what a model does with it must
-    treat each row by itself (a linear layer, dropout, a norm over features; not a mean over rows, nor batch norm in
-    training). What `torch.compile` returned must be called inside too: outside, Dynamo would compile it anew.
+    when it runs. `packed.data` holds rows of padding too: what a model does with it must treat each row by itself (a
+    linear layer, dropout, a norm over features; not a mean over rows, nor batch norm in training). All else raises
+    while the graph is made, and so does returning such rows. The number of rows, `packed.data.shape[0]`, is T * B
+    then, which nothing watches. What `torch.compile` returned must be called inside too: outside, Dynamo would compile it anew.
     Torch's functions are changed meanwhile for all threads.
 
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
@@ -192,15 +198,17 @@ def packing() -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
-    with tracing_packing(), keeping_rows(refuse_layer):
+    with tracing_packing(), keeping_rows(refuse_layer), watching():
         yield
 
 
-def tracing_packing() -> Any:
+@contextmanager
+def tracing_packing() -> Iterator[None]:
     """Lets Dynamo read torch's functions of packing, which it otherwise leaves out, and the longest of some lengths."""
     from torch._dynamo import config
 
-    return config.patch(dont_skip_tracing=True, capture_scalar_outputs=True)
+    with config.patch(dont_skip_tracing=True, capture_scalar_outputs=True), watching_graphs():
+        yield
 
 
 def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +218,9 @@ def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
     torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
     if is_padded(packed):
         torch._assert(found == steps, f"sequences must be padded to {steps} time steps, as unrolled for")
-        return packed.data, sizes.mask
+        rows = released(packed.data).view_as(packed.data)  # while what the model itself does with the data is watched
+        watched(packed.data)
+        return rows, sizes.mask
     mask = _mask(packed, steps)
     rows = packed.data.new_zeros(len(mask), *packed.data.shape[1:])
     return rows.index_copy(0, mask.nonzero()[:, 0], packed.data), mask
@@ -218,7 +228,7 @@ def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
 
 def gathered(packed: PackedSequence, rows: Tensor, steps: int) -> PackedSequence:
     """The same packing around what has become of its rows."""
-    data = rows if is_padded(packed) else rows.index_select(0, _mask(packed, steps).nonzero()[:, 0])
+    data = watched(rows) if is_padded(packed) else rows.index_select(0, _mask(packed, steps).nonzero()[:, 0])
     return PackedSequence(data, *packed[1:])
 
 

@@ -23,6 +23,7 @@ from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
 from unroll.modules import UnrolledCell, UnrolledLayer
 from unroll.onnx.sites import DOMAIN, LAYER
 from unroll.packing import Sizes, keeping_rows, original_order, sorted_state, stopped_by_index
+from unroll.padded_rows import released, watched, watching
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.trees import Rules, Where
@@ -95,7 +96,7 @@ def _captured(
     if rules is not None or not every:
         model = trees.replace(model, Plan(), where, rules)
     try:
-        with _layers_as_nodes(every), keeping_rows(_on_packed, stopped_by_index):
+        with _layers_as_nodes(every), keeping_rows(_on_packed, stopped_by_index), watching():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
@@ -217,15 +218,18 @@ def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSeque
         raise UnrollError(Problem(place, "is given a sequence that was packed elsewhere", mend))
     recurrence = replace(read_layer(layer), batch_first=False)
     weights = [weight for group in layer.all_weights for weight in group]
-    check_arguments(recurrence, place, packed.data, hx, weight=weights[0], rows=sizes.count)
-    state = sorted_state(packed, hx)
-    rows = packed.data.unflatten(0, (sizes.steps, sizes.count))
+    data = released(packed.data)
+    check_arguments(recurrence, place, data, hx, weight=weights[0], rows=sizes.count)
+    state: Any = sorted_state(packed, hx)
+    state = state[0] if state and recurrence.mode != "LSTM" else state
+    rows = data.unflatten(0, (sizes.steps, sizes.count))
+    watched(data)
     named = isinstance(layer, UnrolledLayer)
     output, *states = _node(
         recurrence, place, rows, state, weights, training=layer.training, named=named, lengths=sizes.lengths
     )
     states = original_order(packed, states)
-    return PackedSequence(output, *packed[1:]), states[0] if len(states) == 1 else tuple(states)
+    return PackedSequence(watched(output), *packed[1:]), states[0] if len(states) == 1 else tuple(states)
 
 
 def _node(
