@@ -229,7 +229,9 @@ def test_autocast_to_the_frozen_type(promoting):
     kind = nn.GRU if promoting else nn.LSTM
     layer, x = kind(3, 5).bfloat16(), torch.randn(4, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(unroll(layer, freeze=True)(x), unroll(layer)(x))
+        frozen = unroll(layer, freeze=True)
+        assert_equal(frozen(x), unroll(layer)(x))
+        assert "was frozen in torch.bfloat16, and now runs in torch.float32" in problems(frozen.float(), x)[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -70,7 +70,8 @@ class Frozen(NamedTuple):
         Raises:
             UnrollError: for another dtype than that of the parameters: biases were added up in that one.
         """
-        found = cast or layer.like.dtype
+        held = layer.like.dtype
+        found = cast if cast and held == self.dtype else held
         if found != self.dtype:
             finding = f"was frozen in {self.dtype}, and now runs in {found}"
             mend = f"convert what is not frozen by .to({found}), and freeze that; autocast needs layers that are not"
