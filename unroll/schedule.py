@@ -54,7 +54,7 @@ def prepare(
     if plan.directions == "stacked" and recurrence.bidirectional:
         for layer in range(recurrence.num_layers):
             names.enter(f"l{layer}.stacked")
-            stacks.append(stack(passes[2 * layer : 2 * layer + 2]))
+            stacks.append(stack([p._replace(inputs=()) for p in passes[2 * layer : 2 * layer + 2]]))
     elif plan.layers == "wavefront" and not recurrence.bidirectional and recurrence.num_layers > 1:
         names.enter("stacked")
         inputs = stack(passes[1:]).inputs  # the first layer has other features, and its input is known before the steps
