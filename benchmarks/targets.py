@@ -42,8 +42,9 @@ def entry(contender: str, plan: str = "") -> Entry:
     return Entry(contender, plan, Plan.of(plan or "default"))
 
 
-PAIRED, NATIVE, STOCK = entry("onnx-unrolled", "gates=paired"), entry("onnx"), entry("onnx-decomposed")
-EAGER, COMPILED, ALLOWED = entry("eager"), entry("unrolled-compile", "default"), entry("compile-allow-rnn")
+PAIRED, NATIVE, STOCK = entry("onnx-unrolled", "onnxruntime"), entry("onnx"), entry("onnx-decomposed")
+EAGER, COMPILED, ALLOWED = entry("eager"), entry("unrolled-compile", "inductor"), entry("compile-allow-rnn")
+IN_BLOCKS = entry("unrolled-compile", "time=16")
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,18 @@ def targets() -> list[Target]:
     ]
     found += [
         Target("Inductor against eager nn.LSTM, B=1", layer("LSTM", 64, 128, 1), COMPILED, EAGER, 1.2),
+    ]
+    found += [
         Target(
-            "compile time against allow_rnn, GRU", layer("GRU", 64, 128, 1, 64), COMPILED, ALLOWED, 0.5, "first_call"
-        ),
-        Target(
-            "compile time against allow_rnn, LSTM", layer("LSTM", 64, 128, 1, 64), COMPILED, ALLOWED, 0.5, "first_call"
-        ),
+            f"compile time {form}against allow_rnn, {kind}",
+            layer(kind, 64, 128, 1, 64),
+            ours,
+            ALLOWED,
+            0.5,
+            "first_call",
+        )
+        for kind in ("GRU", "LSTM")
+        for form, ours in (("", COMPILED), ("in blocks of 16 ", IN_BLOCKS))
     ]
     return found
 
