@@ -135,7 +135,8 @@ class Unrolled(nn.Module):
             loop = None if trained else loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.
-        if state is None and (promoting or sizes or padded or loop or (steps == 1 and torch.is_grad_enabled())):
+        looped = loop is not None  # what Dynamo can tell of a function in every version
+        if state is None and (promoting or sizes or padded or looped or (steps == 1 and torch.is_grad_enabled())):
             state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
         drop = self.training and recurrence.dropout
         return schedule.run(

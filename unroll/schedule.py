@@ -100,14 +100,15 @@ def run(
     """
     names.enter("state")
     starts = _starts(recurrence, layout.passes, state)
-    masks = None if mask is None or loop else divided(mask, steps)
-    stacks = [] if sizes or loop else layout.stacks
+    looped = loop is not None
+    masks = None if mask is None or looped else divided(mask, steps)
+    stacks = [] if sizes or looped else layout.stacks
     here = Orders(recurrence, layout, steps, names, masks)
     if stacks and not recurrence.bidirectional:
         outputs, finals = here.wavefront(rows, starts, dropout)
     else:
         outputs, finals = [], []
-        over = loop or (partial(sweep_packed, sizes=sizes) if sizes else sweep)
+        over = loop if loop is not None else partial(sweep_packed, sizes=sizes) if sizes else sweep
         for layer in range(recurrence.num_layers):
             if layer:
                 names.enter(f"l{layer}")
@@ -117,7 +118,7 @@ def run(
                 outputs, states = here.both_directions(layer, rows, starts[2 * layer : 2 * layer + 2])
             else:
                 passes = range(len(finals), len(finals) + len(recurrence.directions))
-                swept = [here.one_direction(k, rows, starts[k], over, sizes, whole=loop is not None) for k in passes]
+                swept = [here.one_direction(k, rows, starts[k], over, sizes, whole=looped) for k in passes]
                 outputs, states = [list(parts) for parts in zip(*swept, strict=True)]
             finals += states
     narrowed = [(h, *(layout.passes[0].narrow(c) for c in rest)) for h, *rest in finals]
