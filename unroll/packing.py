@@ -23,14 +23,8 @@ from unroll.recurrence import LAYERS, Problem, UnrollError
 PLACE = "pack_padded_sequence"
 
 
-class _Longest:
-    """The number of steps of the longest row, which only the running graph knows. No number is smaller, or larger."""
-
-    def __gt__(self, other: Any) -> bool:
-        return False
-
-
-LONGEST = _Longest()
+LONGEST = -(2**40)
+"""Stands for the number of steps of the longest row, which only the running graph knows. No total length is smaller."""
 
 
 class Sizes:
@@ -119,7 +113,7 @@ class _Functions:
         mask = sizes.mask.reshape(-1, *[1] * len(features))
         result = torch.where(mask, released(data), padding_value).unflatten(0, (steps, sizes.count))
         watched(data)
-        if total_length is LONGEST:
+        if total_length == LONGEST:
             longest = lengths.max().item()
             torch._check(longest >= 1)
             torch._check(longest <= steps)
@@ -173,14 +167,21 @@ def packing() -> Iterator[None]:
 
     While it lasts, `pack_padded_sequence` keeps the padding and the lengths, `Unrolled` layers leave the state of a
     row alone in the steps after its end, and `pad_packed_sequence` writes the padding anew; the results are the same.
-    T, the padded length, is fixed; lengths and their longest may be any. Lengths that torch refuses stop the graph
-    when it runs. `packed.data` holds rows of padding too: what a model does with it must treat each row by itself (a
-    linear layer, dropout, a norm over features; not a mean over rows, nor batch norm in training). All else raises
-    while the graph is made, and so does returning such rows. The number of rows, `packed.data.shape[0]`, is T * B
-    then, which nothing watches. What `torch.compile` returned must be called inside too: outside, Dynamo would compile it anew.
-    Torch's functions are changed meanwhile for all threads.
+    T, the padded length, is fixed unless the plan has blocks; lengths and their longest may be any. Lengths that torch
+    refuses stop the graph when it runs. A list of lengths that is read from a tensor needs `strict=False`.
+
+    `packed.data` holds rows of padding too: what a model does with it must treat each row by itself (a linear layer,
+    dropout, a norm over features; not a mean over rows, nor batch norm in training). All else is refused while the
+    graph is made, and so is returning such rows. Nothing watches the number of rows, `packed.data.shape[0]`, which is
+    T * B then, nor what goes around torch's functions, such as a C++ extension.
+
+    Models that run eagerly meanwhile pack as ever. What `torch.compile` returned must be called inside too: outside,
+    Dynamo would compile it anew. Torch's functions are changed meanwhile for all threads.
 
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
+
+    Raises:
+        UnrollError: for work that may mix rows. From a compiled model it is the cause of Dynamo's error.
 
     Example:
         >>> class Encoder(nn.Module):

@@ -54,6 +54,10 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # a loop, which torch.export has Dynamo read by itself
+            return func(*args, **kwargs)
+        if func is torch.as_tensor and isinstance(args[0], (list, tuple)) and _any_symbolic(args[0]):
+            return torch.stack([torch.scalar_tensor(value, **kwargs) for value in args[0]])  # lengths.tolist()
         if not _any_padded((*args, *kwargs.values())):
             return func(*args, **kwargs)
         seen, seen_kwargs = pytree.tree_map_only(Tensor, lambda t: Seen(t.shape, t in _PADDED), (args, kwargs))
@@ -65,6 +69,10 @@ class Watch(TorchFunctionMode):
             if isinstance(tensor, Tensor) and name not in NEW:
                 watched(tensor)
         return result
+
+
+def _any_symbolic(values: Any) -> bool:
+    return any(isinstance(value, torch.SymInt) for value in values)
 
 
 def _any_padded(values: Any) -> bool:

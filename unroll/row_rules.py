@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-ELEMENTWISE = set(
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
+
+ELEMENTWISE = _names(
     """
     abs acos acosh add addcdiv addcmul alpha_dropout and asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or
     bitwise_xor bool ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos cosh cpu cuda detach div
@@ -25,20 +30,20 @@ ELEMENTWISE = set(
     remainder requires_grad rrelu round rsqrt rsub selu sgn sigmoid sign silu sin sinh softplus softshrink softsign
     sqrt square sub subtract tan tanh tanhshrink threshold to to_copy true_divide truediv trunc type_as where xlogy
     xor zero zeros_like bfloat16 rmul radd rtruediv rpow rfloordiv rmod rand ror rxor rdiv iadd isub imul itruediv
-    ifloordiv imod ipow iand ior ixor idiv data requires_grad_
-    """.split()
+    ifloordiv imod ipow iand ior ixor idiv data
+    """
 )
 """With scalars, with each other, and with tensors that have no rows"""
 
-READS = set(
+READS = _names(
     """
     size shape dim ndim ndimension dtype device layout is_floating_point is_complex is_contiguous is_cuda is_cpu
     is_meta is_sparse is_quantized is_leaf is_nested numel nelement len stride get_device element_size itemsize nbytes
-    type grad_fn grad names output_nr sym_size sym_stride sym_numel is_same_size is_inference is_conj is_neg version hash
-    """.split()
+    type grad_fn grad names output_nr sym_size sym_stride sym_numel is_same_size is_inference is_conj is_neg version
+    hash
+    """
 )
 """What they return is no tensor"""
-
 
 NEW = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 """What they return is like their argument in dtype and device alone, and has none of its rows"""
@@ -60,8 +65,10 @@ class Along(NamedTuple):
 
 DIMENSIONS = {
     **dict.fromkeys(
-        "softmax log_softmax softmin sum mean prod amax amin argmax argmin max min var std logsumexp cumsum cumprod "
-        "all any narrow select squeeze select_copy nansum median var_mean std_mean count_nonzero".split(),
+        _names(
+            "softmax log_softmax softmin sum mean prod amax amin argmax argmin max min var std logsumexp cumsum "
+            "cumprod all any narrow select squeeze select_copy nansum median var_mean std_mean count_nonzero"
+        ),
         Along(1),
     ),
     **dict.fromkeys(["sort", "argsort", "glu"], Along(1, default=-1)),
@@ -126,6 +133,8 @@ def _keeps_rows(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
         return False
     if name in READS or name in NEW:
         return True
+    if name == "where" and len(args) + len(kwargs) == 1:  # the indices of what is true
+        return False
     if name in ELEMENTWISE or (name in ("max", "min") and len(tensors) > 1):
         return _broadcast(tensors)
     if name in INPUT_FIRST:
@@ -134,8 +143,10 @@ def _keeps_rows(name: str, args: list[Any], kwargs: dict[str, Any]) -> bool:
         return _along(DIMENSIONS[name], args, kwargs, tensors)
     if name in FORMS and tensors[0].padded and len(tensors) == 1:
         return FORMS[name](list(tensors[0].shape), args[1:], kwargs)
-    if name in ("getitem", "setitem"):
-        return args[0].padded and _index(args[0], args[1]) and (name == "getitem" or _broadcast([args[0], *tensors]))
+    if name == "getitem":
+        return args[0].padded and _index(args[0], args[1])
+    if name == "setitem":
+        return args[0].padded and _index(args[0], args[1]) and _fits(args[2], args[0], args[1])
     return False
 
 
@@ -245,6 +256,14 @@ def _index(rows: Seen, index: Any) -> bool:
         return False
     lists = [part for part in taken if not isinstance(part, (int, slice))]
     return not lists or (len(lists) == 1 and not any(isinstance(p, int) for p in taken) and not _any_padded(lists))
+
+
+def _fits(value: Any, rows: Seen, index: Any) -> bool:
+    """Whether a value for indexed rows is of the same rows, or has none."""
+    if not isinstance(value, Seen) or not value.shape:
+        return True
+    parts = list(index) if isinstance(index, tuple) else [index]
+    return value.padded and len(value.shape) == len(rows.shape) - sum(isinstance(p, int) for p in parts)
 
 
 def _any_padded(parts: list[Any]) -> bool:
