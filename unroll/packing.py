@@ -181,7 +181,7 @@ def packing() -> Iterator[None]:
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
 
     Raises:
-        UnrollError: for work that may mix rows. From a compiled model it is the cause of Dynamo's error.
+        UnrollError: for work that may mix rows. From a compiled model it is told by Dynamo's error.
 
     Example:
         >>> class Encoder(nn.Module):
