@@ -109,18 +109,23 @@ def _compile_allow_rnn(task: Task, plan: Plan, folder: Path) -> Built:
     return _compiled(task, task.model)
 
 
+def _unrolled(task: Task, plan: Plan) -> Any:
+    """The model unrolled; for inference with its weights laid out once."""
+    return unroll(task.model, plan=plan, freeze=not task.subject.backward)
+
+
 def _unrolled_compile(task: Task, plan: Plan, folder: Path) -> Built:
-    return _compiled(task, unroll(task.model, plan=plan))
+    return _compiled(task, _unrolled(task, plan), fullgraph=True)
 
 
 def _unrolled_cpp(task: Task, plan: Plan, folder: Path) -> Built:
-    return _compiled(task, unroll(task.model, plan=plan), options={"cpp_wrapper": True})
+    return _compiled(task, _unrolled(task, plan), fullgraph=True, options={"cpp_wrapper": True})
 
 
 def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
     from torch._dynamo.utils import counters
 
-    built = _compiled(task, unroll(task.model, plan=plan), mode="reduce-overhead")
+    built = _compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead")
 
     def checked() -> Any:
         torch.compiler.cudagraph_mark_step_begin()
