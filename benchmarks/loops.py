@@ -168,9 +168,9 @@ def main() -> None:
             result = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
         found[name] = {"result": result, "seconds": round(time.perf_counter() - begin, 1)}
         print(f"{name:40} {result}", flush=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[torch.__version__.partition("+")[0]] = {"machine": machine(), "trials": found}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[torch.__version__.partition("+")[0]] = {"machine": machine(), "trials": found}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
