@@ -336,7 +336,7 @@ def test_rows_packed_outside_of_the_model_are_refused(tmp_path):
         def forward(self, data):
             return self.rnn(packed._replace(data=data))[0].data
 
-    with pytest.raises(UnrollError, match="is called on packed rows|cannot be captured"):
+    with pytest.raises(UnrollError, match=r"is called on packed rows|cannot be captured"):
         export_onnx(Takes().eval(), packed.data, tmp_path / "m.onnx")
     with pytest.raises(UnrollError, match="is given a sequence that was packed elsewhere"):
         export_onnx(unroll.unroll(Takes()).eval(), packed.data, tmp_path / "m.onnx")

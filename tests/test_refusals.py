@@ -76,7 +76,7 @@ def test_a_plan_reaches_layers_that_are_unrolled_already():
 @pytest.mark.parametrize("function", [unroll, library.compile, library.decompositions])
 def test_a_plan_is_a_plan(function):
     args = () if function is library.decompositions else (gru(),)
-    with pytest.raises(UnrollError, match="plan='split': is no plan; give default, .*, or fields and values"):
+    with pytest.raises(UnrollError, match=r"plan='split': is no plan; give default, .*, or fields and values"):
         function(*args, plan="split")
 
 
