@@ -13,9 +13,8 @@ from unroll import trace, unroll
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # which would have to be there
-    with torch.no_grad():
+def fake():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # which would have to be there
         yield FakeTensorMode(allow_non_fake_inputs=False, shape_env=ShapeEnv())
 
 

@@ -106,11 +106,16 @@ def _read(text: str) -> Plan:
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers}
 
+# What speaks for each row; figures are ratios in benchmarks/results/targets.json, findings those of docs/contracts.md.
 PRESETS = {
     "default": Plan(),
+    # ONNX Runtime runs a product and the activation after it as one node, if that is applied to all of the product.
     "onnxruntime": Plan(gates="paired"),
+    # Inductor makes one fused kernel of what follows a product, so that the fewest products are the fastest.
     "inductor": Plan(gates="merged"),
+    # The fewest nodes a step. Not timed: no TensorRT was to be had. Its operator table has all that this writes.
     "tensorrt": Plan(gates="merged"),
+    # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
     "npu": Plan(gates="split"),
 }
 """Plans for targets, by the target's name"""
