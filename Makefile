@@ -37,14 +37,15 @@ bench: setup
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
-SWEEPS := $(addprefix benchmarks/results/sweep-,lstm.json gru.json)
+LENGTHS := benchmarks/results/blocks.json
 
-plots: setup $(SWEEPS)
-	$(BIN)/python -m unroll.bench.plots $(SWEEPS) --to benchmarks/results
+plots: setup $(LENGTHS)
+	$(BIN)/python -m unroll.bench.plots $(LENGTHS) --to benchmarks/results
 
-# A few minutes for each combination of sizes.
-$(SWEEPS): benchmarks/results/sweep-%.json:
-	$(BIN)/python -m unroll bench --kind $* --steps 8,32,128,512 --batch 1,16 --save $@
+# About ten minutes.
+$(LENGTHS):
+	$(BIN)/python -m unroll bench --kind lstm --steps 64,256,1024 --contenders eager,unrolled-compile \
+		--plan default --plan time=16 --limit 200 --rounds 6 --save $@
 
 format: setup
 	$(BIN)/ruff check --fix .
