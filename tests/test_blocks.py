@@ -65,6 +65,24 @@ def test_a_program_runs_at_any_length(case):
         assert_same(list(flat(run(*args))), list(flat(model(*args))))
 
 
+def test_named_sizes():
+    model = nn.Sequential(nn.GRU(3, 7, batch_first=True))
+    sizes = {"input": {0: Dim("batch", min=2), 1: Dim("time", min=1)}}
+    with torch.no_grad():
+        program = torch.export.export(
+            unroll(model, plan="time=4"), (torch.randn(5, 9, 3),), dynamic_shapes=sizes, strict=False
+        )
+        for steps in (1, 10):
+            x = torch.randn(3, steps, 3)
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_autocast_that_changes_the_state_is_refused():
+    model = unroll(nn.Sequential(nn.RNN(3, 4)), plan="time=4")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.raises(UnrollError, match="under autocast"):
+        torch.export.export(model, (torch.randn(9, 2, 3),))
+
+
 def test_strict_programs_too():
     case = Case("LSTM", num_layers=2, bidirectional=True, state=True)
     model, program = exported(case, strict=True)

@@ -755,3 +755,12 @@ def test_what_torchscript_would_compile_otherwise_is_refused():
         torch.jit.script(unroll(model_of(case)))
     traced = torch.jit.trace(unroll(Flipped(3, 5)), (torch.ones(4, 2, 3),))
     assert_unrolled(traced)
+
+
+@pytest.mark.parametrize("given", ["steps", "loop"])
+def test_a_wavefront_runs_again_with_gradients(given):
+    model, x = nn.LSTM(3, 4, 2), torch.randn(7, 2, 3)
+    steps = {"steps": 7} if given == "steps" else {}
+    ours = unroll(torch.jit.script(nn.Sequential(model)), plan="layers=wavefront", **steps)
+    for _ in range(3):
+        torch.testing.assert_close(ours(x)[0], model(x)[0])

@@ -342,3 +342,16 @@ def test_a_model_without_recurrent_layers_is_copied():
 def test_each_part_keeps_its_plan():
     model = unroll(unroll(Named(), where="decoder", plan=Plan(gates="split")), plan=Plan(gates="paired"))
     assert (model.decoder.plan.gates, model.encoder.rnn.plan.gates) == ("split", "paired")
+
+
+def test_a_plan_reaches_layers_wherever_they_are():
+    class Scattered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.GRU(3, 4)
+            self.second = self.first
+            self.hidden = [nn.GRU(3, 4)]
+
+    unrolled = unroll(Scattered())
+    assert unroll(unrolled, where="second", plan="gates=split").second.plan.gates == "split"
+    assert unroll(unrolled, plan="gates=split").hidden[0].plan.gates == "split"

@@ -100,7 +100,9 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
         padded = [functional.pad(p, (0, 0, 0, 0, 0, blocks * block - steps)) for p in pieces]
         padded.append(torch.arange(blocks * block, device=xs[0].device))
         rows, state = _scan(run, padded, state, block, blocks, reverse=reverse)
-        return rows.index_select(0, torch.arange(steps, device=rows.device)).flatten(0, 1), state  # no bound to prove
+        # Neither a slice, whose bound torch would have to prove, nor a view, whose strides would keep the batch open.
+        rows = rows.index_select(0, torch.arange(steps, device=rows.device)).flatten(0, 1)
+        return rows.clone(memory_format=torch.contiguous_format), state
 
     return loop
 
@@ -112,6 +114,6 @@ def _scan(
     from torch._higher_order_ops import scan
 
     xs = [piece.reshape(blocks, block, *piece.shape[1:]) for piece in pieces]
-    state = tuple(s.contiguous() for s in state)
+    state = tuple(s.clone(memory_format=torch.contiguous_format) for s in state)  # without a look at its strides
     state, rows = scan(run, state, xs, reverse=reverse)
     return rows.flatten(0, 1), state

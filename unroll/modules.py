@@ -131,7 +131,11 @@ class Unrolled(nn.Module):
                 state = state and tuple(s.to(cast) for s in state)
         loop = None
         if self.plan.block and loops.is_captured() and not (sizes or recurrence.is_cell):
-            trained = loops.is_trained(self.place, [rows, *(state or ()), *self.parameters()])
+            if promoting:
+                finding = "runs in blocks under autocast, where the type of its state changes after the first step"
+                raise UnrollError(Problem(self.place, finding, "convert the model, or leave Plan(time='explicit')"))
+            weights = [] if self.frozen is not None else [w for group in self.all_weights for w in group]
+            trained = loops.is_trained(self.place, [rows, *(state or ()), *weights])
             loop = None if trained else loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
         # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
         # steps, or where the only step has to give the weights that meet them a gradient.

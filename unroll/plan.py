@@ -29,7 +29,8 @@ class Plan:
             itself, for a graph whose size does not depend on the number of steps, which may stay open. An eager
             module runs its steps one by one in either case.
 
-    In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer.
+    In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
+    TorchScript layer follows layer.
 
     Example:
         >>> Plan(gates="paired")
@@ -95,12 +96,12 @@ def _read(text: str) -> Plan:
     given: dict[str, Any] = {}
     for part in text.split(","):
         field, equals, value = part.partition("=")
-        if not equals or field not in known:
+        if not equals or field not in known or field in given:
             mend = (
                 f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"
             )
             raise UnrollError(Problem(f"plan={text!r}", "is no plan", mend))
-        given[field] = int(value) if value.isdigit() else value
+        given[field] = int(value) if value.isdecimal() else value
     return Plan(**given)
 
 

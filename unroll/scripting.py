@@ -10,6 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -193,6 +194,7 @@ class ScriptWriter(Writer):
         for s, size in zip(state, recurrence.state_sizes, strict=True):
             self.run(compiled(check_state), s, [*lead, batch, size], place)
         looping = not recurrence.is_cell and (steps is None or plan.block is not None)
+        plan = replace(plan, layers="sequential")  # TorchScript's own differentiation fails on a wavefront
         prepared: Any = schedule.prepare(recurrence, recurrence.weights(weights), plan, dtype, self)
         prepared = pytree.tree_map_only(Tensor, self.constant, prepared)
         rows = input if sizes is not None else schedule.flat_rows(recurrence, input)

@@ -291,7 +291,7 @@ def replace(
         raise UnrollError(
             Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
         ) from error
-    for name, module in copied.named_modules():
+    for name, module in (*copied.named_modules(remove_duplicate=False), *reach(copied)):
         asked = where is not None or not found
         if plan is None or not asked or not isinstance(module, Unrolled) or module.plan == plan:
             continue
