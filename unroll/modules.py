@@ -101,6 +101,7 @@ class Unrolled(nn.Module):
     def _trace(self, input: Any, hx: Any) -> Any:
         from unroll.scriptable import trace
 
+        self._refuse_if_frozen("cannot be traced by torch.jit.trace")
         return trace(self, input, hx)
 
     def _layout(self, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
