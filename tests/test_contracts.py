@@ -343,13 +343,6 @@ def test_decomposed_operators_count_as_what_they_become():
 # How it is told
 
 
-def test_the_documentation_shows_what_is_printed(capsys):
-    text = (Path(__file__).parents[1] / "docs" / "contracts.md").read_text()
-    code, _, printed = text.split("```")[1:4]
-    exec(code.removeprefix("python"), {})
-    assert capsys.readouterr().out.strip() == printed.strip()
-
-
 def test_the_verdict_in_every_form():
     model = onnx_model(*[("Det", ["x"], [f"y{k}"], {}) for k in range(5)], inputs={"x": [3, 3]}, outputs=["y0", "y4"])
     verdict = check(model, target="tensorrt")
