@@ -67,6 +67,12 @@ class Unrolled(nn.Module):
             self._refuse_if_frozen(f"cannot be given another {name}")
         super().__setattr__(name, value)
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace reads all that is listed; what a frozen layer has no more would answer before forward does.
+        return [
+            name for name in super().__dir__() if self.frozen is None or name not in ("all_weights", "_flat_weights")
+        ]
+
     def _refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
         if self.frozen is not None:
             mend = "use the model that unroll gives without freeze, and freeze that again"
