@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import unroll as library
 from tests.cases import DROPOUT, PACKED, Case
+from tests.checks import assert_same
 from unroll import Plan, UnrollError, compare
 from unroll.functions import form_of
 
@@ -135,3 +138,33 @@ def test_packed_sequences_break_the_graph_and_agree():
     model = case.model(F64)
     compiled = library.compile(model, backend=Seen(), fullgraph=False)
     compare(model, compiled, case.tensors(F64)).check()
+
+
+def _kernels(model: nn.Module, *args: torch.Tensor) -> int:
+    """How many kernels Inductor compiles for a model on a CPU."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(library.compile(model), *args)
+        assert_same(result, model(*args), 1e-5)
+    return code.count("async_compile.cpp")
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, library.unroll], ids=["by the backend", "module"])
+def test_no_step_of_a_gru_has_a_kernel_of_its_own(prepare):
+    model = prepare(nn.GRU(3, 4))
+    few, more = (_kernels(model, torch.randn(steps, 2, 3)) for steps in (5, 9))
+    assert 0 < more <= few
+
+
+def test_no_step_of_packed_rows_has_a_kernel_of_its_own():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4)
+
+        def forward(self, x, lengths):
+            packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return pad_packed_sequence(self.lstm(packed)[0], total_length=len(x))[0]
+
+    few, more = (_kernels(Packed(), torch.randn(steps, 2, 3), torch.tensor([steps, 3])) for steps in (5, 9))
+    assert 0 < more <= few + 1

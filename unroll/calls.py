@@ -18,7 +18,7 @@ from unroll.indexing import constant_index
 from unroll.modules import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError
-from unroll.sweeps import Pieces
+from unroll.sweeps import Pieces, divided
 from unroll.values import GraphWriter, Value
 
 Steps = int | Mapping[str, int] | None
@@ -121,12 +121,15 @@ class Call:
             raise UnrollError(Problem(name, f"steps={found!r}", "give a whole number from 1 upwards"))
         return found
 
-    def write(self, prepared: dict[Any, schedule.Layout], *, asserts: bool = True) -> None:
+    def write(
+        self, prepared: dict[Any, schedule.Layout], *, asserts: bool = True, divide: schedule.Divide = divided
+    ) -> None:
         """Put explicit operations before the node and hand its results to those that read it.
 
         Args:
             prepared: weights that earlier calls laid out, by `key`; this call adds its own.
             asserts: whether the graph itself must refuse other shapes.
+            divide: as for `schedule.run`.
         """
         node, writer, recurrence = self.node, self.writer, self.recurrence
         with node.graph.inserting_before(node):
@@ -153,6 +156,7 @@ class Call:
                 steps=self.steps,
                 mask=self.mask,
                 dropout=self.dropout() if recurrence.dropout and recurrence.num_layers > 1 else None,
+                divide=divide,
                 names=writer,
             )
             writer.enter("results")

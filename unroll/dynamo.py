@@ -16,6 +16,7 @@ from unroll.modules import UnrolledLayer
 from unroll.packing import keeping_rows, tracing_packing
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, read_layer
+from unroll.sweeps import divided, separated
 from unroll.trees import Where, is_recurrent, replace, unknown_names
 from unroll.values import many_objects
 
@@ -53,9 +54,11 @@ def unroll_backend(
     plan, where = Plan.of(given.get("plan")), given.get("where")
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
+    on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
+    divide = separated if on_cpu else divided
     with many_objects():
         for part, calls in found:
-            rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
+            rewrite(part.graph, calls, asserts=False, divide=divide)  # Dynamo guards every shape
             part.recompile()
     following = lookup_backend(given.get("backend", "inductor"))
     if "options" not in given:

@@ -25,7 +25,8 @@ from unroll.packed_calls import PackedModuleCall
 from unroll.packing import is_padded, keeping_rows, refuse_layer
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, check_arguments
-from unroll.schedule import Layout
+from unroll.schedule import Divide, Layout
+from unroll.sweeps import divided
 from unroll.trees import Rules, Where, chooses
 from unroll.values import many_objects
 
@@ -199,11 +200,11 @@ def find_calls(
     return found
 
 
-def rewrite(graph: fx.Graph, calls: Sequence[Call], *, asserts: bool = True) -> None:
+def rewrite(graph: fx.Graph, calls: Sequence[Call], *, asserts: bool = True, divide: Divide = divided) -> None:
     """Put explicit operations in place of the calls."""
     prepared: dict[Any, Layout] = {}
     for call in calls:
-        call.write(prepared, asserts=asserts)
+        call.write(prepared, asserts=asserts, divide=divide)
     erase_dead(node for call in calls for node in call.writer.made)
 
 

@@ -27,6 +27,7 @@ from unroll.recurrence import (
     read_cell,
     read_layer,
 )
+from unroll.sweeps import divided, separated
 
 if TYPE_CHECKING:
     from unroll.frozen import Frozen
@@ -160,12 +161,18 @@ class Unrolled(nn.Module):
             mask=padded.mask if padded else None,
             dropout=partial(functional.dropout, p=drop) if drop else None,
             loop=loop,
+            divide=separated if _is_compiled_for_cpu(rows) else divided,
         )
 
 
 def _is_traced() -> bool:
     """Whether `torch.jit.trace` records; the ONNX exporter built on it wants plain operators."""
     return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+
+
+def _is_compiled_for_cpu(rows: Tensor) -> bool:
+    """Whether Dynamo, not for an export, captures what runs now."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
 
 
 def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:

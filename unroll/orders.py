@@ -9,7 +9,7 @@ import torch
 
 from unroll.cells import Prepared, State, Value
 from unroll.recurrence import Recurrence
-from unroll.sweeps import Names, Outputs, Pieces, Rows, Step, divided, joined, masked, sweep
+from unroll.sweeps import Divide, Names, Outputs, Pieces, Rows, Step, divided, joined, masked, sweep
 
 
 class Layout(NamedTuple):
@@ -39,6 +39,8 @@ class Orders(NamedTuple):
     names: Names
     masks: Sequence[Value] | None
     """`[B, 1]` for each step, or None"""
+    divide: Divide = divided
+    """Makes pieces of rows that steps read themselves, not as what a product is added to"""
 
     def step(self, scope: str, weights: Prepared, masks: Sequence[Value] | None) -> Step:
         """The steps of one pass, or of several stacked."""
@@ -49,6 +51,12 @@ class Orders(NamedTuple):
             return new if masks is None else masked(masks[t], new, state)
 
         return step
+
+    def pieces(self, rows: Value, sizes: Sequence[int] | None = None) -> Sequence[Value]:
+        """What each step reads of projected rows, of which there may be `sizes`."""
+        if sizes or self.recurrence.cell.folds:
+            return divided(rows, self.steps, sizes)
+        return self.divide(rows, self.steps)
 
     def one_direction(
         self, k: int, rows: Value, start: State, over: Callable, sizes: Sequence[int] | None, *, whole: bool
@@ -63,7 +71,7 @@ class Orders(NamedTuple):
             xs: Any = tuple(self.names(x, "x") for x in projected)
             put_out, final = over(step, xs, start, reverse=reverse)
             return Rows(put_out, self.steps, recurrence.output_size), final
-        pieces = zip(*(divided(x, self.steps, sizes) for x in projected), strict=True)
+        pieces = zip(*(self.pieces(x, sizes) for x in projected), strict=True)
         xs = [tuple(self.names(x, f"t{t}.x") for x in parts) for t, parts in enumerate(pieces)]
         put_out, final = over(step, xs, start, reverse=reverse)
         return Pieces(put_out), final
@@ -77,7 +85,7 @@ class Orders(NamedTuple):
             """`[2, B, width]` for each step, of rows `[T * B, width]`."""
             ahead, back = (torch.reshape(x, (steps, -1, width)) for x in (ahead, back))
             both = torch.stack([ahead, torch.flip(back, [0])], 1)
-            return divided(torch.reshape(both, (2 * steps, -1, width)), steps)
+            return self.pieces(torch.reshape(both, (2 * steps, -1, width)))
 
         passes = self.layout.passes[2 * layer : 2 * layer + 2]
         pieces = [
@@ -103,9 +111,9 @@ class Orders(NamedTuple):
         self.names.enter("l0")
         projected: list[Any] = [inputs(rows) for inputs in passes[0].inputs]
         kept = self._kept(projected[0], widths[0], dropout)
-        first = list(zip(*(divided(x, steps) for x in projected), strict=True))  # [B, n]
+        first = list(zip(*map(self.pieces, projected), strict=True))  # [B, n]
         flat = (torch.reshape(x, (steps, -1, width)) for x, width in zip(projected, widths, strict=True))
-        stackable = list(zip(*(divided(x, steps) for x in flat), strict=True))  # [1, B, n]
+        stackable = list(zip(*map(self.pieces, flat), strict=True))  # [1, B, n]
         zeros = any(s is None for start in starts for s in start)
         begin, end = count - 1 + zeros, steps  # the waves of the stack
         layers, stacked = list(starts), starts[0]

@@ -16,7 +16,7 @@ from unroll.cells import Precision, Prepared, State, Value, Weights, stack
 from unroll.orders import Layout, Orders, scope
 from unroll.plan import Plan
 from unroll.recurrence import Recurrence
-from unroll.sweeps import UNNAMED, Names, Outputs, divided, joined, sweep, sweep_packed
+from unroll.sweeps import UNNAMED, Divide, Names, Outputs, divided, joined, sweep, sweep_packed
 
 
 class Result(NamedTuple):
@@ -79,6 +79,7 @@ def run(
     mask: Value | None = None,
     dropout: Callable[[Value], Value] | None = None,
     loop: Callable[..., tuple[Value, State]] | None = None,
+    divide: Divide = divided,
     names: Names = UNNAMED,
 ) -> Result:
     """Unroll a whole layer: all its steps, directions and stacked layers.
@@ -96,14 +97,15 @@ def run(
         dropout: applied to the rows between layers, or None.
         loop: for a loop that the target runs itself, called like `sweep` with the rows of all time steps in place of
             pieces; what it returns as output has all rows too. It looks after the mask by itself.
+        divide: how rows that steps read themselves become pieces: `divided`, or `separated` for Inductor on a CPU.
         names: told the scope of what is computed, `l1.reverse.t7`.
     """
     names.enter("state")
     starts = _starts(recurrence, layout.passes, state)
     looped = loop is not None
-    masks = None if mask is None or looped else divided(mask, steps)
+    masks = None if mask is None or looped else divide(mask, steps)
     stacks = [] if sizes or looped else layout.stacks
-    here = Orders(recurrence, layout, steps, names, masks)
+    here = Orders(recurrence, layout, steps, names, masks, divide)
     if stacks and not recurrence.bidirectional:
         outputs, finals = here.wavefront(rows, starts, dropout)
     else:

@@ -7,11 +7,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from unroll.cells import State, Value
 
 Step = Callable[[int, Any, State], State]
 """`step(t, x, state) -> state`; the first state is the step's output."""
+
+Divide = Callable[[Value, int], Sequence[Value]]
+"""`divide(rows, count)`: as many equal pieces"""
 
 
 class Names:
@@ -35,6 +39,19 @@ def divided(rows: Value, count: int, sizes: Sequence[int] | None = None) -> Sequ
     if count > 1 and isinstance(rows, torch.Tensor):  # sizes given, torch.export keeps a symbolic batch; chunk fixes it
         return torch.split(rows, [rows.shape[0] // count] * count)
     return torch.chunk(rows, count) if count > 1 else (rows,)
+
+
+def separated(rows: Value, count: int) -> Sequence[Value]:
+    """As many equal pieces, each in memory of its own.
+
+    Where a piece is read in place, Inductor's code for a CPU has its address as a constant: a kernel of its own is
+    compiled for each step. A copy is one operation that it leaves alone.
+    """
+    if has_torch_function_unary(rows):
+        return handle_torch_function(separated, (rows,), rows, count)
+    whole = torch.reshape(rows, (count, -1, *rows.shape[1:]))  # [T, B, n], so that B may stay open
+    copies: Any = torch.split_copy(whole, 1)
+    return [torch.squeeze(copy, 0) for copy in copies]
 
 
 def joined(pieces: Sequence[Value]) -> Value:

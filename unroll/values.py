@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from unroll.schedule import Names
+from unroll.sweeps import separated
 
 
 class Value:
@@ -114,9 +115,9 @@ class GraphWriter(Writer):
             stacked = self.value("call_function", torch.unflatten, (args[0], 0, (args[1], -1)))
             return self.items(self.value("call_function", torch.unbind, (stacked,)), args[1])
         result = self.value("call_function", func, args, kwargs)
-        if func not in (torch.chunk, torch.split):
+        if func not in (torch.chunk, torch.split, separated):
             return result
-        return self.items(result, args[1] if func is torch.chunk else len(args[1]))
+        return self.items(result, len(args[1]) if func is torch.split else args[1])
 
     def items(self, values: Value, count: int) -> list[Value]:
         """The values of a node that returns a tuple."""
