@@ -107,6 +107,75 @@ def test_a_wrong_gradient_is_seen(name):
     assert [row.place for row in report.rows if row.finding] == [f"gradient of {name}"]
 
 
+class Attending(nn.Module):
+    """The gradient of the last bias is zero: it moves all that goes into the softmax alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(4, 6, batch_first=True)
+        self.linear = nn.Linear(6, 1)
+
+    def forward(self, x):
+        y = self.gru(x)[0]
+        return (torch.softmax(self.linear(y), 1) * y).sum(1)
+
+
+@pytest.mark.parametrize(("dtype", "seeds"), [(torch.float32, 30), (F64, 5)], ids=str)
+def test_the_rounding_of_a_gradient_that_cancels_is_no_difference(dtype, seeds):
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model, x = Attending().to(dtype), torch.randn(3, 8, 4, dtype=dtype)
+        before = copy.deepcopy(model.state_dict())
+        compare(model, unroll(model), x, gradients=True).check()
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+class Skewed(nn.Module):
+    """The values are right, and one gradient is `factor` of what it is, and `more`."""
+
+    def __init__(self, model, name, factor, more=0.0):
+        super().__init__()
+        self.gru, self.linear, self.inner = model.gru, model.linear, [model]
+        self.name, self.factor, self.more = name, factor, more
+
+    def forward(self, x):
+        given = dict(self.inner[0].named_parameters())
+        p = given[self.name]
+        given[self.name] = p + (p - p.detach()) * (self.factor - 1)
+        return torch.func.functional_call(self.inner[0], given, x) + (p - p.detach()).sum() * self.more
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seen", "unseen"), [(torch.float32, 1e-4, 1e-9), (F64, 2e-9, 5e-10), (torch.bfloat16, 0.1, 0)], ids=str
+)
+def test_cancellation_excuses_no_wrong_gradient(dtype, seen, unseen):
+    torch.manual_seed(8)
+    model, x = Attending().to(dtype), torch.randn(3, 8, 4, dtype=dtype)
+    for name, _ in model.named_parameters():
+        if name != "linear.bias":
+            report = compare(model, Skewed(model, name, 1 + seen), x, gradients=True)
+            assert [row.place for row in report.rows if row.finding] == [f"gradient of {name}"]
+            assert compare(model, Skewed(model, name, 1 + unseen), x, gradients=True).ok
+    report = compare(model, Skewed(model, "linear.bias", 1, more=seen), x, gradients=True)
+    assert [row.place for row in report.rows if row.finding] == ["gradient of linear.bias"]
+
+
+def test_a_run_that_changes_the_model_excuses_nothing():
+    """Its own memory would be taken for rounding, if not every run began with the same."""
+
+    class Remembering(Attending):
+        kept = 0.0
+
+        def forward(self, x):
+            self.kept += 1.0
+            return super().forward(x) * self.kept
+
+    torch.manual_seed(8)
+    model, x = Remembering(), torch.randn(3, 8, 4)
+    assert not compare(model, Skewed(copy.deepcopy(model), "linear.weight", 1 + 1e-4), [(x,), (x,)], gradients=True).ok
+    compare(model, unroll(model), [(x,), (x,)], gradients=True).check()
+
+
 def test_a_wrong_gradient_of_an_input_is_seen():
     class Cut(nn.GRU):
         def forward(self, x):
