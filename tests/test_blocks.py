@@ -138,7 +138,7 @@ def test_compiled_training_in_blocks_is_refused():
     torch.compiler.reset()
     model = nn.Sequential(nn.GRU(3, 5))
     x = torch.randn(8, 2, 3)
-    with pytest.raises(Unsupported, match="0 would be trained in blocks"):
+    with pytest.raises(Unsupported, match="Message: unroll: 0 would be trained in blocks"):
         torch.compile(unroll(model, plan=Plan(time=BLOCK)), fullgraph=True, backend="eager")(x)
     torch.compiler.reset()
     ours = torch.compile(unroll(model, plan=Plan(time=BLOCK)), backend="aot_eager")  # breaks the graph there

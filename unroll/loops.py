@@ -44,10 +44,9 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
         return False
     if VERSION >= "2.15":
         return False
-    torch._dynamo.graph_break(
-        f"unroll: {place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong; "
-        "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
-    )
+    finding = f"{place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong"
+    mend = "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
+    torch._dynamo.graph_break(msg=f"unroll: {finding}; {mend}")  # Dynamo explains it so only if named
     return True
 
 
