@@ -37,13 +37,13 @@ class Orders(NamedTuple):
     layout: Layout
     steps: Any
     names: Names
-    masks: Sequence[Value] | None
+    masks: list[Value] | None
     """`[B, 1]` for each step, or None"""
     divide: Divide = divided
     """Makes pieces of rows that steps read themselves, not as what a product is added to"""
 
-    def step(self, scope: str, weights: Prepared, masks: Sequence[Value] | None) -> Step:
-        """The steps of one pass, or of several stacked."""
+    def step(self, scope: str, weights: Prepared, masks: Any) -> Step:
+        """The steps of one pass, or of several stacked, with a mask for each or None."""
 
         def step(t: Any, x: tuple[Value, ...], state: State) -> State:
             self.names.enter(f"{scope}.t{t}")
@@ -113,9 +113,11 @@ class Orders(NamedTuple):
         kept = self._kept(projected[0], widths[0], dropout)
         first = list(zip(*map(self.pieces, projected), strict=True))  # [B, n]
         flat = (torch.reshape(x, (steps, -1, width)) for x, width in zip(projected, widths, strict=True))
-        stackable = list(zip(*map(self.pieces, flat), strict=True))  # [1, B, n]
+        stackable = list(zip(*(self.divide(x, steps) for x in flat), strict=True))  # [1, B, n]
         zeros = any(s is None for start in starts for s in start)
         begin, end = count - 1 + zeros, steps  # the waves of the stack
+        masks = self.masks and {w: torch.stack(self.masks[w - count + 1 : w + 1][::-1]) for w in range(begin, end)}
+        step = self.step("stacked", weights, masks)
         layers, stacked = list(starts), starts[0]
         outputs: list[Value] = [None] * steps
         core: list[Value] = []
@@ -130,10 +132,7 @@ class Orders(NamedTuple):
                     below = torch.mul(below, torch.stack([k[w - layer] for layer, k in enumerate(kept, 1)]))
                 above: list[Any] = [inputs(below) for inputs in weights.inputs]
                 x = tuple(torch.cat([x, a]) for x, a in zip(stackable[w], above, strict=True))
-                new = recurrence.cell.step(x, stacked, weights, self.names)
-                if self.masks is not None:
-                    new = masked(torch.stack([self.masks[w - layer] for layer in range(count)]), new, stacked)
-                stacked = new
+                stacked = step(w, x, stacked)
                 core.append(stacked[0])
                 if w == end - 1:
                     layers = _unstacked(stacked, count)
@@ -165,7 +164,7 @@ class Orders(NamedTuple):
             return None
         size = self.recurrence.output_size
         like = torch.split(projected, [size, width - size], 1)[0] if width > size else projected
-        return [divided(dropout(torch.ones_like(like)), self.steps) for _ in range(1, self.recurrence.num_layers)]
+        return [self.divide(dropout(torch.ones_like(like)), self.steps) for _ in range(1, self.recurrence.num_layers)]
 
 
 class _Side(Outputs):

@@ -103,7 +103,7 @@ def run(
     names.enter("state")
     starts = _starts(recurrence, layout.passes, state)
     looped = loop is not None
-    masks = None if mask is None or looped else divide(mask, steps)
+    masks = None if mask is None or looped else list(divide(mask, steps))
     stacks = [] if sizes or looped else layout.stacks
     here = Orders(recurrence, layout, steps, names, masks, divide)
     if stacks and not recurrence.bidirectional:
