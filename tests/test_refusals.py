@@ -73,6 +73,14 @@ def test_a_plan_reaches_layers_that_are_unrolled_already():
     assert model[0].plan == Plan("paired")
 
 
+def test_blanks_in_a_plan_mean_nothing():
+    assert Plan.of(" gates = split, time = 4 ") == Plan.of("gates=split,time=4") == Plan("split", time=4)
+    assert Plan.of(" npu ") == Plan.of("npu")
+    for text in ("", " ", "ga tes=split", "gates=split,", "gates=split gates=split"):
+        with pytest.raises(UnrollError):
+            Plan.of(text)
+
+
 @pytest.mark.parametrize("function", [unroll, library.compile, library.decompositions])
 def test_a_plan_is_a_plan(function):
     args = () if function is library.decompositions else (gru(),)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tests.checks import assert_equal, assert_same, problems
-from unroll import Unrolled, UnrollError, unroll
+from unroll import Unrolled, UnrollError, export_onnx, streaming, trace, unroll
 
 F64 = torch.float64
 
@@ -243,6 +243,27 @@ def test_rules_for_wrappers_and_for_a_parametrized_class():
     assert type(ours[0]) is nn.Identity
     own = parametrizations.weight_norm(Own(6, 5), "weight_hh_l0")
     assert type(unroll(nn.Sequential(own), rules={Own: Doubling})[0]) is Doubling
+
+
+def test_a_rule_for_no_layer_is_refused():
+    class Other(Own):
+        pass
+
+    model, mend = nn.Sequential(Own(6, 5), gru()), "leave it out, or name the very class of the layer"
+    for function in (unroll, lambda *args, **kwargs: export_onnx(model.eval(), x(), "out.onnx", **kwargs)):
+        (problem,) = problems(function, model, rules={Own: Doubling, nn.LSTM: Doubling})
+        assert problem.startswith("rules={LSTM: ...}: is the class of no layer to unroll") and mend in problem
+    assert "rules={Own: ...}" in problems(unroll, trace(nn.Sequential(gru())), x(), rules={Own: Doubling})[0]
+    assert "rules={RNN: ...}" in problems(streaming, model, x(), rules={Own: Doubling, nn.RNN: Doubling})[0]
+    assert "rules={Own: ...}" in problems(unroll, model, where="1", rules={Own: Doubling})[0]
+    nested = unroll(model, rules={Own: lambda layer: nn.Sequential(Other(6, 5)), Other: Doubling})
+    assert type(nested[0][0]) is Doubling
+
+
+@pytest.mark.parametrize("rules", [{"x": Doubling}, {int: Doubling}, {Own: None}, [Own]], ids=str)
+def test_what_is_no_rule_is_refused(rules):
+    (problem,) = problems(unroll, nn.Sequential(Own(6, 5)), rules=rules)
+    assert problem.startswith("rules=") and problem.endswith("give a dictionary from classes of modules to functions")
 
 
 def test_rules_that_help_nothing_are_refused():

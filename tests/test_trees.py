@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.checks import assert_same, problems
-from unroll import Plan, Unrolled, compare, unroll
+from unroll import Plan, Unrolled, compare, compile, export_onnx, streaming, unroll
 from unroll.trees import is_recurrent
 
 F64 = torch.float64
@@ -319,6 +319,17 @@ def test_where_that_names_nothing_is_refused():
     assert problems(unroll, nn.Linear(2, 2), where="rnn") == [
         "where='rnn': names no recurrent layer; the recurrent layers are: none"
     ]
+
+
+def test_where_that_is_neither_names_nor_a_function_is_refused():
+    for function in (unroll, streaming, compile, export_onnx):
+        args = {streaming: (x(),), export_onnx: (x(), "out.onnx")}.get(function, ())
+        assert problems(function, Named(), *args, where=nn.GRU) == [
+            "where=GRU: is a class; give names, or for modules a function: lambda name, layer: isinstance(layer, GRU)"
+        ]
+    found = problems(unroll, Named(), where=(nn.GRU, "encoder.*", 3))
+    assert [problem.partition(";")[0] for problem in found] == ["where=GRU: is a class", "where=3: is of type int"]
+    assert problems(unroll, Named(), where=3)[0].startswith("where=3: is of type int; give a name or shell pattern")
 
 
 def test_where_may_name_a_layer_unrolled_before():

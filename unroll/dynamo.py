@@ -11,13 +11,14 @@ import torch
 from torch import fx, nn
 
 from unroll.calls import FIXED, known_values
+from unroll.choices import Where, read_where, unknown_names
 from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.modules import UnrolledLayer
 from unroll.packing import keeping_rows, tracing_packing
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, read_layer
 from unroll.sweeps import divided, separated
-from unroll.trees import Where, is_recurrent, replace, unknown_names
+from unroll.trees import is_recurrent, replace
 from unroll.values import many_objects
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
@@ -51,7 +52,7 @@ def unroll_backend(
         finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
         mend = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
         raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
-    plan, where = Plan.of(given.get("plan")), given.get("where")
+    plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
     on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
@@ -99,7 +100,7 @@ def compile(
         >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
         torch.Size([7, 2, 5])
     """
-    plan = Plan.of(plan)
+    plan, where = Plan.of(plan), read_where(where)
     ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
     if options is not None:
         ours["options"] = dict(options)

@@ -60,7 +60,7 @@ class Plan:
         if plan is None:
             return Plan()
         if isinstance(plan, str):
-            return PRESETS[plan] if plan in PRESETS else _read(plan)
+            return PRESETS.get(plan.strip()) or _read(plan)
         if not isinstance(plan, Plan):
             mend = f"give a Plan, such as Plan(gates='paired'), or the name of one: {', '.join(PRESETS)}"
             raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", mend))
@@ -95,7 +95,7 @@ def _read(text: str) -> Plan:
     known = [field.name for field in fields(Plan)]
     given: dict[str, Any] = {}
     for part in text.split(","):
-        field, equals, value = part.partition("=")
+        field, equals, value = map(str.strip, part.partition("="))
         if not equals or field not in known or field in given:
             mend = (
                 f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"

@@ -13,11 +13,11 @@ from torch.export import ExportedProgram
 
 from unroll import streamed_graphs, trees
 from unroll.carrying import Carry, carried, packed_problem
+from unroll.choices import Rules, Where, chooses, read_where
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.states import ARGUMENT, MIXED, State, call_name, no_state, reads_the_future, started, zeros
-from unroll.trees import Rules, Where, chooses
 
 
 class Streaming(nn.Module):
@@ -153,7 +153,7 @@ def streaming(
         >>> {name: tuple(h.shape) for name, h in streamed.initial_state(batch=2).items()}
         {'0.h': (1, 2, 5), '0.c': (1, 2, 5)}
     """
-    where = where if where is None or isinstance(where, str) or callable(where) else list(where)
+    where = read_where(where)
     args = () if args is None else tuple(args) if isinstance(args, (tuple, list)) else (args,)
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         given = {"kwargs": kwargs, "rules": rules, "plan": plan}

@@ -6,8 +6,7 @@ import collections
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.ao.nn.quantized.dynamic.modules import rnn
 from torch.nn.utils import parametrize
 
 from unroll.cells import CELLS
+from unroll.choices import Rules, Where, check_rules, chooses, unknown_names, unknown_rules
 from unroll.frozen import freeze_layer
 from unroll.modules import Unrolled, UnrolledCell
 from unroll.plan import Plan
@@ -30,35 +30,6 @@ class Found(NamedTuple):
     names: list[str]
     """Everything it is called there"""
     layer: nn.Module
-
-
-Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers: a name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
-
-Rules = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
-"""For classes of the user's own: a function from the layer to a module that stands in for it."""
-
-
-def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
-    """Whether `where` picks a layer with these names."""
-    if where is None:
-        return True
-    if callable(where):
-        return any(where(name, layer) for name in names)
-    patterns = [where] if isinstance(where, str) else list(where)
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
-    """A problem for each pattern in `where` that picks none of these names."""
-    if where is None or callable(where):
-        return []
-    known = ", ".join(names) or "none"
-    return [
-        Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
-        for pattern in ([where] if isinstance(where, str) else where)
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in names)
-    ]
 
 
 # Nothing is looked for inside of these.
@@ -229,17 +200,20 @@ def replace(
     others: Iterable[str] = (),
     *,
     freeze: bool = False,
+    unused: set[type[nn.Module]] | None = None,
 ) -> nn.Module:
     """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
     are `Unrolled` already keep their plan, unless `where` picks them or there are no others. With `freeze`, those that
-    `where` picks are frozen, and share no weight.
+    `where` picks are frozen, and share no weight. Stand-ins are replaced in turn, and take from `unused` the classes
+    whose rules they needed.
 
     Raises:
-        UnrollError: with every layer that cannot be honoured, before anything is copied.
+        UnrollError: with every layer that cannot be honoured, and every rule for none, before anything is copied.
     """
-    rules = rules or {}
+    rules = check_rules(rules)
+    outermost, unused = unused is None, set(rules) if unused is None else unused
     found = find(root, where, rules, others)
     reached = list(reach(root))
     memo: dict[int, Any] = {id(value): value for _, value in reached if isinstance(value, torch.Tensor)}
@@ -248,12 +222,13 @@ def replace(
         kind = parametrize.type_before_parametrizations(layer)
         try:
             if kind in rules:
+                unused.discard(kind)
                 stand_in = rules[kind](layer)
                 if not isinstance(stand_in, nn.Module):
                     finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
                     raise UnrollError(Problem(names[0], finding, "return an nn.Module"))
                 others_ruled = {k: rule for k, rule in rules.items() if k is not kind}
-                memo[id(layer)] = replace(stand_in, plan, rules=others_ruled, freeze=freeze)
+                memo[id(layer)] = replace(stand_in, plan, rules=others_ruled, freeze=freeze, unused=unused)
             elif isinstance(layer, torch.jit.ScriptModule):
                 if freeze:
                     finding = "is a ScriptModule, which unroll does not freeze"
@@ -273,6 +248,7 @@ def replace(
             if memo[id(method)] is None:
                 finding = f"a stored method of a recurrent layer, {method.__name__}, has no counterpart"
                 problems.append(Problem(name, finding, "store the layer and call it"))
+    problems += unknown_rules(unused) if outermost else []
     if problems:
         raise UnrollError(*problems)
     functions = [function for _, function in reached if _captures_layer(function)]

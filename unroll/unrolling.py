@@ -10,11 +10,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll import graphs, programs, scripts, trees
+from unroll.choices import Rules, Where, read_where
 from unroll.graphs import Steps
 from unroll.onnx import require
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
-from unroll.trees import Rules, Where
 
 
 def unroll(
@@ -64,7 +64,7 @@ def unroll(
         >>> torch.allclose(model(x)[0], unroll(model)(x)[0], atol=1e-6)
         True
     """
-    where = where if where is None or isinstance(where, str) or callable(where) else list(where)
+    where = read_where(where)
     plan = plan if plan is None else Plan.of(plan)
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)

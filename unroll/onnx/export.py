@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from unroll.choices import Rules, Where, read_where
 from unroll.compare import Report
 from unroll.onnx import require
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
-from unroll.trees import Rules, Where
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def export_onnx(
     from unroll.onnx.streaming import completed, name_states
     from unroll.onnx.translate import named_dims, quiet, translate
 
-    path, plan = files.checked_place(path), plan if plan is None else Plan.of(plan)
+    path, plan, where = files.checked_place(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
