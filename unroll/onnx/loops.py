@@ -22,7 +22,9 @@ def zeros(writer: OnnxWriter, batch: Value, size: int, dtype: torch.dtype) -> Va
     """`[B, size]`, for `B` of shape `[1]`."""
     zero = writer.operand(0.0, dtype)
     assert zero is not None
-    return writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
+    made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
+    made.width = size
+    return made
 
 
 def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
@@ -32,9 +34,18 @@ def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
 
 def reshaped(writer: OnnxWriter, value: Value, *sizes: Value | int) -> Value:
     """A value with these sizes, of which any may be zero."""
+    return shaped(writer, value, shape_of(writer, *sizes), rank=len(sizes))
+
+
+def shaped(writer: OnnxWriter, value: Value, shape: Value, rank: int) -> Value:
+    """A value with a shape from `shape_of`."""
     attributes = {"allowzero": 1} if writer.opset >= 14 else None
-    shape = shape_of(writer, *sizes)
-    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=len(sizes), attributes=attributes)
+    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
+
+
+def piece(writer: OnnxWriter, value: Value, count: Value, axis: int) -> Value:
+    """The value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
+    return writer.op("Split", value, count, attributes={"axis": axis})
 
 
 def scan(

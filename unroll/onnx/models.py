@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from unroll.calls import unknown_steps
 from unroll.onnx import loops
+from unroll.onnx.batches import Batches
 from unroll.onnx.files import load
 from unroll.onnx.sites import DOMAIN, LAYER, Site, Steps, TorchSite
 from unroll.onnx.standard import STANDARD, StandardSite
@@ -104,6 +105,7 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
     # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
     fixed = not any(map(_is_open, model.graph.inputs))
+    batches = Batches(model.graph, fixed)
     sites, used = [], set[str]()
     for node in chosen:
         kind = TorchSite if node.domain == DOMAIN else StandardSite
@@ -113,7 +115,8 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
             problems += error.problems
             continue
         if isinstance(site, StandardSite) and site.steps is not None:
-            site.guard(fixed or site.given in model.graph.inputs)
+            site.guard(batches.trusts(site.given))
+        site.uncounted = batches.uncounted(site)
         number, label = 1, site.name
         while site.name in used:
             number += 1

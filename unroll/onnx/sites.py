@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -37,6 +37,8 @@ class Site:
     zeros_past_end = True
     """Whether the output of a row that has ended is read, and must be zeros then"""
     variants: Sequence[Variant | None] = ()
+    uncounted: Collection[ir.Value] = ()
+    """Of the states and lengths, those whose rows the running model must count, as they may be too many or too few"""
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         self.node = node
@@ -66,6 +68,16 @@ class Site:
     def time(self) -> int:
         """The axis of the steps in the input."""
         return 1 if self.batched and self.recurrence.batch_first else 0
+
+    @property
+    def batch(self) -> int | None:
+        """The axis of the batch in the input; None where there is none."""
+        return (0 if self.recurrence.is_cell else 1 - self.time) if self.batched else None
+
+    @property
+    def rows(self) -> list[ir.Value]:
+        """What must have as many rows as the input, a state or lengths."""
+        return [value for value in self.states if value is not None and not _is_zero(value)]
 
     @property
     def parameters(self) -> list[ir.Value | None]:
@@ -143,7 +155,7 @@ class Site:
         for axis in self.guarded:
             x = self._fixed(writer, x, axis)
         rows = schedule.flat_rows(recurrence, x, batched=self.batched)
-        state = self._state(writer)
+        state = self._counted(writer, self._state(writer), lead)
         layout = self._prepared(writer, plan, prepared)
         wide = torch.float32 if layout.passes[0].precision else self.dtype
         looping = not recurrence.is_cell and (self.steps is None or plan.block is not None)
@@ -168,11 +180,16 @@ class Site:
     def _lead(self, writer: OnnxWriter, x: Value) -> tuple[Value, Value]:
         """T and B when the model runs, each of shape `[1]`. Not written unless something reads it."""
         shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
-        time, batch = self.time, 1 - self.time
-        one = writer.operand([1], torch.int64)
-        assert one is not None
-        steps = writer.op("Gather", shape, [time], rank=1)
-        return steps, writer.op("Gather", shape, [batch], rank=1) if self.batched else writer.value(one, torch.int64, 1)
+
+        def size(axis: int | None) -> Value:
+            if axis is None:
+                return writer.value(writer.operand([1], torch.int64), torch.int64, 1)
+            if writer.opset < 15:
+                return writer.op("Gather", shape, [axis], rank=1)
+            attributes = {"start": axis, "end": axis + 1}
+            return writer.op("Shape", x, dtype=torch.int64, rank=1, attributes=attributes)
+
+        return size(self.time), size(self.batch)
 
     def _fixed(self, writer: OnnxWriter, x: Value, axis: int) -> Value:
         """The input, by an operator that fails for another number of steps, or of features, than is written out.
@@ -188,14 +205,40 @@ class Site:
         values = [None if value is None or _is_zero(value) else value for value in self.states]
         return tuple(None if value is None else writer.value(value, self.dtype, self.rank) for value in values)
 
+    def _counted(
+        self, writer: OnnxWriter, state: tuple[Value | None, ...], lead: tuple[Value, Value]
+    ) -> tuple[Value | None, ...]:
+        """The state, as rows where they must be counted: a Reshape fails for another number than the input's.
+
+        It does so if it allows zeros, as it can from version 14 on. Before, ONNX Runtime puts -1 for a size that is
+        not known; there a Split into one piece counts.
+        """
+        sizes = self.recurrence.state_sizes
+        count = self._rows_of_all(writer, lead)
+        shapes = {size: loops.shape_of(writer, count, size) for size in sizes}
+
+        def counted(given: ir.Value | None, value: Value | None, size: int) -> Value | None:
+            if value is None or given not in self.uncounted:
+                return value
+            if writer.opset < 14:
+                return loops.piece(writer, value, lead[1], value.rank - 2)
+            rows = loops.shaped(writer, value, shapes[size], rank=2)
+            rows.width = size
+            return rows
+
+        return tuple(map(counted, self.states, state, sizes))
+
     def _zeros_for(
         self, writer: OnnxWriter, state: tuple[Value | None, ...], lead: tuple[Value, Value]
     ) -> tuple[Value, ...]:
         """The state, with zeros written out."""
-        passes, (_, batch) = self.recurrence.passes, lead
-        count = batch if passes == 1 else writer.op("Mul", batch, [passes], rank=1)
-        sizes = self.recurrence.state_sizes
+        count, sizes = self._rows_of_all(writer, lead), self.recurrence.state_sizes
         return tuple(loops.zeros(writer, count, size, self.dtype) if s is None else s for s, size in zip(state, sizes))
+
+    def _rows_of_all(self, writer: OnnxWriter, lead: tuple[Value, Value]) -> Value:
+        """How many rows the states of all layers and directions have."""
+        passes, (_, batch) = self.recurrence.passes, lead
+        return batch if passes == 1 else writer.op("Mul", batch, [passes], rank=1)
 
     def _mask(self, writer: OnnxWriter, lead: tuple[Value, Value], *, looping: bool) -> Value | None:
         """`[T * B, 1]`, boolean: the rows that have a step; None if all have."""
@@ -212,6 +255,8 @@ class Site:
                 "Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1
             )
             steps = torch.reshape(steps, (-1, 1))
+        if self.lengths in self.uncounted:
+            lengths = loops.piece(writer, lengths, lead[1], 0)
         going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
         return torch.reshape(going, (-1, 1))
 

@@ -158,6 +158,10 @@ class StandardSite(Site):
         return self.input(4)
 
     @property
+    def rows(self) -> list[ir.Value]:
+        return [*super().rows, *([] if self.lengths is None else [self.lengths])]
+
+    @property
     def parameters(self) -> list[ir.Value | None]:
         return [self.input(k) for k in (1, 2, 3, 7)]
 

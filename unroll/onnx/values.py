@@ -31,7 +31,7 @@ SAME_NAME = {
 class OnnxValue(Value):
     """A tensor of an ONNX graph under construction, with as much about it as the writer needs."""
 
-    __slots__ = ("dtype", "rank")
+    __slots__ = ("dtype", "rank", "width")
 
     writer: OnnxWriter
 
@@ -47,6 +47,7 @@ class OnnxValue(Value):
         super().__init__(writer, write, node)
         self.dtype = dtype
         self.rank = rank
+        self.width: int | None = None  # of rows, `[n, width]`, where it is known
 
 
 class Constants:
@@ -218,6 +219,13 @@ def _transpose(writer: OnnxWriter, value: OnnxValue, first: int, second: int) ->
     return writer.op("Transpose", value, attributes={"perm": order})
 
 
+def _reshape(writer: OnnxWriter, value: OnnxValue, shape: Sequence[int]) -> Any:
+    """Rows that are to be rows stay as they are: a second Reshape would let ONNX Runtime drop the first."""
+    if value.width is not None and tuple(shape) == (-1, value.width):
+        return value
+    return writer.op("Reshape", value, list(shape), rank=len(shape))
+
+
 def _joined(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
     rank = next(v.rank for v in values if isinstance(v, OnnxValue))
     return values[0] if len(values) == 1 else writer.op("Concat", *values, attributes={"axis": dim % rank})
@@ -264,7 +272,7 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.stack: _stacked,
     torch.flip: _flipped,
     torch.select: _selected,
-    torch.reshape: lambda writer, x, shape: writer.op("Reshape", x, list(shape), rank=len(shape)),
+    torch.reshape: _reshape,
     torch.transpose: _transpose,
     torch.Tensor.to: _cast,
 }

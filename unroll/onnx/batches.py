@@ -1,0 +1,66 @@
+"""Which sequences, states and lengths of a model may come with different numbers of rows."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from unroll.onnx.sites import Site, TorchSite, known_tensor
+
+
+class Batches:
+    """What is known, before a model runs, of the rows of its values.
+
+    Of a model that came through `torch.export`, all sizes follow from those of its inputs: values of a single open
+    input fit together, and those of two once a site has counted rows of both.
+
+    Args:
+        graph: of the model, before anything in it is replaced.
+        fixed: whether no input of the model leaves a size open.
+    """
+
+    def __init__(self, graph: ir.Graph, fixed: bool) -> None:
+        self.graph = graph
+        self.fixed = fixed
+        self.open = frozenset(v for v in graph.inputs if v.shape is None or not v.shape.is_static())
+        self.fitting = [frozenset([value]) for value in self.open]
+        self.sources = {value: self.open & {value} for value in graph.inputs}
+        for node in graph:
+            holds_graphs = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
+            read = [self.open] if holds_graphs else [self._open_inputs(value) for value in node.inputs if value]
+            self.sources |= dict.fromkeys(node.outputs, frozenset[ir.Value]().union(*read))
+
+    def trusts(self, value: ir.Value) -> bool:
+        """Whether the sizes that are known of a value are checked in a run."""
+        return self.fixed or value in self.graph.inputs or known_tensor(value) is not None
+
+    def uncounted(self, site: Site) -> list[ir.Value]:
+        """The states and lengths of a site whose rows must be counted when the model runs.
+
+        Sites are to be asked about in the order in which they run.
+        """
+        if site.batch is None:
+            return []
+        shape = site.shape(site.given)
+        count = shape[site.batch] if shape else None
+        if isinstance(site, TorchSite):
+            return [] if count is not None else [value for value in site.rows if not self._fit(site, value)]
+        if count is None or not self.trusts(site.given):
+            return site.rows
+        return [value for value in site.rows if None in (site.shape(value) or [None]) or not self.trusts(value)]
+
+    def _fit(self, site: TorchSite, value: ir.Value) -> bool:
+        """Whether a value is known to have as many rows as the sequence of its site; after the site it is."""
+        used = self._open_inputs(site.given), self._open_inputs(value)
+        if any(used[0] | used[1] <= group for group in self.fitting):
+            return True
+        joined = {next((group for group in self.fitting if names and names <= group), None) for names in used}
+        if None not in joined and site.node.graph is self.graph:  # a branch may not run
+            self.fitting = [
+                *(group for group in self.fitting if group not in joined),
+                frozenset[ir.Value]().union(*(group for group in joined if group)),
+            ]
+        return False
+
+    def _open_inputs(self, value: ir.Value) -> frozenset[ir.Value]:
+        """Those inputs of the model with open sizes that a value is computed from; all if that cannot be told."""
+        return frozenset() if value.is_initializer() else self.sources.get(value, self.open)
