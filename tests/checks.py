@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from unroll import UnrollError
+from tests.cases import Case, flat
+from unroll import UnrollError, unroll
 
 
 def assert_same(actual: Any, expected: Any, rtol: float = 1e-9) -> None:
@@ -61,3 +63,22 @@ def problems(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[st
 def repacked(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """The same packing around other data."""
     return packed._replace(data=data)
+
+
+def check_vmap_over_inputs(case: Case, device: torch.device | str = "cpu") -> None:
+    """Three inputs of a layer in one call are as three calls."""
+    layer = case.layer(torch.float64).to(device)
+    inputs = torch.stack([case.args(torch.float64, seed=seed)[0] for seed in range(3)]).to(device)
+    apart = zip(*(flat(layer(x)) for x in inputs), strict=True)
+    assert_same(list(flat(vmap(unroll(layer))(inputs))), [torch.stack(parts) for parts in apart])
+
+
+def check_vmap_over_weights(case: Case, device: torch.device | str = "cpu") -> None:
+    """Three layers, an ensemble, in one call are as three calls."""
+    layers = [case.layer(torch.float64, seed=seed).to(device) for seed in range(3)]
+    unrolled = [unroll(layer) for layer in layers]
+    parameters, buffers = stack_module_state(unrolled)
+    x = case.args(torch.float64)[0].to(device)
+    together = vmap(lambda p, b: functional_call(unrolled[0], (p, b), (x,)))(parameters, buffers)
+    apart = zip(*(flat(layer(x)) for layer in layers), strict=True)
+    assert_same(list(flat(together)), [torch.stack(parts) for parts in apart])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 
-from tests.cases import CHOSEN, KINDS, LAYER_KINDS, PROJECTION, Case, flat, replace
-from tests.checks import assert_same, gradients
+from tests.cases import CHOSEN, KINDS, LAYER_KINDS, PROJECTION, Case, replace
+from tests.checks import assert_same, check_vmap_over_inputs, check_vmap_over_weights, gradients
 from unroll import unroll
 
 F64 = torch.float64
@@ -125,25 +125,12 @@ def test_exports(case):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_over_inputs(kind):
-    case = Case(kind)
-    layer = case.layer(F64)
-    inputs = torch.stack([case.args(F64, seed=seed)[0] for seed in range(3)])
-    together = list(flat(vmap(unroll(layer))(inputs)))
-    apart = zip(*(flat(layer(x)) for x in inputs), strict=True)
-    assert_same(together, [torch.stack(parts) for parts in apart])
+    check_vmap_over_inputs(Case(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_over_weights(kind):
-    """An ensemble of layers in one call."""
-    case = Case(kind)
-    layers = [case.layer(F64, seed=seed) for seed in range(3)]
-    unrolled = [unroll(layer) for layer in layers]
-    parameters, buffers = stack_module_state(unrolled)
-    (x,) = case.args(F64)
-    together = vmap(lambda p, b: functional_call(unrolled[0], (p, b), (x,)))(parameters, buffers)
-    apart = zip(*(flat(layer(x)) for layer in layers), strict=True)
-    assert_same(list(flat(together)), [torch.stack(parts) for parts in apart])
+    check_vmap_over_weights(Case(kind))
 
 
 def test_gradients_of_each_sample():

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradgradcheck
-from torch.func import functional_call, stack_module_state, vmap
 
 from tests.cases import KINDS, LAYER_KINDS, Case, flat
-from tests.checks import assert_same
+from tests.checks import assert_same, check_vmap_over_inputs, check_vmap_over_weights
 from tests.gpu.device import DEVICE, F64, ON_GPU, there, wide
 from unroll import Stream, streaming, unroll
 
@@ -122,22 +121,9 @@ def test_second_derivatives_against_finite_differences(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_over_inputs(kind):
-    case = Case(kind)
-    layer = case.layer(F64).to(DEVICE)
-    inputs = torch.stack([there(case.args(F64, seed=seed))[0] for seed in range(3)])
-    together = list(flat(vmap(unroll(layer))(inputs)))
-    apart = zip(*(flat(layer(x)) for x in inputs), strict=True)
-    assert_same(together, [torch.stack(parts) for parts in apart])
+    check_vmap_over_inputs(Case(kind), DEVICE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_over_weights(kind):
-    """An ensemble of layers in one call."""
-    case = Case(kind)
-    layers = [case.layer(F64, seed=seed).to(DEVICE) for seed in range(3)]
-    unrolled = [unroll(layer) for layer in layers]
-    parameters, buffers = stack_module_state(unrolled)
-    (x,) = there(case.args(F64))
-    together = vmap(lambda p, b: functional_call(unrolled[0], (p, b), (x,)))(parameters, buffers)
-    apart = zip(*(flat(layer(x)) for layer in layers), strict=True)
-    assert_same(list(flat(together)), [torch.stack(parts) for parts in apart])
+    check_vmap_over_weights(Case(kind), DEVICE)
