@@ -284,6 +284,149 @@ def test_rows_for_each_item_of_a_batch():
     assert [tuple(s.shape) for s in streamed.initial_state(5).values()] == [(1, 5, 4), (1, 15, 5)]
 
 
+# States that are written into
+
+
+class Classifier(nn.Module):
+    """Its activation works in place, on the state that the layer returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(3, 4)
+        self.activation = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.activation(self.layer(x)[1][-1]))
+
+
+class Doubled(nn.Module):
+    """Its cell's state is its output, doubled in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRUCell(3, 4)
+
+    def forward(self, x):
+        state = self.layer(x[0])
+        state.mul_(2)
+        return state
+
+
+def forms(model, x):
+    """The streaming model in torch: as a module, a graph and a program, and those two unrolled."""
+    yield streaming(model, x)
+    graph = streaming(trace(model), x)
+    programs = [streaming(torch.export.export(model, (x,), strict=strict)) for strict in (False, True)]
+    yield from (graph, unroll(graph, steps=len(x)), *programs, *map(unroll, programs))
+
+
+@pytest.mark.parametrize(("model", "steps"), [(Classifier(), 3), (Doubled(), 1)], ids=["layer", "cell"])
+def test_the_state_is_as_the_layer_gave_it(model, steps):
+    """What the model writes into a state that it got does not reach the next piece."""
+    torch.manual_seed(0)
+    model, x = copy.deepcopy(model).double(), torch.randn(3 * steps, 2, 3, dtype=torch.float64)
+    h, states, outputs = None, [], []
+    for piece in x.split(steps):
+        h = model.layer(piece, h)[1] if steps > 1 else model.layer(piece[0], h)
+        states.append(h)
+        outputs.append(model.head(h[-1].relu()) if steps > 1 else 2 * h)
+    for form in forms(model, x[:steps]):
+        stream = Stream(form)
+        for piece, output, state in zip(x.split(steps), outputs, states, strict=True):
+            assert_same(stream(piece), output.detach())
+            assert_same(stream.state["layer.h"], state.detach())
+
+
+def test_the_state_is_as_the_layer_gave_it_in_onnx(tmp_path):
+    model, x, path = Classifier().eval(), torch.randn(6, 2, 3), tmp_path / "model.onnx"
+    whole = model.layer(x)[1].detach()
+    assert whole.min() < 0  # so that it differs from what the activation leaves
+    export_onnx(streaming(model, x[:3]), x[:3], path)
+    stream = Stream(path)
+    assert_same(fed(stream, x, 3, 0)[-2:], model(x).detach(), rtol=1e-5)
+    assert_same(stream.state["layer.h"], whole, rtol=1e-5)
+
+
+def test_the_state_of_a_stream_is_its_own():
+    x = torch.randn(6, 2, 3)
+    layer, cell = nn.GRU(3, 3), nn.GRUCell(3, 3)
+    for form in (streaming(layer, x[:3]), streaming(torch.export.export(layer, (x[:3],)))):
+        stream = Stream(form)
+        for piece in x.split(3):
+            output, last = stream(piece)
+            before = last.clone()
+            assert_equal(stream.state, {"h": before})
+            stream.state["h"][:, 1] = 0
+            assert_equal(last, before)
+            stream.state["h"].copy_(before)
+            last.zero_()
+        assert_same(output, layer(x)[0][3:].detach(), rtol=1e-4)
+    for form in (streaming(cell, x[0]), streaming(torch.export.export(cell, (x[0],)))):
+        stream, state = Stream(form), None
+        for step in x:
+            state = cell(step, state)
+            output = stream(step)
+            assert_same(output, state.detach(), rtol=1e-4)
+            output.relu_()
+
+
+def scaling(layer, x):
+    """A loop whose steps scale the state in place, unlike `masking` below."""
+    state = None
+    for step in x:
+        state = layer(step, state)
+        state[0].mul_(0.5)
+    return state
+
+
+class Scaling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRUCell(3, 4)
+
+    def forward(self, x):
+        state = self.layer(x[0])
+        state.mul_(0.5)
+        return self.layer(x[1], state)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_state_that_is_changed_and_passed_on_is_the_models_own(mode):
+    refusal = (
+        "layer: is called without a state, and also with one of the model's own that no call of it returned as it is"
+    )
+    x = torch.randn(5, 2, 3)
+    with mode():
+        model = Wrapped(nn.LSTMCell(3, 4), lambda layer, x: scaling(layer, x) if x.dim() == 3 else layer(x))
+        (refused,) = problems(streaming, model.requires_grad_(False), x)
+        assert refused.startswith(refusal)
+        for run in (scaling, masking):  # an example of one step does not tell
+            model = Wrapped(nn.LSTMCell(3, 4) if run is scaling else nn.GRUCell(3, 4), run).requires_grad_(False)
+            streamed = streaming(model, x[:1])
+            assert problems(streamed, x)[0].startswith(refusal)
+    for graph, args in ((trace(Scaling()), (x,)), (torch.export.export(Scaling(), (x,)), ())):
+        assert problems(streaming, graph, *args)[0].startswith(refusal)
+
+
+def test_a_state_that_was_passed_on_may_be_written_into():
+    def run(layer, x):
+        first = layer(x[0])
+        second = layer(x[1], first)
+        return second, first.zero_()
+
+    class Run(Scaling):
+        def forward(self, x):
+            return run(self.layer, x)
+
+    model, x = Run().double(), torch.randn(4, 2, 3, dtype=torch.float64)
+    expected = model.layer(x[1], model.layer(x[0])).detach()
+    for form in forms(model, x[:2]):
+        stream = Stream(form)
+        assert_same(stream(x[:2])[0], expected)
+        assert_same(stream(x[2:])[0], model.layer(x[3], model.layer(x[2], expected)).detach())
+
+
 # What is refused
 
 
@@ -352,6 +495,30 @@ def test_states_that_do_not_fit():
     ]
     assert "0: h_0: has shape [1, 3, 4]" in call(streamed.initial_state(3))[0]
     assert "batch=-1" in problems(streamed.initial_state, -1)[0]
+
+
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(3, 4, num_layers=2)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def test_rows_that_the_example_does_not_have():
+    model, x = Last(), torch.randn(5, 3)
+    graph = streaming(trace(model), x)
+    for form in (streaming(model, x), graph, unroll(graph, steps=5)):
+        stream = Stream(form)
+        assert {name: s.shape for name, s in stream.state.items()} == {"layer.h": (2, 4), "layer.c": (2, 4)}
+        assert problems(stream.initial_state, 2)[0].startswith("layer.h: has shape [2, 4] in the example, which does")
+    fixed = Stream(streaming(torch.export.export(model, (x[:, None].expand(5, 3, 3),))))
+    assert fixed.initial_state(3)["layer.h"].shape == (2, 3, 4)
+    (refused, _) = problems(fixed.initial_state, 2)
+    assert refused == "batch=2: layer.h has the fixed shape [2, 3, 4]; export with dynamic_shapes for another batch"
+    cell = Stream(streaming(nn.GRUCell(3, 4), x[0]))
+    assert problems(cell.initial_state, 2)[0].startswith("h: has shape [4] in the example")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -494,6 +661,18 @@ def test_an_exported_program(strict):
             assert_same(stream(piece), expected(piece))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_that_is_the_whole_program(strict):
+    x = torch.randn(4, 2, 3)
+    for layer, args in ((nn.LSTM(3, 3), x), (nn.GRUCell(3, 3), x[0])):
+        program = torch.export.export(layer, (args,), strict=strict)
+        names = list(Stream(streaming(layer, args)).state)
+        assert list(Stream(streaming(program)).state) == names == ["h", "c"][: len(names)]
+        assert list(Stream(unroll(streaming(program.run_decompositions({})))).state) == names
+    program = torch.export.export(nn.GRU(3, 3, bidirectional=True), (x,), strict=strict)
+    assert problems(streaming, program)[0].startswith("gru: is bidirectional")
+
+
 def test_zeros_of_the_models_own_in_a_program():
     def run(layers, x):
         y, _ = layers[0](x, x.new_zeros(1, x.shape[1], 3))
@@ -584,6 +763,35 @@ def test_a_program_to_onnx(tmp_path):
     for piece in x.split(3, 1):
         assert_same(stream(piece), expected(piece), rtol=1e-5)
     assert "batch=3: encoder.rnn.h has the fixed shape" in problems(Stream, path, 3)[0]
+
+
+def test_a_file_of_an_open_batch_begins_with_as_many_rows_as_the_first_piece(tmp_path):
+    model, x, path = Last().eval(), torch.randn(6, 2, 3), tmp_path / "model.onnx"
+    export_onnx(streaming(model, x), x, path, dynamic_shapes=({0: "steps", 1: "batch"},))
+    stream = Stream(path)
+    for rows in (2, 5, 1):
+        x = torch.randn(6, rows, 3)
+        stream.reset()
+        assert stream.state is None
+        assert_same(fed(stream, x, [1, 5], 0), model(x).detach(), rtol=1e-5)
+        assert stream.state["layer.h"].shape == (2, rows, 4) == stream.initial_state(rows)["layer.c"].shape
+    stream.reset(3)
+    assert "fails in ONNX Runtime" in problems(stream, x)[0]
+
+
+def test_a_file_whose_states_have_more_rows_than_its_input(tmp_path):
+    def run(layers, x):
+        return layers[1](torch.cat([layers[0](x)[0], x], 1))[0]
+
+    model, path = Wrapped(nn.ModuleList([nn.GRU(3, 3), nn.GRU(3, 4)]), run).eval(), tmp_path / "model.onnx"
+    x = torch.randn(2, 3, 3)
+    export_onnx(streaming(model, x[:1]), x[:1], path, dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    assert "of which the batch is not told; set the state yourself" in problems(Stream, path, 3)[0]
+    stream = Stream(path)
+    (refused,) = problems(stream, x[:1])
+    assert refused.startswith("layer.1.h: has shape [1, '2*") and refused.endswith("a dictionary of tensors")
+    stream.state = {"layer.0.h": torch.zeros(1, 3, 3), "layer.1.h": torch.zeros(1, 6, 4)}
+    assert_same(fed(stream, x, 1, 0), model(x).detach(), rtol=1e-5)
 
 
 def test_an_output_that_is_a_state(tmp_path):

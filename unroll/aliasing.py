@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 from torch._ops import OpOverload
 
@@ -24,15 +26,19 @@ def is_written(node: fx.Node) -> bool:
         >>> [is_written(node) for node in graph.nodes]
         [False, True, True, False, False]
     """
+    return next(writers(node), None) is not None
+
+
+def writers(node: fx.Node) -> Iterator[fx.Node]:
+    """What writes into a result of `node` in place, or into a view of one."""
     stack, seen = [node], {node}
     while stack:
         for user in stack.pop().users:
             if _writes(user):
-                return True
+                yield user
             if _name(user) in VIEWS and user not in seen:
                 seen.add(user)
                 stack.append(user)
-    return False
 
 
 def _name(node: fx.Node) -> str:

@@ -202,8 +202,13 @@ def read_given(kind: str, form: str, given: Mapping[str, Any], shapes: Sequence[
 
 def layer_name(node: fx.Node) -> str:
     """The name of the module that a call came from, or of the node if that tells nothing."""
+    path, kind = calling_module(node)
+    return path if path and kind in CLASS_NAMES else ".".join(filter(None, (path, node.name)))
+
+
+def calling_module(node: fx.Node) -> tuple[str, str]:
+    """The path and the class of the innermost module that a call came from, both empty if that is not known."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
     path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['\w+'\]\.?", "", path)).removeprefix(".")
-    recurrent = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in CLASS_NAMES
-    return path if path and recurrent else ".".join(filter(None, (path, node.name)))
+    return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils import parametrize
 
+from unroll.aliasing import writers
 from unroll.calls import PLAIN_FORWARDS, ZEROS, is_packed, operands
 from unroll.carrying import packed_problem
-from unroll.functions import ARGUMENTS, CLASS_NAMES, bind, form_of, layer_name, read_given
+from unroll.functions import ARGUMENTS, CLASS_NAMES, bind, calling_module, form_of, layer_name, read_given
 from unroll.graphs import graph_parts
 from unroll.modules import Unrolled
 from unroll.recurrence import (
@@ -42,6 +43,7 @@ class LayerCall:
     """A call of a recurrent layer in a graph: its state, and where the next one is found."""
 
     name: str
+    """Empty for a layer that is the whole model"""
     names: list[str]
     """What `where` may call it"""
     recurrence: Recurrence
@@ -68,6 +70,11 @@ class LayerCall:
     def example(self, k: int, known: Known) -> Tensor | None:
         """What state number `k` is like, if that is known."""
         raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """The name for messages."""
+        return self.name or self.names[0]
 
     @property
     def count(self) -> int:
@@ -134,10 +141,10 @@ class CallOfFunction(LayerCall):
         kind, self.form = form
         given = bind(self.form, node.args, node.kwargs)
         self.name = _place(node)
-        self.names = [layer_name(node), self.name]
+        self.names = [layer_name(node), *filter(None, [self.name])]
         weights = [w for w in given["params"] if w is not None][:2]
         if any(w not in known for w in weights):
-            raise UnrollError(Problem(self.name, "the shapes of its weights are unknown", "give example inputs"))
+            raise UnrollError(Problem(self.place, "the shapes of its weights are unknown", "give example inputs"))
         self.recurrence = read_given(kind, self.form, given, [known[w].shape for w in weights])
         self.hx = given["hx"]
         self.packed = self.form == "packed"
@@ -173,13 +180,16 @@ class CallOfFunction(LayerCall):
 
 
 class Chain:
-    """Calls of a layer that hand a state from one to the next, of which the first has none."""
+    """Calls of a layer that hand a state from one to the next, as it is, of which the first has none."""
 
     def __init__(self, first: LayerCall) -> None:
         self.first = self.last = first
 
     def continues(self, call: LayerCall) -> bool:
-        return call.starts == self.last.finals
+        if call.starts != self.last.finals:
+            return False
+        parts = [part for reading in self.last.finals for part in _parts(*reading)]
+        return not any(writer < call.node for part in parts for writer in writers(part))
 
 
 def find_chains(module: fx.GraphModule, where: Where, known: Known) -> dict[str, Chain]:
@@ -206,25 +216,23 @@ def find_chains(module: fx.GraphModule, where: Where, known: Known) -> dict[str,
             continue
         of_layer = chains.setdefault(call.name, [])
         if call.recurrence.bidirectional:
-            problems.append(reads_the_future(call.name))
+            problems.append(reads_the_future(call.place))
         elif call.packed:
-            problems.append(packed_problem(call.name))
+            problems.append(packed_problem(call.place))
         elif call.stateless:
             of_layer.append(Chain(call))
         elif chain := next((chain for chain in of_layer if chain.continues(call)), None):
             chain.last = call
         else:
             foreign[call.name] = call
-    for name in foreign:
-        if chains[name]:
-            problems.append(Problem(name, *MIXED))
+    problems += [Problem(call.place, *MIXED) for name, call in foreign.items() if chains[name]]
     problems += _out_of_reach(module, where)
     found: dict[str, Chain] = {}
     for name, of_layer in chains.items():
         for k, chain in enumerate(of_layer):
             key = call_name(name, k, "")
             if key in found:
-                problems.append(Problem(key, "is the name of two states", "rename the layer"))
+                problems.append(Problem(key or chain.first.place, "is the name of two states", "rename the layer"))
             found[key] = chain
     if not found and not problems:
         problems.append(no_state("graph"))
@@ -272,13 +280,23 @@ def _origin(node: Any) -> Reading:
     return node, path
 
 
+def _parts(node: fx.Node, path: tuple[int, ...]) -> Iterator[fx.Node]:
+    """The nodes that hold this part of what a node returned."""
+    if not path:
+        yield node
+        return
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == path[0]:
+            yield from _parts(user, path[1:])
+
+
 def _place(node: fx.Node) -> str:
-    """The name of the module that runs a functional call, whatever its class, or of the node if that is not known."""
-    name, inside = layer_name(node), _innermost(node)
-    kind = inside[2] if inside else ""
-    if (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2] in CLASS_NAMES:
-        return name
-    return name.removesuffix(node.name).removesuffix(".") or node.name
+    """The name of the module that runs a functional call, whatever its class; of the node if there is none.
+
+    That of a layer that is the whole model is empty.
+    """
+    path, kind = calling_module(node)
+    return path if kind in CLASS_NAMES else path or node.name
 
 
 def _innermost(node: fx.Node) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from unroll.recurrence import Problem, UnrollError
+from unroll.recurrence import Problem, Recurrence, UnrollError
 
 State = dict[str, Tensor]
 """By name, such as `encoder.lstm.h`"""
@@ -29,31 +29,43 @@ def call_name(layer: str, call: int, state: str) -> str:
     return ".".join(part for part in (layer, str(call) if call else "", state) if part)
 
 
-def zeros(example: Mapping[str, Tensor], batch: int | None) -> State:
+def without_rows(recurrence: Recurrence, rank: int) -> bool:
+    """Whether a state of so many dimensions is that of an unbatched call."""
+    return rank == (1 if recurrence.is_cell else 2)
+
+
+def zeros(example: Mapping[str, Tensor], batch: int | None, unbatched: Container[str] = ()) -> State:
     """Zeros like those of the example, for another number of rows.
 
     Args:
-        example: a tensor for each state. Its rows are its last dimension but one, if it has two.
+        example: a tensor for each state. Its rows are its last dimension but one.
         batch: rows of the states that have the fewest; the others have as many times more as in the example. As in
             the example if it is None.
+        unbatched: names of states that have no rows.
     """
     if batch is None:
         return {name: state.new_zeros(state.shape) for name, state in example.items()}
     if type(batch) is not int or batch < 0:
         raise UnrollError(Problem(f"batch={batch!r}", "is no number of rows", "give a whole number from 0 upwards"))
-    least = min(state.shape[-2] if state.dim() > 1 else 0 for state in example.values())
+    rows = {name: 0 if name in unbatched or s.dim() < 2 else s.shape[-2] for name, s in example.items()}
+    least = min(rows.values())
     problems = []
     found: State = {}
     for name, state in example.items():
-        if least == 0 or state.shape[-2] % least:
+        if least == 0 or rows[name] % least:
             finding = f"has shape {list(state.shape)} in the example, which does not tell what a batch of {batch} makes"
             problems.append(Problem(name, finding, "leave out batch=, or give an example with a batch"))
         else:
-            rows = state.shape[-2] // least * batch
-            found[name] = state.new_zeros(*state.shape[:-2], rows, state.shape[-1])
+            found[name] = state.new_zeros(*state.shape[:-2], rows[name] // least * batch, state.shape[-1])
     if problems:
         raise UnrollError(*problems)
     return found
+
+
+def fixed_rows(batch: int | None, name: str, shape: Sequence[Any]) -> Problem:
+    """Why there is no state with so many rows where sizes are fixed."""
+    mend = "export with dynamic_shapes for another batch"
+    return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", mend)
 
 
 def started(place: str, state: Any, example: Mapping[str, Any]) -> None:
@@ -78,7 +90,7 @@ def reads_the_future(name: str) -> Problem:
 
 
 MIXED = (
-    "is called without a state, and also with one of the model's own that no call of it returned",
+    "is called without a state, and also with one of the model's own that no call of it returned as it is",
     "pass a state at every call or at none, or leave the layer out by where=",
 )
 """What is wrong with a layer whose state is the model's in some calls alone, and what to do."""

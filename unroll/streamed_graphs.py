@@ -22,7 +22,7 @@ from unroll.calls import known_values
 from unroll.layer_calls import CallOfFunction, Chain, Known, find_chains
 from unroll.programs import copied_entry, copied_graph
 from unroll.recurrence import Problem, UnrollError
-from unroll.states import ARGUMENT, State
+from unroll.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zeros
 from unroll.trees import Where
 
 
@@ -41,11 +41,13 @@ def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) ->
     with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
         state = graph.placeholder(ARGUMENT)
     state.meta["states"] = {name: value.new_zeros(value.shape) for name, value in example.items()}
+    recurrences = {name: chain.first.recurrence for name, (chain, _) in _states(chains).items()}
+    state.meta["unbatched"] = [name for name, s in example.items() if without_rows(recurrences[name], s.dim())]
     inputs: dict[str, fx.Node] = {}
     with graph.inserting_before(state.next):
         for name in example:
             inputs[name] = graph.create_node("call_function", operator.getitem, (state, name), name=_identifier(name))
-    finals = _rewire(graph, chains, inputs)
+    finals = _rewire(chains, inputs)
     output = graph.output_node()
     output.args = ((output.args[0], finals),)
     output.meta.pop("val", None)
@@ -78,7 +80,7 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
             last.meta["val"] = torch.empty_like(values[name])
         inputs[name] = last
         signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=last.name), None))
-    finals = _rewire(graph, chains, inputs)
+    finals = _rewire(chains, inputs)
     output = graph.output_node()
     results: Any = output.args[0]
     output.args = ((*results, *finals.values()),)
@@ -114,9 +116,47 @@ def example_state(model: Any) -> State | None:
         state = (model.example_inputs or ((), {}))[1].get(ARGUMENT)
         return state if isinstance(state, dict) else None
     if isinstance(model, fx.GraphModule):
-        states = [node.meta["states"] for node in model.graph.find_nodes(op="placeholder") if "states" in node.meta]
-        return states[0] if states else None
+        return _told(model).get("states")
     return None
+
+
+def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = None) -> State:
+    """Zeros to begin with.
+
+    Args:
+        model: a graph or program with named states.
+        batch: rows of the states, as for `states.zeros`; of a program with fixed sizes, those that it has.
+    """
+    if isinstance(model, fx.GraphModule):
+        told = _told(model)
+        return zeros(told["states"], batch, told["unbatched"])
+    example = example_state(model)
+    assert example is not None
+    found = zeros(example, batch)
+    sizes = _sizes(model)
+    problems = [
+        fixed_rows(batch, name, sizes[name])
+        for name, state in found.items()
+        if any(isinstance(size, int) and size != given for size, given in zip(sizes[name], state.shape))
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return found
+
+
+def _told(module: fx.GraphModule) -> dict[str, Any]:
+    """The metadata of the argument for the states: zeros by name, and the names of those without rows."""
+    metadata = [node.meta for node in module.graph.find_nodes(op="placeholder") if "states" in node.meta]
+    return metadata[0] if metadata else {}
+
+
+def _sizes(program: ExportedProgram) -> dict[str, list[Any]]:
+    """The shape of each state that a program asks for, with symbols where that is open."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    order = pytree.tree_unflatten(list(program.graph_signature.user_inputs), spec)[1][ARGUMENT]
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    return {name: list(nodes[given].meta["val"].shape) for name, given in order.items()}
 
 
 def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], list[Problem]]:
@@ -134,47 +174,52 @@ def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node,
     return known, problems
 
 
+def _states(chains: Mapping[str, Chain]) -> dict[str, tuple[Chain, int]]:
+    """By the name of each state: its chain, and its number in that."""
+    return {
+        call_name(name, 0, part): (chain, k)
+        for name, chain in chains.items()
+        for k, part in enumerate(chain.first.recurrence.cell.states)
+    }
+
+
 def _examples(chains: Mapping[str, Chain], known: Known, problems: Sequence[Problem] = ()) -> State:
     """A tensor like each state, by its name. The problems are why it may not be known."""
-    found: State = {}
-    missing = []
-    for name, chain in chains.items():
-        for k, part in enumerate(chain.first.recurrence.cell.states):
-            example = chain.first.example(k, known)
-            if example is None:
-                missing.append(Problem(name, "the size of its state is unknown", "give example inputs"))
-            else:
-                found[f"{name}.{part}"] = example
-    if missing:
-        raise UnrollError(*problems, *dict.fromkeys(missing))
-    return found
+    found = {name: chain.first.example(k, known) for name, (chain, k) in _states(chains).items()}
+    unknown = dict.fromkeys(chain.first.place for name, (chain, _) in _states(chains).items() if found[name] is None)
+    if unknown:
+        finding, mend = "the size of its state is unknown", "give example inputs"
+        raise UnrollError(*problems, *(Problem(place, finding, mend) for place in unknown))
+    return {name: example for name, example in found.items() if example is not None}
 
 
 def _values(chains: Mapping[str, Chain]) -> dict[str, Any]:
     """The metadata of the zeros in whose place a state comes, by its name."""
     return {
-        f"{name}.{part}": zero.meta["val"]
-        for name, chain in chains.items()
+        name: chain.first.zeros[k].meta["val"]
+        for name, (chain, k) in _states(chains).items()
         if isinstance(chain.first, CallOfFunction)
-        for part, zero in zip(chain.first.recurrence.cell.states, chain.first.zeros)
     }
 
 
-def _rewire(graph: fx.Graph, chains: Mapping[str, Chain], inputs: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+def _rewire(chains: Mapping[str, Chain], inputs: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
     """Give each chain its state, and return the nodes of the next one."""
-    finals: dict[str, fx.Node] = {}
     for name, chain in chains.items():
-        states = chain.first.recurrence.cell.states
-        chain.first.give([inputs[f"{name}.{part}"] for part in states])
-        for part, (node, path) in zip(states, chain.last.finals):
-            with graph.inserting_before(graph.output_node()):
-                for index in path:
-                    whole = node
-                    node = graph.call_function(operator.getitem, (whole, index))
-                    if "val" in whole.meta:
-                        node.meta["val"] = whole.meta["val"][index]
-            finals[f"{name}.{part}"] = node
-    return finals
+        chain.first.give([inputs[call_name(name, 0, part)] for part in chain.first.recurrence.cell.states])
+    return {name: _copied(*chain.last.finals[k]) for name, (chain, k) in _states(chains).items()}
+
+
+def _copied(node: fx.Node, path: tuple[int, ...]) -> fx.Node:
+    """A copy of a part of what a node returned, made before anything can write into that."""
+    with node.graph.inserting_before(node.next):
+        value = node.meta.get("val")
+        for index in path:
+            node = node.graph.call_function(operator.getitem, (node, index))
+            value = node.meta["val"] = None if value is None else value[index]
+        copied = node.graph.call_function(torch.ops.aten.clone.default, (node,))
+    if value is not None:
+        copied.meta["val"] = value.clone()
+    return copied
 
 
 def _identifier(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from unroll.choices import Rules, Where, chooses, read_where
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
-from unroll.states import ARGUMENT, MIXED, State, call_name, no_state, reads_the_future, started, zeros
+from unroll.states import ARGUMENT, MIXED, State, call_name, no_state, reads_the_future, started, without_rows, zeros
 
 
 class Streaming(nn.Module):
@@ -66,11 +67,10 @@ class Streaming(nn.Module):
             batch: rows of the states; where layers run on several rows for each item of a batch, of the states with
                 the fewest. As in the example if it is None.
         """
-        weights = {}
-        for layer in self.layers:
-            weight = layer.like
-            weights |= {name: weight for names in state_names(_carry(layer), layer) for name in names}
-        return zeros({name: weights[name].new_empty(shape) for name, shape in self.example.items()}, batch)
+        layers = {name: layer for layer in self.layers for names in state_names(_carry(layer), layer) for name in names}
+        example = {name: layers[name].like.new_empty(shape) for name, shape in self.example.items()}
+        unbatched = [name for name, s in example.items() if without_rows(layers[name].recurrence, s.dim())]
+        return zeros(example, batch, unbatched)
 
     def forward(self, *args: Any, state: State | None = None, **kwargs: Any) -> tuple[Any, State]:
         carries = [_carry(layer) for layer in self.layers]
@@ -99,6 +99,8 @@ class Streaming(nn.Module):
             if len(carry.chains) != carry.count:
                 times = f"{len(carry.chains)} times in this run, {carry.count} times with the example"
                 raise UnrollError(carry.problem(f"is called without a state {times}"))
+            if carry.chains and carry.foreign:
+                raise UnrollError(Problem(carry.place, *MIXED))
             for names, states in zip(state_names(carry, layer), carry.chains):
                 found.update(zip(names, states))
         return {name: found[name] for name in self.example}
@@ -202,7 +204,7 @@ def _stream_module(
         return copied, [(layer, carried(layer, name)) for layer, name in chosen]
 
     trial, layers = fresh()
-    problems = [reads_the_future(c.name or layer.place) for layer, c in layers if layer.recurrence.bidirectional]
+    problems = [reads_the_future(carry.place) for layer, carry in layers if layer.recurrence.bidirectional]
     if problems:
         raise UnrollError(*problems)
     with _unchanged(trial), torch.no_grad():
@@ -255,7 +257,7 @@ def _tried(
     model(*args, **kwargs)
     seen = []
     for _, carry in layers:
-        seen.append(Carry(carry.name))
+        seen.append(Carry(carry.name, carry.place))
         seen[-1].__dict__.update(vars(carry))
     return seen
 
@@ -263,12 +265,12 @@ def _tried(
 def _objections(carry: Carry, first: Carry, second: Carry) -> Iterator[Problem]:
     """Why a layer cannot be streamed, by what two runs on the same input were like."""
     if second.packed:
-        yield packed_problem(carry.name)
+        yield packed_problem(carry.place)
     if second.chains and second.foreign:
-        yield Problem(carry.name, *MIXED)
+        yield Problem(carry.place, *MIXED)
     elif len(first.chains) != len(second.chains) and not _keeps_it_itself(first, second):
         finding = f"is called without a state {len(first.chains)} times in one run and {len(second.chains)} in the next"
-        yield Problem(carry.name, finding, "let the model call it the same number of times in every run")
+        yield Problem(carry.place, finding, "let the model call it the same number of times in every run")
 
 
 def _keeps_it_itself(first: Carry, second: Carry) -> bool:
@@ -303,7 +305,9 @@ class Stream:
         batch: rows of the states, as for `initial_state`.
 
     Attributes:
-        state: by name, a tensor each. Rows of it may be set, say to zeros where another sequence begins.
+        state: by name, a tensor each, in memory of its own. Rows of it may be set, say to zeros where another
+            sequence begins. None for a file of an open batch until the first piece has told the number of rows, if
+            `batch` does not.
 
     Raises:
         UnrollError: for what is no streaming model.
@@ -322,15 +326,15 @@ class Stream:
         self._run, self._initial = _runner(model)
         self.reset(batch)
 
-    def initial_state(self, batch: int | None = None) -> State:
-        """Zeros for this many rows, or for as many as in the example."""
+    def initial_state(self, batch: int | None = None) -> Any:
+        """Zeros for this many rows, or for as many as in the example; None for as many as a file finds."""
         return self._initial(batch)
 
     def reset(self, batch: int | None = None) -> None:
-        """Begin anew, with zeros for this many rows, or for as many as there are."""
+        """Begin anew, with zeros for this many rows, or for as many as it began with before."""
         if batch is not None or not hasattr(self, "_batch"):
             self._batch = batch
-        self.state: State = self._initial(self._batch)
+        self.state: Any = self._initial(self._batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output for one piece; the state goes on to the next."""
@@ -349,11 +353,10 @@ def _runner(model: Any) -> tuple[Any, Any]:
         return runner(model)
     if isinstance(model, Streaming):
         return torch.no_grad()(model), model.initial_state
-    example = streamed_graphs.example_state(model)
-    if example is None:
+    if streamed_graphs.example_state(model) is None:
         finding = f"is a {type(model).__name__} without named states"
         raise UnrollError(
             Problem("Stream(model)", finding, "give what unroll.streaming returned, or a file made of it")
         )
     run = model.module() if isinstance(model, ExportedProgram) else model
-    return torch.no_grad()(run), lambda batch=None: zeros(example, batch)
+    return torch.no_grad()(run), partial(streamed_graphs.initial_state, model)

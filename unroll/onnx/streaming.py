@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.recurrence import Problem, UnrollError
-from unroll.states import ARGUMENT, NEXT, State, started, zeros
+from unroll.states import ARGUMENT, NEXT, State, fixed_rows, started, zeros
 from unroll.streamed_graphs import example_state
 from unroll.streaming import Streaming
 
@@ -110,8 +110,8 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
         value.name = name
 
 
-def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., State]]:
-    """What runs one piece in ONNX Runtime, and what gives the first state.
+def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., State | None]]:
+    """What runs one piece in ONNX Runtime, and what gives the first state: None if the first piece tells its sizes.
 
     Args:
         model: the path of a file, or an `onnxruntime.InferenceSession`.
@@ -130,13 +130,16 @@ def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., 
     names = [value.name for value in states]
     results = [name for name in outputs if name.removesuffix(NEXT) not in names]
 
-    def run(*args: Any, state: State, **kwargs: Any) -> tuple[Any, State]:
-        started(ARGUMENT, state, dict.fromkeys(names))
+    def run(*args: Any, state: State | None, **kwargs: Any) -> tuple[Any, State]:
+        if state is not None:
+            started(ARGUMENT, state, dict.fromkeys(names))
         given = dict(zip((name for name in inputs if name not in kwargs), args)) | kwargs
         if len(args) + len(kwargs) != len(inputs) or given.keys() != set(inputs):
             finding = f"{len(args)} arguments and {', '.join(kwargs) or 'none'} by name were given"
             raise UnrollError(Problem("Stream", finding, f"give {', '.join(inputs)}"))
-        feed = {name: torch.as_tensor(value).detach().cpu().numpy() for name, value in (given | state).items()}
+        tensors = {name: torch.as_tensor(value) for name, value in given.items()}
+        tensors |= _zeros(states, _open_sizes(runtime, tensors)) if state is None else state
+        feed = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         try:
             arrays = runtime.run(outputs, feed)
         except Exception as error:
@@ -153,22 +156,41 @@ def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., 
 TYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
 
 
-def _first(states: list[Any], batch: int | None) -> State:
-    """Zeros of the shapes that a file asks for."""
-    problems = []
-    found: State = {}
-    symbols = {size for value in states for size in value.shape if not isinstance(size, int)}
-    for value in states:
-        fixed = all(isinstance(size, int) for size in value.shape)
-        if not fixed and len(symbols) > 1:
-            finding = f"has shape {value.shape}, of which the batch is not told"
-            problems.append(Problem(value.name, finding, "set the state yourself, a dictionary of tensors"))
-        elif fixed and batch is not None and (len(value.shape) < 2 or value.shape[-2] != batch):
-            mend = "export with dynamic_shapes for another batch"
-            problems.append(Problem(f"batch={batch}", f"{value.name} has the fixed shape {value.shape}", mend))
-        else:
-            shape = [size if isinstance(size, int) else 1 if batch is None else batch for size in value.shape]
-            found[value.name] = torch.zeros(shape, dtype=TYPES[value.type])
+def _first(states: list[Any], batch: int | None) -> State | None:
+    """Zeros for this many rows; None for as many as the first piece has, if the file leaves that open."""
+    sizes = {size for value in states for size in value.shape if not isinstance(size, int)}
+    if batch is None:
+        return None if sizes else _zeros(states, {})
+    problems = [
+        fixed_rows(batch, value.name, value.shape)
+        for value in states
+        if all(isinstance(size, int) for size in value.shape) and (len(value.shape) < 2 or value.shape[-2] != batch)
+    ]
     if problems:
         raise UnrollError(*problems)
-    return found
+    return _zeros(states, dict.fromkeys(sizes, batch) if len(sizes) == 1 else {})
+
+
+def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
+    """What a piece tells of the sizes that a file leaves open, by their names in it."""
+    return {
+        size: found
+        for value in runtime.get_inputs()
+        if value.name in given
+        for size, found in zip(value.shape, given[value.name].shape)
+        if isinstance(size, str)
+    }
+
+
+def _zeros(states: list[Any], sizes: Mapping[Any, int]) -> State:
+    """Zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
+    shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in states}
+    mend = "set the state yourself, a dictionary of tensors"
+    problems = [
+        Problem(value.name, f"has shape {value.shape}, of which the batch is not told", mend)
+        for value in states
+        if not all(isinstance(size, int) for size in shapes[value.name])
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return {value.name: torch.zeros(shapes[value.name], dtype=TYPES[value.type]) for value in states}
