@@ -139,6 +139,8 @@ def test_onnx(run, source):
     code, out, _ = run("onnx", source, "out.onnx")
     assert code == 0 and out.startswith("out.onnx: ") and " nodes, 0.0 MB" in out
     assert "Scan" in operators("out.onnx") and "GRU" not in operators("out.onnx")
+    code, again, _ = run("onnx", "out.onnx", "out.onnx")
+    assert (code, again) == (0, out.rstrip() + "; no recurrent node was replaced\n")
     code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--plan", "npu", "--json")
     found = json.loads(out)
     assert code == 0 and found["path"] == "out.onnx" and found["size"] == os.path.getsize("out.onnx")

@@ -274,7 +274,7 @@ def test_order_of_keyword_arguments(tmp_path):
 
 def test_inspection_takes_a_single_argument_and_named_dimensions():
     model, x = nn.GRU(FEATURES, HIDDEN).eval(), torch.randn(4, 3, FEATURES)
-    (layer,) = inspect_module(model, x, {"dynamic_shapes": {"input": {0: "T"}, "hx": None}}).layers
+    (layer,) = inspect_module(model, x, {"dynamic_shapes": {"input": {0: "T"}}}).layers
     assert (layer.kind, layer.steps) == ("GRU", None)
 
 
@@ -346,7 +346,11 @@ def test_refusals(tmp_path):
     case = Case("RNN")
     model, args, path = case.model().eval(), case.tensors(), tmp_path / "m.onnx"
     refused = [
-        ({"opset_version": 9}, r"opset_version=9: torch's exporter wrote \d+; ask for 18 or newer"),
+        ({"opset_version": 13}, r"opset_version=13: is none that torch's exporter can write; ask for 14 to \d\d"),
+        ({"opset_version": 99}, r"opset_version=99: is none that torch's exporter can write; ask for 14 to \d\d"),
+        ({"input_names": ["a"], "output_names": ["a"]}, "'a': is the name of two inputs or outputs; give each another"),
+        ({"output_names": ["input"]}, "'input': is the name of two inputs or outputs; give each another"),
+        ({"output_names": ["y", "y"]}, "'y': is the name of two inputs or outputs; give each another"),
         ({"input_names": ["x", "y"]}, r"input_names=\['x', 'y'\]: does not fit \['x'\]"),
         ({"output_names": ["y", "y2", "y3"]}, r"output_names=.*does not fit"),
         ({"where": "nothing"}, "names no recurrent layer"),
@@ -378,6 +382,76 @@ def test_scripts_are_refused(kwargs, tmp_path):
     script = torch.jit.script(nn.GRU(FEATURES, HIDDEN).eval())
     with pytest.raises(UnrollError, match=r"cannot be captured by torch\.export"):
         export_onnx(script, torch.randn(4, 3, FEATURES), tmp_path / "m.onnx", kwargs=kwargs)
+
+
+def test_an_example_of_one_row_does_not_tell_that_there_may_be_more(tmp_path):
+    model, path = nn.GRU(FEATURES, HIDDEN).eval(), tmp_path / "m.onnx"
+    for shape, names in (((4, 1), ("b",)), ((1, 1), ("t", "b"))):
+        with pytest.raises(UnrollError) as caught:
+            export_onnx(model, torch.randn(*shape, FEATURES), path, dynamic_shapes={"input": {0: "t", 1: "b"}})
+        assert [str(problem) for problem in caught.value.problems] == [
+            f"dynamic_shapes: {name}: is open, and 1 in the example, which torch.export fixes; "
+            "give an example of 2 or more"
+            for name in names
+        ]
+    with pytest.raises(UnrollError, match="dynamic_shapes: f: is open, and the model fixes it to 6; leave it out"):
+        export_onnx(model, torch.randn(4, 2, FEATURES), path, dynamic_shapes={"input": {2: "f"}})
+
+
+def test_an_example_that_is_a_piece_of_a_tensor(tmp_path):
+    """Its strides would be taken for a condition on its sizes."""
+    model, whole = nn.GRU(FEATURES, HIDDEN, batch_first=True).eval(), torch.randn(2, 60, FEATURES)
+    shapes = {"input": {0: "b", 1: "t"}}
+    export = export_onnx(model, whole[:, :10], tmp_path / "m.onnx", dynamic_shapes=shapes)
+    with torch.no_grad():
+        assert_same(run(export.path, whole), model(whole), rtol=1e-5)
+
+
+def test_what_to_do_where_onnx_runtime_refuses_a_file(tmp_path):
+    class Squeezes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(FEATURES, HIDDEN)
+
+        def forward(self, x):
+            return self.rnn(x)[0].squeeze(-1)  # of 5 features: torch leaves them, and its exporter writes a Squeeze
+
+    model, x = Squeezes().eval(), torch.randn(4, 3, FEATURES)
+    with pytest.raises(
+        UnrollError, match="torch's exporter wrote that node if it is no step of a layer: change the operation"
+    ):
+        export_onnx(model, x, tmp_path / "m.onnx")
+    graph = onnx.parser.parse_graph("g (float[2] x) => (float[2] y) { y = Tanh(x) }")
+    for versions, reason in (
+        ((1000, 10), r"1000 is under development.*; ask for an older opset_version, or pass check=False"),
+        ((18, 1000), r"IR version: 1000.*; install a newer ONNX Runtime"),
+    ):
+        opset = onnx.helper.make_opsetid("", versions[0])
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=versions[1]), tmp_path / "new.onnx")
+        with pytest.raises(UnrollError, match=reason):
+            unroll.Stream(tmp_path / "new.onnx")
+    with pytest.raises(UnrollError, match=r"missing\.onnx: cannot be read .*; give the path of an ONNX file"):
+        unroll.Stream(tmp_path / "missing.onnx")
+    (tmp_path / "text.onnx").write_text("no ONNX file")
+    with pytest.raises(UnrollError, match=r"text\.onnx: is refused by ONNX Runtime .*; give the path of an ONNX file"):
+        unroll.Stream(tmp_path / "text.onnx")
+
+
+def test_an_lstm_with_a_projection_cannot_be_left_to_torchs_exporter(tmp_path, capfd):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.GRU(FEATURES, HIDDEN), nn.LSTM(HIDDEN, HIDDEN, proj_size=2)
+
+        def forward(self, x):
+            return self.b(self.a(x)[0])[0]
+
+    model, x = Two().eval(), torch.randn(4, 3, FEATURES)
+    for check in (True, False):
+        with pytest.raises(UnrollError, match=r"^b: has proj_size, .*not chosen by where=; let where= choose it too"):
+            export_onnx(model, x, tmp_path / "m.onnx", where="a", check=check)
+    assert capfd.readouterr() == ("", "")
+    assert export_onnx(model, x, tmp_path / "m.onnx", where=["a", "b"]).report.ok
 
 
 def mistaken_lstm(x, state, weights, label):

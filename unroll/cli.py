@@ -87,14 +87,16 @@ def onnx_command(
     """
     require("onnx", "onnx_ir")
     from unroll.onnx import check, files
-    from unroll.onnx.models import unroll_ir
+    from unroll.onnx.models import all_nodes, is_recurrent, unroll_ir
 
     target = files.checked_place(target)
     with _parts() as part:
         part("read")
         model = files.load(source)
         part("unroll")
+        before = sum(map(is_recurrent, all_nodes(model)))
         unroll_ir(model, where=where, plan=plan, steps=steps)
+        replaced = before - sum(map(is_recurrent, all_nodes(model)))
         part("save")
         with files.delivered(model, target) as draft:
             part("check")
@@ -102,9 +104,11 @@ def onnx_command(
             check.check_file(draft, target, source)
     counted = check.operators(model)
     if as_json:
-        _print_json({"path": str(target), "size": size, "operators": dict(counted)})
+        _print_json({"path": str(target), "size": size, "replaced": replaced, "operators": dict(counted)})
     else:
-        Console().print(f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB", highlight=False, markup=False)
+        text = f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB"
+        text += "" if replaced else "; no recurrent node was replaced"
+        Console().print(text, highlight=False, markup=False)
 
 
 @app.command("export", short_help="Write a PyTorch model as an unrolled ONNX file.")

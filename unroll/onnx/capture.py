@@ -6,6 +6,7 @@ Torch's exporter then has nothing to do with the steps, and its cost does not gr
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from unroll import trees
 from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
@@ -95,15 +97,43 @@ def _captured(
     every = where is None
     if rules is not None or not every:
         model = trees.replace(model, Plan(), where, rules)
+    if not every and (problems := _left_out(model)):
+        raise UnrollError(*problems)
+    # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
     try:
         with _layers_as_nodes(every), keeping_rows(_on_packed, stopped_by_index), watching():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
     except Exception as error:
+        if fixed := FIXED.findall(str(error)):
+            raise UnrollError(*(_is_fixed(*found) for found in fixed)) from error
         finding = f"cannot be captured by torch.export ({type(error).__name__}: {error})"
         mend = "make torch.export.export(model, args, strict=False) work first"
         raise UnrollError(Problem(type(model).__name__, finding, mend)) from error
+
+
+FIXED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
+"""What `torch.export` says of a size that cannot stay open"""
+
+
+def _is_fixed(name: str, size: str) -> Problem:
+    if int(size) < 2:
+        finding, mend = f"is open, and {size} in the example, which torch.export fixes", "give an example of 2 or more"
+    else:
+        finding, mend = f"is open, and the model fixes it to {size}", "leave it out, or change what fixes it"
+    return Problem(f"dynamic_shapes: {name}", finding, mend)
+
+
+def _left_out(model: nn.Module) -> list[Problem]:
+    """A problem for each layer that torch's exporter would write, and wrongly."""
+    finding = "has proj_size, which torch's exporter writes wrongly, and is not chosen by where="
+    return [
+        Problem(name, finding, "let where= choose it too")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LSTM) and module.proj_size
+    ]
 
 
 def _refuse(given: dict[str, Any], finding: str) -> None:

@@ -100,9 +100,25 @@ def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
             os.fspath(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
         )
     except Exception as error:
-        finding = f"is refused by ONNX Runtime ({_first_line(error)})"
-        mend = "export in float32, or pass check=False for another runtime"
+        if not os.path.exists(path):
+            finding, mend = "cannot be read (No such file or directory)", "give the path of an ONNX file"
+        else:
+            finding, mend = f"is refused by ONNX Runtime ({_first_line(error)})", _mend(str(error))
         raise UnrollError(Problem(os.fspath(name), finding, mend)) from error
+
+
+# What to do, by what the reason of ONNX Runtime holds.
+MENDS = {
+    "NOT_IMPLEMENTED": "export in float32, or pass check=False for another runtime",
+    "under development": "ask for an older opset_version, or pass check=False for another runtime",
+    "Unsupported model IR version": "install a newer ONNX Runtime, or write the file for an older version",
+    "INVALID_PROTOBUF": "give the path of an ONNX file",
+    "ShapeInferenceError": "torch's exporter wrote that node if it is no step of a layer: change the operation",
+}
+
+
+def _mend(reason: str) -> str:
+    return next((mend for part, mend in MENDS.items() if part in reason), "report this model")
 
 
 def check_values(

@@ -95,8 +95,8 @@ def export_onnx(
         dynamic_shapes: as for `torch.export.export`; a string in place of a `Dim` names it.
         input_names: names of the file's inputs, for the first ones at least.
         output_names: names of its outputs.
-        opset_version: version of the standard's operators; what torch writes by default. Versions before 18
-            are had by conversion, and refused if that fails.
+        opset_version: version of the standard's operators, 14 or newer; what torch writes by default. Versions
+            before 18 are had by conversion, and refused if that fails.
         plan: how the steps are laid out, `"onnxruntime"` by default.
         where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
         rules: for layers of classes of your own, as for `unroll`.

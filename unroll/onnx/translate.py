@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch.export import Dim, ExportedProgram
@@ -30,6 +32,10 @@ LOGGERS = (
     "torch.onnx._internal.exporter._compat",
     "onnxscript.version_converter",
 )
+
+
+OLDEST = 14
+"""The oldest version of the standard's operators to which torch's exporter converts its 18"""
 
 
 @contextmanager
@@ -68,6 +74,11 @@ def translate(
         raise UnrollError(
             *(Problem(f"{k}={names!r}", "is a single string", "give a list of names") for k, names in texts)
         )
+    newest = onnx.defs.onnx_opset_version()
+    if opset_version is not None and not OLDEST <= opset_version <= newest:
+        finding, mend = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
+        raise UnrollError(Problem(f"opset_version={opset_version}", finding, mend))
+    _refuse_twice([*(input_names or ()), *(output_names or ())])
     try:
         translated = torch.onnx.export(
             program,
@@ -83,6 +94,7 @@ def translate(
         raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
     assert translated is not None
     model: ir.Model = translated.model
+    _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
     problems = []
     for kind, names, values in (
         ("input_names", input_names, model.graph.inputs),
@@ -92,8 +104,15 @@ def translate(
         if names and (len(names) > len(found) or list(names) != found[: len(names)]):
             problems.append(Problem(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order"))
     if opset_version is not None and model.opset_imports.get("") != opset_version:
-        finding = f"torch's exporter wrote {model.opset_imports.get('')}"
+        finding = f"torch's exporter wrote {model.opset_imports.get('')}, and could not convert it"
         problems.append(Problem(f"opset_version={opset_version}", finding, "ask for 18 or newer"))
     if problems:
         raise UnrollError(*problems)
     return model
+
+
+def _refuse_twice(names: Sequence[str | None]) -> None:
+    """Refuse names of inputs and outputs of which two are the same."""
+    finding, mend = "is the name of two inputs or outputs", "give each another, by input_names and output_names"
+    if problems := [Problem(repr(name), finding, mend) for name, count in Counter(names).items() if count > 1]:
+        raise UnrollError(*problems)
