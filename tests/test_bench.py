@@ -21,12 +21,13 @@ from unroll.bench.benchmark import benchmark
 from unroll.bench.contenders import obstacle
 from unroll.bench.measuring import error_of
 from unroll.bench.processes import Process
-from unroll.bench.report import advice, as_text, is_wrong
+from unroll.bench.report import COLUMNS, advice, as_tables, as_text, is_wrong
 from unroll.bench.subjects import Task, subjects
 
 pytest.importorskip("onnx")
 pytest.importorskip("typer")
 from tests.test_cli import run  # noqa: F401
+from unroll.terminal import console, print_whole
 
 QUICK = {"rounds": 2, "seconds": 0.01, "hidden_size": 6, "input_size": 5, "steps": 4}
 
@@ -331,6 +332,17 @@ def test_advice_in_a_tie_keeps_the_layer():
     assert "use onnx," in advice([EAGER, other("onnx-unrolled", 4e-4, "default"), other("onnx", 4.1e-4)])
     quick = other("onnx-unrolled", 4.1e-4, "default")
     assert "use onnx-unrolled" in advice([EAGER, replace(quick, first_call=1.0), other("unrolled-compile", 4e-4)])
+
+
+def test_names_are_printed_in_full_however_narrow_the_terminal(capsys):
+    plan = "gates=paired,directions=stacked"
+    subject = Subject("fac:boom:", device="cpu")
+    rows = [replace(row, subject=subject) for row in (EAGER, other("unrolled-compile", 2e-3, plan), failed("onnx"))]
+    print_whole(console(width=40), *as_tables(Measurements(tuple(rows))))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "fac:boom:," and lines[3].startswith(f"unrolled-compile {plan} ")
+    assert lines[1].split() == " ".join(COLUMNS).split() and lines[3].endswith(" 1.0e-07")
+    assert "onnx: took more than 60 s to build" in lines
 
 
 def test_advice_without_figures():

@@ -89,6 +89,19 @@ def make_choosing():
     return Chooses().eval(), CASE.tensors()[0]
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.GRU(6, 6), nn.GRU(6, 5)
+
+    def forward(self, x):
+        return self.b(self.a(x)[0])[0]
+
+
+def make_pair():
+    return Pair().eval(), CASE.tensors()[0]
+
+
 NOTHING = None
 CELLS = nn.Sequential(nn.GRUCell(3, 5))
 
@@ -273,12 +286,41 @@ def test_inspection_for_a_target(run, source):
     assert code == 1 and "aten.lstm.input" in [row["operator"] for row in json.loads(out)["rows"]]
 
 
+@pytest.mark.parametrize("target", ["npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack"])
+def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
+    code, out, _ = run("inspect", "tests.test_cli:make", "--target", target, "--json")
+    found = json.loads(out)
+    assert code == (not found["ok"]) and found["nodes"] > 50
+    assert not [row for row in found["rows"] if "recurrent" in row["finding"]]
+    if target in ("npu", "tensorrt", "torch_tensorrt"):  # what docs/contracts.md promises
+        assert found["ok"]
+
+
+def test_what_is_unrolled_for_a_target_can_be_told(run):
+    def nodes(*options):
+        return json.loads(run("inspect", "tests.test_cli:make", "--target", "npu", "--json", *options)[1])["nodes"]
+
+    assert nodes() == nodes("--plan", "npu") > nodes("--plan", "tensorrt")
+    code, out, _ = run("inspect", "tests.test_cli:make_pair", "--target", "torch_tensorrt", "--where", "a")
+    assert code == 1 and "aten.gru.input" in out and "1 finding" in out  # b, which is left as it is
+    code, out, _ = run("inspect", "tests.test_cli:make_dynamic", "--target", "npu")
+    assert code == 1 and "Scan" in out  # the lengths are open
+    code, _, err = run("inspect", "tests.test_cli:make_named", "--target", "npu", "--where", "rnn")
+    assert code == 1 and "gives where, and so does the command line" in err
+    code, _, err = run("inspect", "tests.test_cli:make_choosing", "--target", "xnnpack")
+    assert code == 1 and "Chooses: cannot be exported" in err
+
+
 def test_what_cannot_be_inspected_for_a_target(run, source):
+    run("export", "tests.test_cli:make", "made.onnx", "--no-check")
     for option, value in (("--steps", "5"), ("--plan", "npu"), ("--where", "rnn")):
-        code, _, err = run("inspect", source, "--target", "npu", option, value)
-        assert code == 1 and f"{option}: was given with --target" in err
-    code, _, err = run("inspect", "tests.test_cli:make", "--target", "xnnpack")
-    assert code == 1 and "got Holder, a module that is not exported yet" in err and "torch.export.export" in err
+        for model in ("made.onnx", "tests.test_cli:make_exported"):
+            code, _, err = run("inspect", model, "--target", "npu", option, value)
+            assert code == 1 and f"{option}: was given with --target" in err and "judged as it is" in err
+    code, _, err = run("inspect", "tests.test_cli:make", "--target", "npu", "--steps", "5")
+    assert code == 1 and "--steps: was given with --target" in err
+    code, _, err = run("inspect", "tests.test_cli:make_alone", "--target", "xnnpack")
+    assert code == 1 and "returns a model alone" in err and "a tuple of example arguments" in err
     code, _, err = run("inspect", source, "--target", "xnnpack")
     assert code == 1 and "got an ONNX model" in err
     code, _, err = run("inspect", source, "--target", "nowhere")
@@ -306,6 +348,24 @@ def test_names_with_brackets(run, source):
     assert "[/red]" in run("inspect", source)[1]
     code, out, _ = run("onnx", source, "[bold].onnx")
     assert code == 0 and out.startswith("[bold].onnx: ")
+
+
+def test_names_are_printed_in_full(run, source, monkeypatch):
+    """However narrow the terminal, so that they can be given to --where."""
+    monkeypatch.setenv("COLUMNS", "40")
+    names = ["If_0_else_branch__" + 80 * "a" + end for end in ("first", ":boom:")]
+    model = onnx.load(source)
+    model.graph.node[0].name = names[0]
+    model.graph.node.add().CopyFrom(model.graph.node[0])
+    model.graph.node[1].name = names[1]
+    model.graph.node[1].output[:] = [f"{name}2" if name else "" for name in model.graph.node[0].output]
+    onnx.save(model, source)
+    lines = run("inspect", source)[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", *names] and lines[1].split()[1:4] == ["GRU", "2", "→"]
+    code, out, _ = run("inspect", "fac:boom:")
+    assert code == 1 and "fac:boom:: cannot be found" in out
+    code, out, _ = run("onnx", source, ":boom:.onnx")
+    assert code == 0 and out.startswith(":boom:.onnx: ")
 
 
 def test_as_a_module():

@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError as error:  # pragma: no cover
     raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
 
+import torch
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.bench.command import bench_command
@@ -28,8 +30,11 @@ from unroll.contracts.tables import NAMES
 from unroll.factories import made_by, options_of
 from unroll.onnx import require
 from unroll.onnx.export import Export, export_onnx
+from unroll.packing import packing
 from unroll.plan import PRESETS, Plan
 from unroll.recurrence import Problem, UnrollError
+from unroll.terminal import console, print_whole
+from unroll.unrolling import unroll
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,13 +54,17 @@ Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name
 PlanOption = Annotated[
     str, typer.Option(help=f"{', '.join(PRESETS)}, or fields as in gates=paired,time=8. See unroll.Plan.")
 ]
-TargetOption = Annotated[
-    str | None, typer.Option(help=f"Show what the model, as it is, uses that one of {', '.join(NAMES)} does not offer.")
-]
+TARGET_HELP = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program
+as it is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there
+is one and --plan does not say."""
+TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
 
 JUDGING = ("model", "target", "as_json")
 """What goes with --target"""
+
+UNROLLING = ("where", "plan")
+"""What else goes with it if the model is to be unrolled"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except UnrollError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        errors = console(stderr=True, soft_wrap=True)
         for place, finding, mend in error.problems:
-            console.print(f"[red]error:[/red] {escape(f'{place}: {finding}')}")
-            console.print(f"       {mend}", markup=False)
+            errors.print(f"[red]error:[/red] {escape(f'{place}: {finding}')}")
+            errors.print(f"       {mend}", markup=False)
         raise SystemExit(1) from None
 
 
@@ -108,7 +117,7 @@ def onnx_command(
     else:
         text = f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB"
         text += "" if replaced else "; no recurrent node was replaced"
-        Console().print(text, highlight=False, markup=False)
+        console().print(text, markup=False)
 
 
 @app.command("export", short_help="Write a PyTorch model as an unrolled ONNX file.")
@@ -125,15 +134,14 @@ def export_command(
     with _stdout_for(as_json):
         model, args, given = made_by(factory)
         if args is None and not isinstance(model, ExportedProgram):
-            mend = "let it return the model and a tuple of example arguments"
-            raise UnrollError(Problem(factory, "returns a model alone", mend))
+            raise UnrollError(_alone(factory))
         options = options_of(factory, given, opset_version=opset, where=where)
         with _parts() as part:
             export = export_onnx(model, args, target, plan=plan, check=check, progress=part, **options)
     if as_json:
         _print_json(_plain(export))
     else:
-        Console().print(str(export), highlight=False, markup=False)
+        console().print(str(export), markup=False)
 
 
 @app.command("inspect", short_help="Show the recurrent layers of a model.")
@@ -151,7 +159,7 @@ def inspect_command(
     Ends with exit code 1 if something does, or if the model uses what a --target does not offer.
     """
     if target is not None:
-        _judge(context, model, target, as_json)
+        _judge(context, model, target, where, plan, as_json)
         return
     require("onnx", "onnx_ir", "onnxscript")
     from unroll.onnx.files import load
@@ -161,7 +169,7 @@ def inspect_command(
     with _stdout_for(as_json), _parts() as part:
         part("read")
         try:
-            if ":" in model and not Path(model).exists():
+            if _is_factory(model):
                 if steps is not None:
                     mend = "leave it out: the example arguments tell"
                     raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", mend))
@@ -183,23 +191,62 @@ def inspect_command(
         raise typer.Exit(1)
 
 
-def _judge(context: typer.Context, model: str, target: str, as_json: bool) -> None:
-    """Show what a target has against a model. Options that tell how to unroll it must not be given."""
-    sources = {name: context.get_parameter_source(name) for name in context.params if name not in JUDGING}
-    if given := [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]:
-        finding, mend = "was given with --target", "leave it out: the model is judged as it is"
-        raise UnrollError(*(Problem(f"--{name}", finding, mend) for name in given))
-    with _stdout_for(as_json), _parts() as part:
+def _is_factory(model: str) -> bool:
+    return ":" in model and not Path(model).exists()
+
+
+def _judge(context: typer.Context, model: str, target: str, where: list[str] | None, plan: str, as_json: bool) -> None:
+    """Show what a target has against a model."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    table = checking.target_named(target)
+    with _stdout_for(as_json), _parts() as part, TemporaryDirectory() as folder:
         part("read")
-        made = made_by(model)[0] if ":" in model and not Path(model).exists() else model
+        made, args, options = made_by(model) if _is_factory(model) else (model, None, {})
+        if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
+            raise UnrollError(_alone(model))
+        as_it_is = args is None or isinstance(made, ExportedProgram)
+        if wrong := given.difference(JUDGING, () if as_it_is else UNROLLING):
+            finding = "was given with --target"
+            mend = "leave it out" + (": the model is judged as it is" if as_it_is else "")
+            raise UnrollError(*(Problem(f"--{name}", finding, mend) for name in sorted(wrong)))
+        if not as_it_is:
+            part("unroll and export")
+            layout = target if target in PRESETS and "plan" not in given else plan
+            options = options_of(model, options, where=where)
+            made = _exported(made, args, options, layout, Path(folder) if table.kind != "aten" else None)
         part("check")
         verdict = checking.check(made, target=target)
     if as_json:
         _print_json(verdict.as_dict())
     else:
-        Console(soft_wrap=True).print(str(verdict), highlight=False, markup=False)
+        console(soft_wrap=True).print(str(verdict), markup=False)
     if not verdict.ok:
         raise typer.Exit(1)
+
+
+def _exported(model: Any, args: Any, options: dict[str, Any], plan: str, folder: Path | None) -> Any:
+    """An ONNX file in the folder, or without one a program, of the model unrolled."""
+    require("onnx", "onnx_ir", "onnxscript")
+    from unroll.onnx.capture import example_args
+    from unroll.onnx.translate import named_dims, quiet
+
+    if folder is not None:
+        return export_onnx(model, args, folder / "model.onnx", plan=plan, check=False, **options).path
+    unrolled = unroll(model, plan=plan, where=options.get("where"), rules=options.get("rules"))
+    shapes, kwargs = named_dims(options.get("dynamic_shapes")), dict(options.get("kwargs") or {})
+    try:
+        with quiet(), packing():
+            return torch.export.export(unrolled, example_args(args), kwargs, dynamic_shapes=shapes, strict=False)
+    except UnrollError:
+        raise
+    except Exception as error:
+        finding = f"cannot be exported ({type(error).__name__}: {error})"
+        raise UnrollError(Problem(type(model).__name__, finding, "make torch.export.export work first")) from error
+
+
+def _alone(factory: str) -> Problem:
+    return Problem(factory, "returns a model alone", "let it return the model and a tuple of example arguments")
 
 
 def _stdout_for(as_json: bool) -> Any:
@@ -211,8 +258,8 @@ def _stdout_for(as_json: bool) -> Any:
 def _parts() -> Iterator[Callable[[str], None]]:
     """A function that shows which part of the work is being done, and for how long, on a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    errors = console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda part: progress.update(task, description=part)
 
@@ -234,10 +281,11 @@ def _print_json(value: Any) -> None:
 
 
 def _print_layers(found: Any) -> None:
-    console = Console(highlight=False)
+    out = console()
     if found.layers:
         names = ("layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB")
-        table = Table(*names, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        columns = [Column(name, no_wrap=True) for name in names]
+        table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for layer in found.layers:
             values = asdict(layer)
             sizes = f"{layer.input_size} → {layer.hidden_size}"
@@ -247,8 +295,8 @@ def _print_layers(found: Any) -> None:
             table.add_row(
                 escape(layer.name), layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size
             )
-        console.print(table)
+        print_whole(out, table)
     elif not found.problems:
-        console.print("no recurrent layers")
+        out.print("no recurrent layers")
     for place, finding, mend in found.problems:
-        console.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {mend}')}")
+        out.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {mend}')}", soft_wrap=True)

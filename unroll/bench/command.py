@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unroll.bench.benchmark import benchmark
@@ -21,6 +19,10 @@ from unroll.bench.report import as_tables
 from unroll.bench.subjects import DTYPES, LAYER
 from unroll.onnx import require
 from unroll.recurrence import Problem, UnrollError
+from unroll.terminal import console, print_whole
+
+FACTORY = """package.module:name of a function that returns the model and a tuple of its arguments, or these and
+{"kwargs": ...}; measured is at the sizes of these arguments."""
 
 SIZES = "one or several, as in 8,32,128"
 
@@ -30,9 +32,7 @@ def _default(name: str) -> str:
 
 
 def bench_command(
-    factory: Annotated[
-        str | None, typer.Argument(help="package.module:name of a function that returns a model and its arguments.")
-    ] = None,
+    factory: Annotated[str | None, typer.Argument(help=FACTORY)] = None,
     kind: Annotated[str | None, typer.Option(help="lstm, gru or rnn. [default: lstm]")] = None,
     input_size: Annotated[int | None, typer.Option(help=_default("input_size"))] = None,
     hidden_size: Annotated[str | None, typer.Option(help=f"Hidden features: {SIZES} {_default('hidden_size')}")] = None,
@@ -99,10 +99,10 @@ def bench_command(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
         return
-    console = Console(highlight=False)
-    console.print(*as_tables(found), sep="\n")
+    out = console()
+    print_whole(out, *as_tables(found))
     for path in [*[save] * bool(save), *drawn]:
-        console.print(escape(str(path)))
+        out.print(str(path), markup=False)
 
 
 def _words(text: str) -> list[str]:
@@ -121,8 +121,8 @@ def _sizes(option: str, text: str | None) -> list[int] | None:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, str], None]]:
     """A bar with the time that is left, on a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    errors = console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=escape(what))
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)

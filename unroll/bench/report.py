@@ -115,7 +115,7 @@ def as_text(found: Measurements) -> str:
 
 
 def as_tables(found: Measurements) -> list[Any]:
-    """What rich prints: for each subject a table, in which failed contenders say why, and the advice."""
+    """What rich prints: for each subject a table, lines in which failed contenders say why, and the advice."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -123,15 +123,10 @@ def as_tables(found: Measurements) -> list[Any]:
     for subject, rows in by_subject(found.rows).items():
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=escape(str(subject)), title_justify="left")
         for name in COLUMNS:
-            table.add_column(
-                name, justify="left" if name == "form" else "right", no_wrap=name != "form", overflow="fold"
-            )
+            table.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
         for row in in_order(rows):
             if not row.failure:
                 table.add_row(*map(escape, cells(row, rows)))
-        failed = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
-        for row in rows:
-            if row.failure:
-                failed.add_row(escape(row.name), f"[dim]{escape(row.failure)}[/dim]")
-        printed += [table, *[failed] * bool(failed.rows), f"[bold]{escape(advice(rows))}[/bold]", ""]
+        failed = [f"{escape(row.name)}: [dim]{escape(row.failure)}[/dim]" for row in rows if row.failure]
+        printed += [table, *failed, f"[bold]{escape(advice(rows))}[/bold]", ""]
     return printed

@@ -256,6 +256,6 @@ def _own(factory: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
         mend = "let it return the model and a tuple of example arguments"
         raise UnrollError(Problem(factory, "returns a model alone", mend))
     if others := [name for name in options if name != "kwargs"]:
-        mend = "the benchmark takes kwargs alone: leave the rest out"
+        mend = "the benchmark takes kwargs alone, and runs at the sizes of the example: leave the rest out"
         raise UnrollError(Problem(factory, f"returns the options {', '.join(others)}", mend))
     return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), options.get("kwargs") or {}
