@@ -125,6 +125,14 @@ def test_the_plain_name_says_what_to_do():
     assert isinstance(caught.value.inner_exception, UnrollError)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_refusals_keep_their_words(fullgraph):
+    compiled = torch.compile(library.unroll(nn.GRU(3, 4)), backend="eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match="its last size must be input_size=3") as caught:
+        compiled(torch.ones(5, 2, 6))
+    assert fullgraph or isinstance(caught.value, UnrollError)
+
+
 def test_unknown_options_are_refused():
     with (
         torch._dynamo.config.patch(allow_rnn=True),

@@ -212,7 +212,8 @@ def test_inductor():
 
 
 def changed():
-    return nn.utils.rnn._VF, nn.LSTM.forward, torch._dynamo.config.dont_skip_tracing  # pyright: ignore
+    code = pad_packed_sequence.__code__
+    return nn.utils.rnn._VF, nn.LSTM.forward, code, torch._dynamo.config.dont_skip_tracing  # pyright: ignore
 
 
 def test_nothing_is_left_changed():
@@ -277,5 +278,183 @@ def test_shapes_that_torch_refuses(x, lengths, message):
 
 def test_sequences_packed_outside_are_refused_inside():
     packed = pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 2]))
-    with pytest.raises(UnrollError, match=r"packed outside of unroll\.packing"):
+    with pytest.raises(UnrollError, match=r"packed outside of the graph, or outside of unroll\.packing"):
         exported(lambda x: x + pad_packed_sequence(packed)[0], torch.zeros(5, 2, 3))
+
+
+class Normed(nn.Module):
+    """Does with packed rows what has no gradient at zero, before and after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = nn.RNN(2, 2, bidirectional=True, dtype=F64)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        rows = packed.data / packed.data.norm(dim=-1, keepdim=True)
+        packed = self.rnn(PackedSequence(rows, *packed[1:]))[0]
+        backwards = packed.data[:, 2:]  # begins past the end of a row, with a state of zeros
+        rows = packed.data / backwards.norm(dim=-1, keepdim=True)
+        return pad_packed_sequence(PackedSequence(rows, *packed[1:]), total_length=4)[0]
+
+
+@pytest.mark.parametrize("form", ["export", "blocks", "compile"])
+def test_gradients_whatever_the_padding_holds(form):
+    model, lengths = Normed(), torch.tensor([1, 4, 2])
+    x = torch.randn(4, 3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    if form == "compile":
+        torch.compiler.reset()
+        ours = library.compile(model, backend="aot_eager")
+    else:
+        with torch.no_grad():
+            ours = exported(unroll(model, plan="time=2" if form == "blocks" else None), x, lengths).module()
+    for content in (0.0, float("nan")):
+        x = torch.where((torch.arange(4)[:, None] < lengths)[..., None], x, content)
+        expected, found = gradients(model, (x, lengths)), gradients(ours, (x, lengths))
+        assert not any(gradient.isnan().any() for gradient in expected.values())
+        assert_same({name.removeprefix("_orig_mod."): gradient for name, gradient in found.items()}, expected)
+
+
+@pytest.mark.parametrize("form", ["export", "compile", "onnx"])
+def test_integers_stay_integers(form, tmp_path):
+    def pad(x, lengths):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(packed, padding_value=-1, total_length=6)
+
+    x, lengths = torch.randint(1, 9, (5, 3)), torch.tensor([2, 5, 1])
+    if form == "onnx":
+        found = session(Applied(pad).eval(), tmp_path, x, lengths)(x, lengths)
+    elif form == "export":
+        found = exported(pad, x, lengths).module()(x, lengths)
+    else:
+        found = library.compile(pad, backend="eager")(x, lengths)
+    expected = pad(x, lengths)
+    assert expected[0].dtype == torch.int64
+    assert_same(list(found), list(expected))
+
+
+class Two(nn.Module):
+    """Two layers on one packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.GRU(FEATURES, 3, dtype=F64), nn.GRU(3, 2, dtype=F64)
+
+    def forward(self, x: Tensor, lengths: Tensor):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        packed, h = self.two(self.one(packed)[0])
+        return pad_packed_sequence(packed, total_length=x.shape[0])[0], h
+
+
+@pytest.mark.parametrize("where", ["one", "two"])
+def test_layers_are_chosen_in_a_graph(where):
+    model, x = Two(), torch.randn(STEPS, BATCH, FEATURES, dtype=F64)
+    ours = unroll(trace(model), (x, EXAMPLE), where=where)
+    left = [node.target for node in ours.graph.find_nodes(op="call_module")]
+    assert left == ["two" if where == "one" else "one"]
+    for lengths in ([5, 3, 3], [1, 2, 4]):
+        assert_same(ours(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))
+
+
+def test_layers_cannot_be_chosen_elsewhere(tmp_path):
+    model, args = Two().eval(), (torch.randn(STEPS, BATCH, FEATURES, dtype=F64), EXAMPLE)
+    with pytest.raises(UnrollError, match=r"GRU: is given a packed sequence and is not chosen by where="):
+        export_onnx(model, args, tmp_path / "m.onnx", where="one")
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"of which where= cannot choose"):
+        library.compile(model, backend="eager", where="one")(*args)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_a_rewritten_graph_is_exported(steps, strict):
+    model, x = Two(), torch.randn(steps, BATCH, FEATURES, dtype=F64)
+    graph = unroll(trace(model), (x, torch.tensor([steps, 1, 1])))
+    ours = exported(graph, x, torch.tensor([steps, 1, 1]), strict=strict).module()
+    assert_same(ours(x, torch.tensor([1, steps, 1])), model(x, torch.tensor([1, steps, 1])))
+
+
+READS = {
+    "size": lambda sizes: sizes.size(0),
+    "a sum": lambda sizes: 1 + sizes.sum(),
+    "an item": lambda sizes: sizes[0],
+    "len": len,
+    "iteration": list,
+    "a function": torch.max,
+    "a comparison": lambda sizes: sizes > 1,
+}
+
+
+def reading(read):
+    def run(x, lengths):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(packed)[0] / read(packed.batch_sizes)
+
+    return run
+
+
+@pytest.mark.parametrize("name", READS)
+def test_batch_sizes_are_not_read(name):
+    with pytest.raises(UnrollError, match=r"packed\.batch_sizes: is read, and depends on lengths"):
+        exported(reading(READS[name]), torch.randn(5, 3, 2), EXAMPLE)
+
+
+@pytest.mark.parametrize("form", ["strict", "compile"])
+@pytest.mark.parametrize("name", ["size", "len", "a function"])
+def test_dynamo_tells_that_batch_sizes_are_not_read(name, form):
+    torch.compiler.reset()
+    run, args = reading(READS[name]), (torch.randn(5, 3, 2), EXAMPLE)
+    make = functools.partial(exported, run, strict=True) if form == "strict" else library.compile(run, backend="eager")
+    with pytest.raises(Exception, match=r"packed\.batch_sizes.*is read, and depends on lengths"):
+        make(*args)
+
+
+def test_dynamo_tells_why_a_layer_of_torch_is_refused():
+    model = made("LSTM, sorted")
+    with pytest.raises(Exception, match=r"LSTM.*is given a packed sequence .*export or compile unroll"):
+        exported(model, model.input(), EXAMPLE, strict=True)
+
+
+def test_dynamo_tells_of_shapes_that_torch_refuses():
+    with pytest.raises(Exception, match="there are 2 lengths for 3 rows"):
+        library.compile(lambda x, lengths: pack_padded_sequence(x, lengths).data.shape, backend="eager")(
+            torch.zeros(5, 3, 2), torch.tensor([5, 3])
+        )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("returned", ["all", "batch_sizes"])
+def test_packed_sequences_do_not_leave_the_model(returned, strict):
+    def pack(x, lengths):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return packed if returned == "all" else (x, packed.batch_sizes)
+
+    with pytest.raises(Exception, match=r"leaves the model, .*rows of padding among its rows"):
+        exported(pack, torch.zeros(5, 3, 2), EXAMPLE, strict=strict)
+
+
+@pytest.mark.parametrize("form", ["export", "compile", "torch.compile", "graph"])
+def test_packed_sequences_do_not_come_from_outside(form):
+    torch.compiler.reset()
+    model, packed = nn.Sequential(nn.GRU(3, 2)), pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 2]))
+    make = {
+        "export": lambda: torch.export.export(unroll(model), (packed,)),
+        "compile": lambda: library.compile(model, backend="eager")(packed),
+        "torch.compile": lambda: torch.compile(unroll(model), backend="eager", fullgraph=True)(packed),
+        "graph": lambda: unroll(trace(model), (packed,)),
+    }
+    with pytest.raises(Exception, match="is given a sequence that was packed outside of the graph"):
+        make[form]()
+
+
+def test_packed_sequences_from_outside_break_the_graph_and_agree():
+    torch.compiler.reset()
+    model, packed = nn.GRU(3, 2), pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 2]))
+    for compiled in (
+        library.compile(model, backend="eager", fullgraph=False),
+        torch.compile(unroll(model), backend="eager"),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(packed)[0].data, model(packed)[0].data)

@@ -22,9 +22,9 @@ from unroll.frozen import drop_unread
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.packed_calls import PackedModuleCall
-from unroll.packing import is_padded, keeping_rows, refuse_layer
+from unroll.packing import is_padded, keeping_rows
 from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError, check_arguments
+from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.schedule import Divide, Layout
 from unroll.sweeps import divided
 from unroll.trees import Rules, Where, chooses
@@ -220,7 +220,7 @@ class _FakeRun(fx.Interpreter):
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
         fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), args)
         try:
-            with mode, keeping_rows(refuse_layer, always=True):
+            with mode, keeping_rows(_layer_on_packed, always=True):
                 self.run(*fakes)
         except UnrollError as error:  # without what the interpreter adds to the text
             raise UnrollError(*error.problems) from None
@@ -256,11 +256,7 @@ class _FakeRun(fx.Interpreter):
         input, state = operands(args, kwargs)
         recurrence = layer.recurrence
         if is_padded(input):
-            count, features = input.batch_sizes.count, len(recurrence.directions) * recurrence.output_size
-            check_arguments(recurrence, target, input.data, state, rows=count)
-            states = tuple(input.data.new_empty(recurrence.passes, count, size) for size in recurrence.state_sizes)
-            output = PackedSequence(input.data.new_empty(len(input.data), features), *input[1:])
-            return output, states[0] if len(states) == 1 else states
+            return _on_packed(recurrence, target, input, state)
         if not isinstance(input, torch.Tensor):
             return layer(input, state)
         check_arguments(recurrence, target, input, state)
@@ -274,3 +270,17 @@ class _FakeRun(fx.Interpreter):
         if recurrence.is_cell:
             return final
         return input.new_empty(*lead, len(recurrence.directions) * recurrence.output_size), final
+
+
+def _on_packed(recurrence: Recurrence, place: str, input: Any, state: Any) -> tuple[PackedSequence, Any]:
+    """What a layer returns for padded rows, without its steps: anything of the right sizes."""
+    count, features = input.batch_sizes.count, len(recurrence.directions) * recurrence.output_size
+    check_arguments(recurrence, place, input.data, state, rows=count)
+    states = tuple(input.data.new_empty(recurrence.passes, count, size) for size in recurrence.state_sizes)
+    output = PackedSequence(input.data.new_empty(len(input.data), features), *input[1:])
+    return output, states[0] if len(states) == 1 else states
+
+
+def _layer_on_packed(layer: Any, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    """The same of torch's own layers, which `where` has not chosen."""
+    return _on_packed(read_layer(layer), type(layer).__name__, input, hx)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll import loops, schedule
 from unroll.orders import Layout
-from unroll.packing import Sizes, original_order, sorted_state
+from unroll.packing import Sizes, known_sizes, original_order, sorted_state
 from unroll.padded_rows import released, watched
 from unroll.plan import Plan
 from unroll.recurrence import (
@@ -243,15 +243,17 @@ class UnrolledLayer(Unrolled):
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         recurrence = self.recurrence
         padded: Any = input.batch_sizes if isinstance(input.batch_sizes, Sizes) else None
-        sizes: Any = None if padded else input.batch_sizes.tolist()
+        sizes: Any = None if padded else known_sizes(input, self.place)
         steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
         data = released(input.data) if padded else input.data
         check_arguments(recurrence, self.place, data, hx, weight=self.like, rows=batch)
         result = self._run(data, sorted_state(input, hx), steps, batch, sizes, padded)
         states = original_order(input, schedule.joined_states(recurrence, result.finals))
-        rows = _own(schedule.joined_rows(result.outputs), steps)
+        rows = schedule.joined_rows(result.outputs)
         if padded:
-            rows, _ = watched(rows), watched(data)
+            rows, _ = watched(padded.filled(rows)), watched(data)
+        else:
+            rows = _own(rows, steps)
         # Not `_replace`, which Dynamo gets wrong after a graph break.
         return PackedSequence(rows, *input[1:]), _untuple([_own(state) for state in states])
 

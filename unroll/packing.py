@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FunctionType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 from torch.nn import functional
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from unroll.padded_rows import released, watched, watching, watching_graphs
 from unroll.recurrence import LAYERS, Problem, UnrollError
 
 PLACE = "pack_padded_sequence"
-
-
-LONGEST = -(2**40)
-"""Stands for the number of steps of the longest row, which only the running graph knows. No total length is smaller."""
 
 
 class Sizes:
@@ -35,6 +33,9 @@ class Sizes:
         steps: T, of the padding.
         count: B.
         mask: which rows have a step, boolean `[T * B, 1]`.
+
+    Raises:
+        UnrollError: for all that batch sizes are asked for, which depends on lengths.
     """
 
     device = torch.device("cpu")
@@ -43,8 +44,42 @@ class Sizes:
     def __init__(self, lengths: Tensor, steps: int, count: int, mask: Tensor) -> None:
         self.lengths, self.steps, self.count, self.mask = lengths, steps, count, mask
 
-    def size(self, dim: int) -> Any:
-        return LONGEST
+    def filled(self, rows: Tensor) -> Tensor:
+        """These rows, `[T * B, ...]`, with the first step of a row in place of all that follows its end.
+
+        What is computed from padding is thrown away, but a gradient of 0 comes back, and is NaN behind a function
+        that has none there, such as a norm of zeros. A step of the same row has a gradient if the row has one.
+        """
+        ones = [1] * (rows.dim() - 1)
+        first = rows[: self.count].repeat(self.steps, *ones)  # broadcast instead, its strides would keep a batch fixed
+        return torch.where(self.mask.reshape(-1, *ones), rows, first)
+
+    def __bool__(self) -> bool:  # or it would be asked for its length
+        return True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python asks of any object
+            raise AttributeError(name)
+        self._refuse()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        finding = "is read, and depends on lengths, which only the running graph knows"
+        raise UnrollError(Problem("packed.batch_sizes", finding, "work with the lengths"))
+
+    __torch_function__: Any = classmethod(_refuse)  # pyright: ignore[reportArgumentType]
+    __getitem__ = __len__ = __iter__ = __int__ = __index__ = __float__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
+
+
+def _refuse_to_leave(sizes: Sizes) -> NoReturn:
+    """What `torch.export` calls to take a model's results apart, of which these are no part that a graph can have."""
+    finding = "leaves the model, in a sequence with rows of padding among its rows"
+    raise UnrollError(Problem("packed.batch_sizes", finding, "return what pad_packed_sequence makes of it"))
+
+
+pytree.register_pytree_node(Sizes, _refuse_to_leave, _refuse_to_leave)  # pyright: ignore[reportArgumentType]
 
 
 def is_padded(input: Any) -> bool:
@@ -97,23 +132,27 @@ class _Functions:
         falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
         lengths = self.check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
-        data = input.reshape(-1, *features).clone(memory_format=torch.contiguous_format)  # its own memory, as torch's
-        return watched(data), Sizes(lengths, steps, count, mask)
+        sizes = Sizes(lengths, steps, count, mask)
+        return watched(sizes.filled(input.reshape(-1, *features))), sizes
 
-    def _pad_packed_sequence(
-        self, data: Tensor, sizes: Any, batch_first: bool, padding_value: float, total_length: Any
+    def _pad_packed_sequence(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self.original._pad_packed_sequence(*args)
+
+    def pad_packed_sequence(
+        self, packed: PackedSequence, batch_first: bool, padding_value: float, total_length: Any
     ) -> tuple[Tensor, Tensor]:
+        sizes: Any = packed.batch_sizes
         if not isinstance(sizes, Sizes):
             if not (self.always or torch.compiler.is_compiling()):
-                return self.original._pad_packed_sequence(data, sizes, batch_first, padding_value, total_length)
-            finding = "is given a sequence that was packed outside of unroll.packing()"
-            raise UnrollError(Problem("pad_packed_sequence", finding, "pack it inside"))
-        steps, lengths = sizes.steps, sizes.lengths
+                return PADS_RAGGED(packed, batch_first, padding_value, total_length)
+            refuse_ragged("pad_packed_sequence")
+        data, steps, lengths = packed.data, sizes.steps, sizes.lengths
         features = data.shape[1:]
         mask = sizes.mask.reshape(-1, *[1] * len(features))
-        result = torch.where(mask, released(data), padding_value).unflatten(0, (steps, sizes.count))
+        padding = data.new_full((), padding_value)  # a number would make floats of integers
+        result = torch.where(mask, released(data), padding).unflatten(0, (steps, sizes.count))
         watched(data)
-        if total_length == LONGEST:
+        if total_length is None:
             longest = lengths.max().item()
             torch._check(longest >= 1)
             torch._check(longest <= steps)
@@ -123,7 +162,20 @@ class _Functions:
             lengths = self.check(lengths, lengths <= total_length, message)
             room = [0, 0] * (len(features) + 1) + [0, total_length - steps]
             result = functional.pad(result, room, value=padding_value)
+        order = packed.unsorted_indices
+        if order is not None:
+            result, lengths = result.index_select(1, order), lengths[order.cpu()]
         return result.transpose(0, 1) if batch_first else result, lengths
+
+
+PADS: Any = rnn.pad_packed_sequence
+PADS_RAGGED = FunctionType(PADS.__code__, rnn.__dict__)
+"""The same function, whose code stays as it is"""
+
+
+def _pads(sequence, batch_first=False, padding_value=0.0, total_length=None):
+    """The code of torch's function while rows are kept, to be run among torch's names. Its own asks for batch sizes."""
+    return _VF.pad_packed_sequence(sequence, batch_first, padding_value, total_length)  # noqa: F821 # pyright: ignore
 
 
 @contextmanager
@@ -138,21 +190,39 @@ def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, always: bool = F
 
     def replaced(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: Any, input: Any, hx: Any = None) -> Any:
-            return on_layer(self, input, hx) if is_padded(input) else original(self, input, hx)
+            if is_padded(input):
+                return on_layer(self, input, hx)
+            if isinstance(input, PackedSequence) and torch.compiler.is_dynamo_compiling():
+                refuse_ragged(type(self).__name__)
+            return original(self, input, hx)
 
         return forward
 
     home: Any = rnn
-    before, forwards = home._VF, [(kind, kind.forward) for kind in LAYERS]
-    home._VF = _Functions(before, check, always=always)
+    before, code, forwards = home._VF, PADS.__code__, [(kind, kind.forward) for kind in LAYERS]
+    home._VF, PADS.__code__ = _Functions(before, check, always=always), _pads.__code__
     try:
         for kind, forward in forwards:
             kind.forward = replaced(forward)
         yield
     finally:
-        home._VF = before
+        home._VF, PADS.__code__ = before, code
         for kind, forward in forwards:
             kind.forward = forward
+
+
+def refuse_ragged(place: str) -> NoReturn:
+    """A sequence without its padding, given to a graph."""
+    finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
+    raise UnrollError(Problem(place, finding, "pack it inside, in the model"))
+
+
+def known_sizes(packed: PackedSequence, place: str) -> list[int]:
+    """The batch sizes of a sequence without its padding, unless it is the input of a graph, which knows none."""
+    sizes = packed.batch_sizes.tolist()
+    if not all(has_static_value(size) for size in sizes):
+        refuse_ragged(place)
+    return sizes
 
 
 def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
@@ -219,7 +289,8 @@ def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
     torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
     if is_padded(packed):
         torch._assert(found == steps, f"sequences must be padded to {steps} time steps, as unrolled for")
-        rows = released(packed.data).view_as(packed.data)  # while what the model itself does with the data is watched
+        rows = released(packed.data)
+        rows = rows.view_as(rows)  # while what the model itself does with the data is watched
         watched(packed.data)
         return rows, sizes.mask
     mask = _mask(packed, steps)
@@ -229,7 +300,11 @@ def spread(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
 
 def gathered(packed: PackedSequence, rows: Tensor, steps: int) -> PackedSequence:
     """The same packing around what has become of its rows."""
-    data = watched(rows) if is_padded(packed) else rows.index_select(0, _mask(packed, steps).nonzero()[:, 0])
+    sizes: Any = packed.batch_sizes
+    if is_padded(packed):
+        data = watched(sizes.filled(rows))
+    else:
+        data = rows.index_select(0, _mask(packed, steps).nonzero()[:, 0])
     return PackedSequence(data, *packed[1:])
 
 

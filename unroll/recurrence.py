@@ -37,12 +37,11 @@ class UnrollError(RuntimeError):
     """
 
     def __init__(self, *problems: Problem) -> None:
-        self.problems = problems
-        lines = [str(problem) for problem in problems]
-        super().__init__(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines]))
+        self.problems = problems  # all that Dynamo can follow; it tells the arguments of what is raised while it traces
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), self.problems)
+    def __str__(self) -> str:
+        lines = [str(problem) for problem in self.problems]
+        return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines])
 
 
 @dataclass(frozen=True)

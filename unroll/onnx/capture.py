@@ -101,8 +101,9 @@ def _captured(
         raise UnrollError(*problems)
     # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+    on_layer = _on_packed if every else _not_chosen
     try:
-        with _layers_as_nodes(every), keeping_rows(_on_packed, stopped_by_index), watching():
+        with _layers_as_nodes(every), keeping_rows(on_layer, stopped_by_index), watching():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
@@ -260,6 +261,12 @@ def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSeque
     )
     states = original_order(packed, states)
     return PackedSequence(watched(output), *packed[1:]), states[0] if len(states) == 1 else tuple(states)
+
+
+def _not_chosen(layer: nn.Module, packed: PackedSequence, hx: Any) -> Any:
+    """Stands in for torch's own layers where `where` chooses among layers: it has left them as they are."""
+    finding = "is given a packed sequence and is not chosen by where=; in a file it cannot stay as it is"
+    raise UnrollError(Problem(type(layer).__name__, finding, "let where= choose it too"))
 
 
 def _node(
