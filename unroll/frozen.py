@@ -93,6 +93,10 @@ class Frozen(NamedTuple):
         writer.node("call_function", torch._assert, (same, message))
         return layout
 
+    def filled(self, tensor: Callable[[str], Any], dtype: torch.dtype | None) -> Layout:
+        """The layout with other tensors in it, asked for by kind in the order of `names`, for rows of `dtype`."""
+        return self._with(lambda _, kind: tensor(kind), dtype)
+
     def _with(self, change: Callable[[Any, str], Any], dtype: torch.dtype | None = None) -> Layout:
         precision = schedule.precision_of(dtype)
         passes, stacks = (

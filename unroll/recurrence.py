@@ -97,6 +97,18 @@ class Recurrence:
         suffixes = ("", "_reverse")[: len(self.directions)]
         return [[f"{kind}_l{layer}{s}" for kind in kinds] for layer in range(self.num_layers) for s in suffixes]
 
+    @property
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameters, in torch's order."""
+        rows, size = len(self.cell.gates) * self.hidden_size, self.output_size
+        shapes: list[tuple[int, ...]] = []
+        for k in range(self.passes):
+            first = k < len(self.directions)
+            features = self.input_size if first else len(self.directions) * size
+            shapes += [(rows, features), (rows, size)] + [(rows,)] * 2 * self.bias
+            shapes += [(size, self.hidden_size)] * bool(self.proj_size)
+        return shapes
+
     def weights(self, flat: Sequence[Value]) -> list[Weights]:
         """Group tensors given in the order of `weight_names` (that of torch's flat weights)."""
         groups, size = [], len(self.weight_names[0])

@@ -26,7 +26,6 @@ from unroll.modules import UnrolledCell, UnrolledLayer
 from unroll.onnx.sites import DOMAIN, LAYER
 from unroll.packing import Sizes, keeping_rows, original_order, sorted_state, stopped_by_index
 from unroll.padded_rows import released, watched, watching
-from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.trees import Rules, Where
 
@@ -96,7 +95,7 @@ def _captured(
         raise UnrollError(Problem(type(model).__name__, finding, "call model.eval() first"))
     every = where is None
     if rules is not None or not every:
-        model = trees.replace(model, Plan(), where, rules)
+        model = trees.replace(model, None, where, rules)
     if not every and (problems := _left_out(model)):
         raise UnrollError(*problems)
     # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
@@ -232,12 +231,25 @@ def _forward(self: Any, input: Tensor, hx: Any = None) -> Any:
     """Stands in for `Unrolled.forward`."""
     if isinstance(input, PackedSequence):
         return _on_packed(self, input, hx)
-    recurrence = self.recurrence
-    weights = [weight for group in self.all_weights for weight in group]
-    results = _node(recurrence, self.place, input, hx, weights, training=self.training, named=True)
+    recurrence, weights = self.recurrence, _weights(self)
+    results = _node(recurrence, self.place, input, hx, weights, training=self.training, named=True, plan=_plan(self))
     states = results if recurrence.is_cell else results[1:]
     final = states[0] if len(states) == 1 else tuple(states)
     return final if recurrence.is_cell else (results[0], final)
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    """In torch's order, or of a frozen layer as they were laid out."""
+    frozen = getattr(layer, "frozen", None)
+    if frozen is None:
+        return [weight for group in layer.all_weights for weight in group]
+    frozen.read(layer, None, layer.like.dtype)  # refuses another type than it was frozen in
+    return [getattr(layer, name) for name in frozen.names]
+
+
+def _plan(layer: Any) -> str:
+    """What a frozen layer was laid out for; empty for others."""
+    return str(layer.plan) if getattr(layer, "frozen", None) else ""
 
 
 def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
@@ -248,7 +260,7 @@ def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSeque
         mend = "pack by pack_padded_sequence or pack_sequence, inside of the model"
         raise UnrollError(Problem(place, "is given a sequence that was packed elsewhere", mend))
     recurrence = replace(read_layer(layer), batch_first=False)
-    weights = [weight for group in layer.all_weights for weight in group]
+    weights = _weights(layer)
     data = released(packed.data)
     check_arguments(recurrence, place, data, hx, weight=weights[0], rows=sizes.count)
     state: Any = sorted_state(packed, hx)
@@ -256,9 +268,8 @@ def _on_packed(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSeque
     rows = data.unflatten(0, (sizes.steps, sizes.count))
     watched(data)
     named = isinstance(layer, UnrolledLayer)
-    output, *states = _node(
-        recurrence, place, rows, state, weights, training=layer.training, named=named, lengths=sizes.lengths
-    )
+    options = {"training": layer.training, "named": named, "plan": _plan(layer)}
+    output, *states = _node(recurrence, place, rows, state, weights, lengths=sizes.lengths, **options)
     states = original_order(packed, states)
     return PackedSequence(watched(output), *packed[1:]), states[0] if len(states) == 1 else tuple(states)
 
@@ -278,10 +289,12 @@ def _node(
     *,
     training: bool,
     named: bool = False,
+    plan: str = "",
     lengths: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """The output of a layer and its last states, or the next states of a cell, from one node.
 
+    With a `plan`, the weights are laid out for it already.
     With `lengths`, `[B]`, the input is padded, and the output all its rows, `[T * B, features]`; those that have ended
     hold no values in particular.
     """
@@ -300,7 +313,7 @@ def _node(
         rows = lead if lengths is None else [lead[0] * lead[1]]
         shapes.insert(0, [*rows, len(recurrence.directions) * recurrence.output_size])
     state = (hx,) if isinstance(hx, Tensor) else hx or (None,) * len(recurrence.state_sizes)
-    attributes = {**asdict(recurrence), "batched": batched, "padded": lengths is not None}
+    attributes = {**asdict(recurrence), "batched": batched, "padded": lengths is not None, "plan": plan}
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Recurrence",
         (input, *state, *weights, *([] if lengths is None else [lengths])),

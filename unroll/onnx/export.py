@@ -97,7 +97,7 @@ def export_onnx(
         output_names: names of its outputs.
         opset_version: version of the standard's operators, 14 or newer; what torch writes by default. Versions
             before 18 are had by conversion, and refused if that fails.
-        plan: how the steps are laid out, `"onnxruntime"` by default.
+        plan: how the steps are laid out, `"onnxruntime"` by default. Layers that are frozen keep theirs.
         where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
         rules: for layers of classes of your own, as for `unroll`.
         check: whether to run the checks.

@@ -67,11 +67,15 @@ def is_recurrent(node: ir.Node) -> bool:
 
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
-    plan = PLAN if plan is None else Plan.of(plan)
+    asked = None if plan is None else Plan.of(plan)
     sites, problems = read_sites(model, where, steps)
+    for site in sites:
+        if site.plan is not None and asked not in (None, site.plan):
+            mend = f"leave plan out, or make it {str(site.plan)!r}; or give a layer that is not frozen"
+            problems.append(Problem(f"{site.name}: plan={str(asked)!r}", f"was frozen with {str(site.plan)!r}", mend))
     if problems:
         raise UnrollError(*problems)
-    write_sites(model, sites, plan)
+    write_sites(model, sites, asked or PLAN)
     left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
@@ -132,7 +136,7 @@ def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with many_objects():
         for site in sites:
-            _replace(site, OnnxWriter(site.name, constants, opset, taken), plan, prepared)
+            _replace(site, OnnxWriter(site.name, constants, opset, taken), site.plan or plan, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):
             _drop_unread_initializers(graph)
     model.opset_imports.pop(DOMAIN, None)

@@ -11,6 +11,7 @@ from onnx_ir import tensor_adapters
 
 from unroll import schedule
 from unroll.cells import Value, Variant, Weights
+from unroll.frozen import Frozen
 from unroll.onnx import loops
 from unroll.onnx.values import OnnxWriter
 from unroll.plan import Plan
@@ -34,6 +35,8 @@ class Site:
 
     recurrence: Recurrence
     batched = True
+    plan: Plan | None = None
+    """Of a layer that has its own, frozen in it"""
     zeros_past_end = True
     """Whether the output of a row that has ended is read, and must be zeros then"""
     variants: Sequence[Variant | None] = ()
@@ -262,17 +265,19 @@ class Site:
 
     def _prepared(self, writer: OnnxWriter, plan: Plan, prepared: dict[Any, schedule.Layout]) -> schedule.Layout:
         """The weights as the steps want them, laid out once for nodes that share them."""
-        weights = self.weights(writer)
-        known = all(w is None or isinstance(w, torch.Tensor) for group in weights for w in group)
+        known = all(value is None or _known(value) is not None for value in self.parameters)
         key = (self.recurrence, tuple(map(id, self.parameters))) if known else self
         if key not in prepared:
-            prepared[key] = schedule.prepare(self.recurrence, weights, plan, self.dtype, writer)
+            prepared[key] = self._layout(writer, plan)
         if not self.variants:
             return prepared[key]
         passes, stacks, widths = prepared[key]
         passes = [p._replace(variant=variant) for p, variant in zip(passes, self.variants, strict=True)]
         alike = len(set(self.variants)) == 1
         return schedule.Layout(passes, [p._replace(variant=self.variants[0]) for p in stacks if alike], widths)
+
+    def _layout(self, writer: OnnxWriter, plan: Plan) -> schedule.Layout:
+        return schedule.prepare(self.recurrence, self.weights(writer), plan, self.dtype, writer)
 
     def operand(self, writer: OnnxWriter, k: int, rank: int) -> Any:
         """An input of the node: a tensor if it is constant, else a value."""
@@ -287,7 +292,8 @@ class TorchSite(Site):
     """An `unroll::Recurrence` node: a whole layer or cell of torch, with torch's arguments and results.
 
     Inputs are the input, an initial state for each of the cell's, the weights in torch's order, and lengths if the
-    input is `padded`; the output is then rows. Attributes are the fields of `Recurrence`, `batched` and `padded`.
+    input is `padded`; the output is then rows. Attributes are the fields of `Recurrence`, `batched` and `padded`, and
+    `plan`: that of a frozen layer, whose weights are laid out for it, else empty.
     """
 
     zeros_past_end = False
@@ -295,6 +301,8 @@ class TorchSite(Site):
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         fields: dict[str, Any] = {key: attribute.value for key, attribute in node.attributes.items()}
         self.batched, self.padded = bool(fields.pop("batched")), bool(fields.pop("padded"))
+        plan = fields.pop("plan")
+        self.plan = Plan.of(plan) if plan else None
         flags = ("bias", "batch_first", "bidirectional", "is_cell", "reverse")
         fields |= {flag: bool(fields[flag]) for flag in flags}
         self.recurrence = Recurrence(**fields)
@@ -312,6 +320,16 @@ class TorchSite(Site):
     def parameters(self) -> list[ir.Value | None]:
         end = len(self.node.inputs) - self.padded
         return list(self.node.inputs[1 + len(self.recurrence.state_sizes) : end])
+
+    def _layout(self, writer: OnnxWriter, plan: Plan) -> schedule.Layout:
+        if self.plan is None:
+            return super()._layout(writer, plan)
+        # Its form follows from the plan; what is in it was laid out before.
+        shapes = [torch.empty(shape, device="meta") for shape in self.recurrence.weight_shapes]
+        form = schedule.prepare(self.recurrence, self.recurrence.weights(shapes), self.plan)
+        constants = (known_tensor(value) for value in self.parameters if value is not None)
+        writer.enter("frozen")
+        return Frozen(form, self.dtype).filled(lambda kind: writer(next(constants), kind), self.dtype)
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         first = 1 + len(self.recurrence.state_sizes)
@@ -335,14 +353,19 @@ class TorchSite(Site):
         return [torch.transpose(output, 0, 1) if recurrence.batch_first else output, *states]
 
 
-def known_tensor(value: ir.Value) -> torch.Tensor | None:
+def _known(value: ir.Value) -> Any:
     """What a value always is, if that is known: an initializer that is no input of the model, or a constant."""
     if value.is_graph_input():
         return None
     producer = value.producer()
     if producer is not None and producer.op_type == "Identity" and producer.domain == "" and producer.inputs[0]:
-        return known_tensor(producer.inputs[0])
-    tensor = _constant(value)
+        return _known(producer.inputs[0])
+    return _constant(value)
+
+
+def known_tensor(value: ir.Value) -> torch.Tensor | None:
+    """What a value always is, as a tensor of torch, if that is known."""
+    tensor = _known(value)
     if tensor is None:
         return None
     raw = tensor.raw if isinstance(tensor, tensor_adapters.TorchTensor) else None
