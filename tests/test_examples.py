@@ -152,7 +152,7 @@ def test_tensorrt(example, package):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs {package}: pip install torch-unroll[tensorrt]")
+        pytest.skip(f"needs {package}: pip install '.[tensorrt]'")
     printed = run(example)
     assert printed.count("unrolled engine") == 9
     assert printed.count("  ok\n") >= 9
