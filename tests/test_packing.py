@@ -320,7 +320,7 @@ def test_gradients_whatever_the_padding_holds(form):
 def test_integers_stay_integers(form, tmp_path):
     def pad(x, lengths):
         packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-        return pad_packed_sequence(packed, padding_value=-1, total_length=6)
+        return pad_packed_sequence(packed, padding_value=-1.0, total_length=6)
 
     x, lengths = torch.randint(1, 9, (5, 3)), torch.tensor([2, 5, 1])
     if form == "onnx":
