@@ -157,9 +157,12 @@ def _kernels(model: nn.Module, *args: torch.Tensor) -> int:
     return code.count("async_compile.cpp")
 
 
-@pytest.mark.parametrize("prepare", [lambda model: model, library.unroll], ids=["by the backend", "module"])
-def test_no_step_of_a_gru_has_a_kernel_of_its_own(prepare):
-    model = prepare(nn.GRU(3, 4))
+@pytest.mark.parametrize(
+    "model",
+    [nn.GRU(3, 4), library.unroll(nn.GRU(3, 4)), library.unroll(nn.LSTM(3, 4), plan="products=sums")],
+    ids=["by the backend", "module", "sums"],
+)
+def test_no_step_has_a_kernel_of_its_own(model):
     few, more = (_kernels(model, torch.randn(steps, 2, 3)) for steps in (5, 9))
     assert 0 < more <= few
 

@@ -138,6 +138,7 @@ def test_no_node_is_unread(kind, plan):
         (Case("RNN"), Plan(gates="merged"), 2),
         (Case("RNN"), Plan(gates="paired"), 2),
         (Case("RNN"), Plan(gates="split"), 2),
+        (Case("RNN"), Plan(products="sums"), 5),
     ],
     ids=str,
 )

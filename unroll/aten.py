@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
@@ -38,8 +39,10 @@ OPERATORS: dict[Any, Any] = {
     torch.sigmoid: aten.sigmoid.default,
     torch.stack: aten.stack.default,
     torch.sub: aten.sub.Tensor,
+    torch.sum: aten.sum.dim_IntList,
     torch.tanh: aten.tanh.default,
     torch.transpose: aten.transpose.int,
+    torch.unsqueeze: aten.unsqueeze.default,
     torch.where: aten.where.self,
     functional.dropout: aten.dropout.default,
 }

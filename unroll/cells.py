@@ -2,8 +2,8 @@
 
 Everything here is an ordinary function of tensor-like values and calls a small closed set of torch
 functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
-`transpose`, and for several passes at once `stack`, `baddbmm`, `bmm`), never in place. Given tensors it
-computes; given values of a graph it writes nodes.
+`transpose`; for several passes at once `stack`, `baddbmm`, `bmm`; for products by sums `unsqueeze`, `sum`),
+never in place. Given tensors it computes; given values of a graph it writes nodes.
 
 Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`. What the
 ONNX standard lets vary beyond them is a `Variant`; torch's layers have none, and steps without one write nothing more.
@@ -48,21 +48,29 @@ class Affine(NamedTuple):
     """The map `x @ weight + bias`; None stands for an `x` of zeros."""
 
     weight: Value
-    """`[in, out]`, or stacked `[n, in, out]`"""
+    """`[in, out]`, or stacked `[n, in, out]`; if summed, `[out, in]`, or stacked `[n, 1, out, in]`"""
     bias: Value | None = None
     """`[out]`, or stacked `[n, 1, out]`, or None"""
     stacked: bool = False
     """Whether there are `n` maps, for an `x` of `[n, B, in]`"""
+    summed: bool = False
+    """Whether the product is written as a multiplication and a sum"""
 
     def __call__(self, x: Value | None) -> Value | None:
         if x is None:
             return self.bias
-        if self.bias is None:
-            return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
-        return self.onto(self.bias, x)
+        return self.times(x) if self.bias is None else self.onto(self.bias, x)
+
+    def times(self, x: Value) -> Value:
+        """`x @ weight`"""
+        if self.summed:
+            return torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
+        return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
 
     def onto(self, y: Value, x: Value) -> Value:
         """`y + x @ weight`"""
+        if self.summed:
+            return torch.add(y, self.times(x))
         return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
 
 
@@ -151,8 +159,19 @@ class Cell:
         # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
         return self.products(layout if self.folds or layout == "split" else "paired")
 
-    def prepare(self, weights: Weights, layout: str, hidden_size: int, precision: Precision | None = None) -> Prepared:
-        """Reorder, transpose and add up the parameters once, outside the loop over time."""
+    def prepare(
+        self,
+        weights: Weights,
+        layout: str,
+        hidden_size: int,
+        precision: Precision | None = None,
+        *,
+        summed: bool = False,
+    ) -> Prepared:
+        """Reorder, transpose and add up the parameters once, outside the loop over time.
+
+        With `summed`, what a step multiplies by `h` and by its projection is written as multiplications and sums.
+        """
         hidden = self.products(layout)
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
         apart = () if self.folds else next(group for group in hidden if self.candidate in group)
@@ -161,12 +180,17 @@ class Cell:
             parts = torch.chunk(rows, len(self.gates)) if len(self.gates) > 1 else (rows,)
             return dict(zip(self.gates, parts, strict=True))
 
-        def maps(rows: Value, groups: tuple[tuple[str, ...], ...], biases: dict[str, Value]) -> tuple[Affine, ...]:
+        def maps(
+            rows: Value, groups: tuple[tuple[str, ...], ...], biases: dict[str, Value], *, summed: bool = False
+        ) -> tuple[Affine, ...]:
             rows = by_gate(rows)
             return tuple(
                 Affine(
-                    torch.cat([torch.transpose(rows[gate], 0, 1) for gate in group], 1),
+                    torch.cat([rows[gate] for gate in group])
+                    if summed
+                    else torch.cat([torch.transpose(rows[gate], 0, 1) for gate in group], 1),
                     torch.cat([biases[gate] for gate in group]) if group[0] in biases else None,
+                    summed=summed,
                 )
                 for group in groups
             )
@@ -177,10 +201,13 @@ class Cell:
             if apart:
                 x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}
                 h_bias = {gate: b for gate, b in by_gate(weights.b_hh).items() if gate in apart}
+        projection = weights.w_hr
+        if projection is not None:
+            projection = Affine(projection if summed else torch.transpose(projection, 0, 1), summed=summed)
         prepared = Prepared(
             maps(weights.w_ih, self.input_products(layout), x_bias),
-            maps(weights.w_hh, hidden, h_bias),
-            None if weights.w_hr is None else Affine(torch.transpose(weights.w_hr, 0, 1)),
+            maps(weights.w_hh, hidden, h_bias, summed=summed),
+            projection,
             hidden_size,
             precision,
         )
@@ -194,7 +221,9 @@ def stack(passes: Sequence[Prepared]) -> Prepared:
 
     def of(maps: Sequence[Affine]) -> Affine:
         biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
-        return Affine(torch.stack([m.weight for m in maps]), torch.stack(biases) if biases else None, True)
+        weight = torch.stack([m.weight for m in maps])
+        weight = torch.unsqueeze(weight, 1) if maps[0].summed else weight
+        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].summed)
 
     first = passes[0]
     projection, peephole = first.projection, first.peephole

@@ -111,10 +111,9 @@ def _mapped(prepared: Prepared, change: Callable[[Any, str], Any]) -> Prepared:
 
     def of(maps: Iterable[Affine], kind: str) -> tuple[Affine, ...]:
         return tuple(
-            Affine(
-                change(m.weight, f"weight_{kind}{k}"),
-                None if m.bias is None else change(m.bias, f"bias_{kind}{k}"),
-                m.stacked,
+            m._replace(
+                weight=change(m.weight, f"weight_{kind}{k}"),
+                bias=None if m.bias is None else change(m.bias, f"bias_{kind}{k}"),
             )
             for k, m in enumerate(maps)
         )

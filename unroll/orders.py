@@ -54,9 +54,8 @@ class Orders(NamedTuple):
 
     def pieces(self, rows: Value, sizes: Sequence[int] | None = None) -> Sequence[Value]:
         """What each step reads of projected rows, of which there may be `sizes`."""
-        if sizes or self.recurrence.cell.folds:
-            return divided(rows, self.steps, sizes)
-        return self.divide(rows, self.steps)
+        into_products = self.recurrence.cell.folds and not any(m.summed for m in self.layout.passes[0].hidden)
+        return divided(rows, self.steps, sizes) if sizes or into_products else self.divide(rows, self.steps)
 
     def one_direction(
         self, k: int, rows: Value, start: State, over: Callable, sizes: Sequence[int] | None, *, whole: bool

@@ -10,6 +10,7 @@ from unroll.recurrence import Problem, UnrollError
 Gates = Literal["merged", "paired", "split"]
 Directions = Literal["separate", "stacked"]
 Layers = Literal["sequential", "wavefront"]
+Products = Literal["matrix", "sums"]
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,23 @@ class Plan:
         time: `explicit` writes every step; a number `k` writes `k` steps, a block, inside a loop that the target runs
             itself, for a graph whose size does not depend on the number of steps, which may stay open. An eager
             module runs its steps one by one in either case.
+        products: with the hidden state: `matrix` is an operator of the target, `sums` a multiplication by each row of
+            the weight and a sum, of which a compiler makes code of its own. For a batch of one: what does not compile
+            it stores the weight as many times as the batch has rows.
 
     In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
     TorchScript layer follows layer.
 
     Example:
         >>> Plan(gates="paired")
-        Plan(gates='paired', directions='separate', layers='sequential', time='explicit')
+        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix')
     """
 
     gates: Gates = "merged"
     directions: Directions = "separate"
     layers: Layers = "sequential"
     time: Literal["explicit"] | int = "explicit"
+    products: Products = "matrix"
 
     @staticmethod
     def of(plan: Plan | str | None) -> Plan:
@@ -105,7 +110,7 @@ def _read(text: str) -> Plan:
     return Plan(**given)
 
 
-CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers}
+CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
 
 # What speaks for each row; figures are ratios in benchmarks/results/targets.json, findings those of docs/contracts.md.
 PRESETS = {

@@ -43,12 +43,14 @@ def prepare(
     passes = []
     for k, w in enumerate(weights):
         names.enter(scope(recurrence, k))
-        prepared = recurrence.cell.prepare(w, plan.gates, recurrence.hidden_size, precision)
+        prepared = recurrence.cell.prepare(
+            w, plan.gates, recurrence.hidden_size, precision, summed=plan.products == "sums"
+        )
         for kind, maps in (("ih", prepared.inputs), ("hh", prepared.hidden)):
-            for weight, bias, _ in maps:
-                names(weight, f"weight_{kind}")
-                if bias is not None:
-                    names(bias, f"bias_{kind}")
+            for m in maps:
+                names(m.weight, f"weight_{kind}")
+                if m.bias is not None:
+                    names(m.bias, f"bias_{kind}")
         passes.append(prepared)
     stacks = []
     if plan.directions == "stacked" and recurrence.bidirectional:

@@ -244,6 +244,12 @@ def _unsqueezed(writer: OnnxWriter, value: OnnxValue, axes: list[int]) -> Any:
     return writer.op("Unsqueeze", value, axes, rank=value.rank + 1)
 
 
+def _summed(writer: OnnxWriter, value: OnnxValue, dims: list[int]) -> Any:
+    if writer.opset < 13:
+        return writer.op("ReduceSum", value, rank=value.rank - 1, attributes={"axes": dims, "keepdims": 0})
+    return writer.op("ReduceSum", value, dims, rank=value.rank - 1, attributes={"keepdims": 0})
+
+
 def _flipped(writer: OnnxWriter, value: OnnxValue, dims: Sequence[int]) -> Any:
     """By steps of -1, from the last (-1) to before the first."""
     return writer.op("Slice", value, [-1] * len(dims), [-(2**31)] * len(dims), list(dims), [-1] * len(dims))
@@ -270,6 +276,8 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.chunk: OnnxWriter.split,
     torch.cat: _joined,
     torch.stack: _stacked,
+    torch.sum: _summed,
+    torch.unsqueeze: lambda writer, value, dim: _unsqueezed(writer, value, [dim % (value.rank + 1)]),
     torch.flip: _flipped,
     torch.select: _selected,
     torch.reshape: _reshape,
