@@ -37,6 +37,7 @@ def plans(*, num_layers: int, bidirectional: bool = False) -> Iterator[Plan]:
     layers = get_args(Layers) if num_layers > 1 and not bidirectional else ["sequential"]
     for order in itertools.product(get_args(Gates), directions, layers):
         yield Plan(*order)
+    yield Plan(products="sums")
 
 
 def shown(rows: list[Row]) -> str:

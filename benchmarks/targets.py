@@ -44,7 +44,8 @@ def entry(contender: str, plan: str = "") -> Entry:
 
 PAIRED, NATIVE, STOCK = entry("onnx-unrolled", "onnxruntime"), entry("onnx"), entry("onnx-decomposed")
 EAGER, COMPILED, ALLOWED = entry("eager"), entry("unrolled-compile", "inductor"), entry("compile-allow-rnn")
-IN_BLOCKS = entry("unrolled-compile", "time=16")
+IN_BLOCKS, BY_SUMS = entry("unrolled-compile", "time=16"), entry("unrolled-compile", "products=sums")
+IN_CPP = entry("unrolled-cpp", "inductor")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def targets() -> list[Target]:
         for batch in (1, 16)
     ]
     found += [
-        Target("Inductor against eager nn.LSTM, B=1", layer("LSTM", 64, 128, 1), COMPILED, EAGER, 1.2),
+        Target(f"Inductor{form} against eager nn.LSTM, B=1", layer("LSTM", 64, 128, 1), ours, EAGER, 1.2)
+        for form, ours in (("", COMPILED), (" by sums", BY_SUMS), (" with cpp_wrapper", IN_CPP))
     ]
     found += [
         Target(
