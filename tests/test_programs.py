@@ -53,6 +53,34 @@ def test_every_plan(kind, plan):
     compare(program.module(), unroll(program, plan=plan).module(), case.tensors(torch.float64)).check()
 
 
+AT_ONCE = [Plan(directions="stacked"), Plan(layers="wavefront")]
+"""Plans whose steps are those of several passes."""
+
+
+@pytest.mark.parametrize("plan", AT_ONCE, ids=str)
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_an_empty_batch(kind, state, plan):
+    case = Case(kind, num_layers=2, bidirectional=plan.directions == "stacked", batch=0, state=state)
+    program = exported(case)
+    ours, theirs = (list(flat(p.module()(*case.tensors(torch.float64)))) for p in (unroll(program, plan=plan), program))
+    assert [part.shape for part in ours] == [part.shape for part in theirs]
+    assert ours[0].shape[:2] == (4, 0)
+
+
+@pytest.mark.parametrize("plan", AT_ONCE, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_dynamic_batch_in_plans_that_stack(kind, plan):
+    """Empty ones too."""
+    case = Case(kind, num_layers=2, bidirectional=plan.directions == "stacked")
+    args = case.tensors(torch.float64)
+    program = export(case.model(torch.float64), args, dynamic_shapes=({1: Dim("batch", min=0)},))
+    unrolled = unroll(program, plan=plan).module()
+    for size in (2, 5):
+        compare(program.module(), unrolled, replace(case, batch=size).tensors(torch.float64)).check()
+    assert [part.shape[1] for part in unrolled(*replace(case, batch=0).tensors(torch.float64))][:2] == [0, 0]
+
+
 @pytest.mark.parametrize("case", [c for c in CHOSEN if c.steps != 1][::3], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_as_good_as_the_operator(case, dtype):

@@ -93,7 +93,8 @@ class Metadata:
             mode = self.mode
             # The shapes follow from those of the operands: nothing new is to be learned, or required, of them.
             unguarded = mode.shape_env.suppress_guards() if mode.shape_env else nullcontext()
-            with mode, torch.no_grad(), unguarded:
+            # Some operators compute theirs in Python, by others that take symbolic sizes only there.
+            with mode, torch.no_grad(), unguarded, enable_python_dispatcher():
                 self.results[key] = self.kind(target(*operands, **kwargs))
         return self.results[key]
 
@@ -145,7 +146,8 @@ class AtenWriter(GraphWriter):
         if dim:
             parts = self.value("call_function", aten.split.Tensor, (value, shape[dim] // count, dim))
         else:  # so that rows of any number are divided without knowing how many
-            stacked = self.value("call_function", aten.reshape.default, (value, [count, -1, *shape[1:]]))
+            sizes = [size if isinstance(size, int) else -1 for size in (count, shape[0] // count, *shape[1:])]
+            stacked = self.value("call_function", aten.reshape.default, (value, sizes))
             parts = self.value("call_function", aten.unbind.int, (stacked,))
         return self.items(parts, count)
 
