@@ -435,6 +435,19 @@ def test_packed_sequences_do_not_leave_the_model(returned, strict):
         exported(pack, torch.zeros(5, 3, 2), EXAMPLE, strict=strict)
 
 
+def test_an_export_without_packing_says_that_it_is_missing():
+    class Packs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 2)
+
+        def forward(self, x, lengths):
+            return self.gru(pack_padded_sequence(x, lengths))[1]
+
+    with pytest.raises(UnrollError, match=r"^gru: .* within `with unroll\.packing\(\):`"):
+        torch.export.export(unroll(Packs()), (torch.zeros(5, 2, 3), torch.tensor([5, 2])))
+
+
 @pytest.mark.parametrize("form", ["export", "compile", "torch.compile", "graph"])
 def test_packed_sequences_do_not_come_from_outside(form):
     torch.compiler.reset()

@@ -214,15 +214,17 @@ def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, always: bool = F
 def refuse_ragged(place: str) -> NoReturn:
     """A sequence without its padding, given to a graph."""
     finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
-    raise UnrollError(Problem(place, finding, "pack it inside, in the model"))
+    mend = "pack it in the model, and export or compile that within `with unroll.packing():`"
+    raise UnrollError(Problem(place, finding, mend))
 
 
 def known_sizes(packed: PackedSequence, place: str) -> list[int]:
     """The batch sizes of a sequence without its padding, unless it is the input of a graph, which knows none."""
-    sizes = packed.batch_sizes.tolist()
-    if not all(has_static_value(size) for size in sizes):
-        refuse_ragged(place)
-    return sizes
+    if has_static_value(packed.batch_sizes.shape[0]):
+        sizes = packed.batch_sizes.tolist()
+        if all(has_static_value(size) for size in sizes):
+            return sizes
+    refuse_ragged(place)
 
 
 def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
