@@ -180,11 +180,18 @@ def test_open_sizes_of_a_program():
 
 
 def test_dropout_between_layers():
-    """Gone in evaluation; in training it needs random numbers, which Torch-TensorRT does not convert."""
+    """Gone in evaluation; in training it becomes operators that Torch-TensorRT does not convert."""
     case = Case("LSTM", num_layers=2, dropout=0.5)
     assert check(unroll.unroll(exported(case)), target="torch_tensorrt").ok
     training = torch.export.export(case.model().train(), case.tensors())
-    assert operators(unroll.unroll(training), "torch_tensorrt") == {"aten.dropout.default"}
+    assert found(unroll.unroll(training), "torch_tensorrt") == {
+        ("aten.dropout.default", f"becomes {finding}")
+        for finding in (
+            "aten.empty.memory_format, which has layout, which is not offered",
+            "aten.empty.memory_format, which has device, which is not offered",
+            "aten.bernoulli.p, which is not in the table",
+        )
+    }
 
 
 # What is found
@@ -224,12 +231,62 @@ def test_an_unknown_type():
     }
 
 
+def passed_on(*kinds):
+    """A model that does nothing with its inputs."""
+    values = [onnx.helper.make_value_info(f"x{k}", kind) for k, kind in enumerate(kinds)]
+    graph = onnx.helper.make_graph([], "g", values, values)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "webnn", "npu"])
+def test_types_that_no_operator_reads(target):
+    def tensor(dtype):
+        return onnx.helper.make_tensor_type_proto(getattr(onnx.TensorProto, dtype), [3])
+
+    wrong = [tensor("DOUBLE"), tensor("STRING"), tensor("COMPLEX64")]
+    wrong += [
+        onnx.helper.make_sequence_type_proto(tensor("FLOAT")),
+        onnx.helper.make_optional_type_proto(tensor("INT8")),
+    ]
+    rows = check(passed_on(*wrong, tensor("FLOAT"), tensor("INT64")), target=target).rows
+    assert [row[:2] for row in rows] == [(f"x{k}", "input") for k in range(5)]
+    names = ("float64", "string", "complex64", "sequence of float32", "optional of int8")
+    for row, name in zip(rows, names, strict=True):
+        assert row.finding.startswith(f"is for {name}, offered are float32, float16, ")
+    held = onnx_model(
+        ("Tanh", ["x"], ["y"], {}), inputs={"x": [3]}, initializers=[onnx.numpy_helper.from_array(np.ones(2), "w")]
+    )
+    assert [row[:2] for row in check(held, target=target).rows] == [("w", "constant")]
+
+
+def test_numbers_alone_for_fixed_graphs():
+    """Of results too, as no table tells of their types."""
+    strings = [onnx.numpy_helper.from_array(np.array(["a", "b"], object), "s")]
+    labels = onnx_model(
+        ("Gather", ["s", "x"], ["y"], {}), inputs={"x": [1]}, initializers=strings, dtype=onnx.TensorProto.INT64
+    )
+    assert [row[:2] for row in check(labels, target="npu").rows] == [("s", "constant"), ("the_Gather", "Gather")]
+    wider = program(lambda x: torch.add(x, 1.0).double().sqrt().float(), torch.ones(3))
+    findings = {operator for operator, text in found(wider, "npu") if text.startswith("is for float64, offered are")}
+    assert findings == {"aten.to.dtype", "aten.sqrt.default"}
+
+
+def test_operators_of_unknown_domains():
+    model = onnx_model(("LSTM", ["x"], ["y"], {"domain": "mine"}), inputs={"x": [3]})
+    model.opset_import.append(onnx.helper.make_opsetid("mine", 1))
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    assert found(model, "npu") == {("mine::LSTM", "is of mine, which is not known")}
+    assert found(model, "webnn") == {("mine::LSTM", "is not in the table")}
+
+
 def test_booleans_and_ranks():
     model = onnx_model(("Greater", ["x", "y"], ["z"], {}), inputs={"x": [3], "y": [1]})
     assert found(model, "npu") == {("Greater", "is boolean")}
     deep = onnx_model(("Tanh", ["x"], ["y"], {}), inputs={"x": [1, 2, 3, 4, 5]})
     assert found(deep, "npu") == {(kind, "has 5 dimensions, more than 4") for kind in ("input", "Tanh")}
     assert check(deep, target="tensorrt").ok
+    deeper = onnx_model(("Tanh", ["x"], ["y"], {}), inputs={"x": [1] * 9})
+    assert found(deeper, "tensorrt") == {(kind, "has 9 dimensions, more than 8") for kind in ("input", "Tanh")}
     masked = program(lambda x: x.masked_fill(x > 0, 0.0), torch.ones(1, 2, 3, 4, 5))
     assert found(masked, "npu") == {
         ("input", "has 5 dimensions, more than 4"),
@@ -296,6 +353,9 @@ def test_attributes_and_results():
         ("aten.max.dim", "uses result 2, offered are 1")
     }
     assert check(program(lambda x: x.max(1).values, weights), target="torch_tensorrt").ok
+    pooled = program(nn.AvgPool2d(2), weights)
+    assert found(pooled, "xnnpack") == {("aten.avg_pool2d.default", "has count_include_pad=true, offered is false")}
+    assert check(program(nn.AvgPool2d(2, count_include_pad=False), weights), target="xnnpack").ok
     assert found(program(lambda x: x.softmax(0), weights), "xnnpack") == {
         ("aten.softmax.int", "becomes aten._softmax.default, which is along dimension 0, offered is the last")
     }
@@ -418,6 +478,8 @@ def test_tables_are_consistent(name):
     assert table.title and table.source and table.version and table.kind in ("onnx", "aten", "any")
     assert not table.operators.keys() & table.refused
     assert bool(table.operators) == (table.kind != "any")
+    if table.operators and table.tensors:
+        assert set(table.tensors) == {dtype for restriction in table.operators.values() for dtype in restriction.types}
     known = {"float32", "float16", "bfloat16", "bool", "float8e4m3fn", "float4e2m1", "float8_e4m3fn"}
     known |= {"float4_e2m1fn_x2", "qint8", "quint8", "qint32"}
     known |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)}

@@ -106,6 +106,8 @@ class _Reader:
 
     def operand(self, value: ir.Value) -> Operand:
         dtype = None if value.dtype is None else _name(value.dtype)
+        if dtype and not isinstance(value.type, (ir.TensorType, type(None))):
+            dtype = f"{type(value.type).__name__.removesuffix('Type').lower()} of {dtype}"
         shape = None if value.shape is None else tuple(n if isinstance(n, int) else None for n in value.shape.dims)
         return Operand(dtype, shape, self.constant(value))
 

@@ -69,6 +69,10 @@ class Target:
     """The oldest and newest version of the ONNX standard"""
     rank: int | None = None
     """The most dimensions of any tensor"""
+    tensors: tuple[str, ...] = ()
+    """Types of tensors that a model may be given or hold; any if empty, as where the rest of a model runs elsewhere"""
+    domains: tuple[str, ...] = ()
+    """Where operators may come from: domains of ONNX (empty for the standard), namespaces of PyTorch; any if empty"""
     static: bool = False
     """Whether all sizes must be fixed"""
     control_flow: bool = False
@@ -82,7 +86,7 @@ class Target:
 
     def restriction(self, operator: str) -> Restriction | None:
         """What it asks of an operator, or None if it does not offer it."""
-        if operator in self.refused:
+        if operator in self.refused or (self.domains and domain(operator) not in self.domains):
             return None
         if self.kind == "any" or (operator.rpartition(".")[0] in self.rewritten and operator not in self.operators):
             return Restriction()
@@ -94,6 +98,11 @@ class Target:
         namespace, name, overload = operator.split(".")
         name = {"_to_copy": "_to_dim_order_copy"}.get(name, f"{name}_copy")
         return operator, f"{namespace}.{name}.{overload}"
+
+
+def domain(operator: str) -> str:
+    """Such as `com.microsoft` and `aten`; empty for the ONNX standard."""
+    return operator.rpartition("::")[0] or (operator.partition(".")[0] if "." in operator else "")
 
 
 def target(name: str) -> Target:
@@ -134,6 +143,8 @@ def _read(name: str) -> Target:
         decomposed=tuple(lists["decomposed"]),
         rewritten=frozenset(lists["rewritten"]),
         opsets=opsets,
+        tensors=tuple(table.pop("tensors", "").split()),
+        domains=tuple(table.pop("domains", ())),
         **table,
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from unroll.contracts.tables import Restriction, Target
+from unroll.contracts.tables import Restriction, Target, domain
 
 RECURRENT = ("LSTM", "GRU", "RNN", "aten.lstm", "aten.gru", "aten.rnn")
 """What names of recurrent operators begin with"""
@@ -83,7 +83,8 @@ def _findings(use: Use, target: Target) -> Iterator[tuple[str, str]]:
     elif restriction is None and use.operator.startswith(RECURRENT):
         yield "is recurrent, and not offered", "unroll the model first"
     elif restriction is None:
-        why = "is not offered" if use.operator in target.refused else "is not in the table"
+        why = "is not in the table" if target.operators else f"is of {domain(use.operator)}, which is not known"
+        why = "is not offered" if use.operator in target.refused else why
         yield why, "replace it by operators that are offered, or let another runtime compute it"
     else:
         yield from _types(use, target, restriction)
@@ -100,16 +101,20 @@ def _general(use: Use, target: Target) -> Iterator[tuple[str, str]]:
             yield f"has {len(output.shape)} dimensions, more than {target.rank}", "reshape it to fewer"
         if not target.boolean and output.dtype == "bool":
             yield "is boolean", "compute with numbers instead: leave out masks and lengths"
+        elif use.operator in (INPUT, CONSTANT) or not target.operators:  # else its restriction tells of types
+            yield from _type(output.dtype, target.tensors)
+
+
+def _type(dtype: str | None, offered: Sequence[str], name: str = "") -> Iterator[tuple[str, str]]:
+    if offered and dtype is None:
+        yield f"is of unknown type{name}", "run shape inference, or export the model again"
+    elif offered and dtype not in offered:
+        yield f"is for {dtype}{name}, offered are {', '.join(offered)}", "convert the model to one of these"
 
 
 def _types(use: Use, target: Target, restriction: Restriction) -> Iterator[tuple[str, str]]:
-    if restriction.types:
-        offered = ", ".join(restriction.types)
-        for name, operand in use.typed.items():
-            if operand.dtype is None:
-                yield f"is of unknown type ({name})", "run shape inference, or export the model again"
-            elif operand.dtype not in restriction.types:
-                yield f"is for {operand.dtype} ({name}), offered are {offered}", "convert the model to one of these"
+    for name, operand in use.typed.items():
+        yield from _type(operand.dtype, restriction.types, f" ({name})")
     kinds = {operand.dtype for operand in use.inputs.values()}
     if target.uniform and len(kinds) > 1:
         yield f"mixes {' and '.join(sorted(map(str, kinds)))}", "convert them to one type first"
