@@ -246,6 +246,14 @@ def test_weights_set_from_outside_are_refused():
     ]
 
 
+@pytest.mark.parametrize("freeze", ["no", 1, None])
+def test_anything_else_than_a_bool_is_refused(freeze):
+    for model in (nn.LSTM(3, 5), torch.jit.script(nn.LSTM(3, 5))):
+        assert problems(unroll, model, freeze=freeze) == [
+            f"unroll(freeze={freeze!r}): is neither True nor False; give one of them"
+        ]
+
+
 # --- graphs ---------------------------------------------------------------------------------------------------------
 
 

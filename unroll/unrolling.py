@@ -50,7 +50,8 @@ def unroll(
             it open, and a ScriptModule, need none: their steps then run in a loop.
         freeze: for inference with a module or graph module: whether weights are laid out for the steps once, now,
             and held as buffers that nothing else shares, in place of the layers' parameters and parametrizations.
-            Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first.
+            Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first. A module
+            that is converted later raises an `UnrollError` when it runs, a graph module an `AssertionError`.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
@@ -64,6 +65,8 @@ def unroll(
         >>> torch.allclose(model(x)[0], unroll(model)(x)[0], atol=1e-6)
         True
     """
+    if not isinstance(freeze, bool):
+        raise UnrollError(Problem(f"unroll(freeze={freeze!r})", "is neither True nor False", "give one of them"))
     where = read_where(where)
     plan = plan if plan is None else Plan.of(plan)
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
