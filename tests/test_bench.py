@@ -7,8 +7,10 @@ import math
 import os
 import struct
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ import unroll
 from unroll import Plan, UnrollError
 from unroll.bench import CONTENDERS, Measurements, Row, Subject
 from unroll.bench.benchmark import benchmark
-from unroll.bench.contenders import obstacle
-from unroll.bench.measuring import error_of
+from unroll.bench.contenders import engine_type, obstacle, onnxruntime_run
+from unroll.bench.measuring import Expected, _expected, error_of
 from unroll.bench.processes import Process
 from unroll.bench.report import COLUMNS, advice, as_tables, as_text, is_wrong
 from unroll.bench.subjects import Task, subjects
@@ -82,12 +84,68 @@ class Slow(nn.Module):
         self.rnn = nn.GRU(5, 6)
 
     def forward(self, x):
-        time.sleep(60 if x.dtype == torch.float32 else 0)  # not in float64, for the reference
+        time.sleep(60 if sys.argv[0].endswith("worker.py") else 0)  # not for the reference
         return self.rnn(x)
 
 
 def make_slow():
     return Slow(), (torch.randn(4, 3, 5),)
+
+
+class Labels(nn.Module):
+    """Integers, and floating numbers of which some are infinite, from a layer in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 6, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        y = self.rnn(x)[0].float()
+        return y.masked_fill(torch.arange(6) > 4, -math.inf), (y > 2).long()
+
+
+def make_labels():
+    return Labels(), (torch.randn(4, 3, 5, dtype=torch.bfloat16),)
+
+
+def make_still():
+    return nn.GRU(5, 6).requires_grad_(False), (torch.randn(4, 3, 5),)
+
+
+def make_without_arguments():
+    return nn.GRU(5, 6), ()
+
+
+class OwnState(nn.Module):
+    """Runs in float32 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 6)
+
+    def forward(self, x):
+        return self.rnn(x, torch.ones(1, 3, 6))
+
+
+def make_float32():
+    return OwnState(), (torch.randn(4, 3, 5),)
+
+
+class Keeps(nn.Module):
+    """Two calls differ, by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 6)
+        self.register_buffer("h", torch.zeros(1, 3, 6))
+
+    def forward(self, x):
+        y, self.h = self.rnn(x, self.h)
+        return y
+
+
+def make_keeping():
+    return Keeps(), (torch.randn(4, 3, 5),)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +218,29 @@ def test_no_error_is_told_of_random_results():
     assert row.median > 0 and row.error is None
 
 
+def test_the_error_is_held_against_the_types_of_the_model():
+    """A bfloat16 model is not wrong for being one; what is infinite, and integers, are compared."""
+    found = benchmark("tests.test_bench:make_labels", contenders=["eager"], rounds=1, seconds=0.01)
+    (row,) = found.rows
+    assert row.dtype == "bfloat16" and 1e-3 < row.error < 4e-2 and not is_wrong(row)
+    assert is_wrong(replace(row, dtype="float32")) and "use the fused layer as it is" in found.advice[0]
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def expected_of(name):
+    (subject,) = subjects(f"tests.test_bench:{name}", device="cpu", threads=1, backward=False)
+    with tempfile.TemporaryDirectory() as folder:
+        return Task.of(subject), _expected(subject, Path(folder) / "saved.pt")
+
+
+def test_what_is_expected_of_a_model():
+    task, expected = expected_of("make_labels")
+    assert expected.dtype == "bfloat16" and expected.results[1].dtype == torch.int64
+    task, expected = expected_of("make_float32")  # in float64 it fails
+    assert expected.dtype == "float32" and torch.equal(expected.results[0], task.model(*task.args)[0])
+    assert expected_of("make_keeping")[1] == Expected(None, "float32")
+
+
 def test_the_limit():
     (row,) = benchmark("tests.test_bench:make_slow", contenders=["eager"], limit=1.0, rounds=1).rows
     assert row.failure == "took more than 1 s to build" and row.median is None
@@ -216,6 +297,16 @@ REFUSED = [
     ({"model": "gru", "rounds": 0}, "rounds=0"),
     ({"model": "gru", "limit": 0}, "limit=0"),
     ({"model": "gru", "jobs": 0, "seconds": -1}, "2 problems"),
+    ({"model": "gru", "seconds": math.inf}, "seconds=inf: is no time"),
+    ({"model": "gru", "save": 3}, "save=3: is a int; give the path of a JSON file"),
+    ({"model": "gru", "save": "."}, "is a directory; give the path of a JSON file"),
+    ({"model": "gru", "bidirectional": "no"}, "bidirectional='no': is a str; give one bool"),
+    ({"model": "gru", "num_layers": [1, 2]}, "num_layers=[1, 2]: is a list; give one int; steps, batch and"),
+    ({"model": "gru", "backward": "no"}, "backward='no': is a str; give True or False"),
+    ({"model": "gru", "device": 0}, "device=0: is no device"),
+    ({"model": nn.LSTM(2, 2)}, "model=...: is a LSTM; give package.module:name of a function that returns it"),
+    ({"model": "tests.test_bench:make_still", "backward": True}, "make_still: has no result to differentiate; give"),
+    ({"model": "tests.test_bench:make_without_arguments"}, "cannot run (TypeError: GRU.forward() missing 1 required"),
     ({"model": "tests.test_bench:make", "steps": 3}, "was given for tests.test_bench:make, which has its own"),
     ({"model": "tests.test_bench:nothing"}, "cannot be found"),
     ({"model": "tests.test_bench:make_program"}, "returns ExportedProgram"),
@@ -286,6 +377,29 @@ def test_errors_are_of_the_largest_value():
     assert error_of(None, []) is None
 
 
+def test_errors_of_integers_are_the_share_that_differs():
+    exact = [torch.tensor([1, 2, 3, 4]), torch.tensor([True, False])]
+    assert error_of(exact, [torch.tensor([1, 2, 3, 5], dtype=torch.int32), torch.tensor([True, False])]) == 0.25
+    assert error_of(exact, [torch.tensor([1, 2, 3, 4]), torch.tensor([True, True])]) == 0.5
+    assert error_of(exact, [torch.tensor([1.0, 2, 3, 4]), torch.tensor([True, False])]) == math.inf
+    assert error_of([torch.ones(2).double()], [torch.ones(2, dtype=torch.int64)]) == math.inf
+    assert error_of([], []) is None and error_of([torch.zeros(0, 3)], [torch.zeros(0, 3)]) is None
+    assert error_of([torch.tensor([3 + 4j])], [torch.tensor([3 + 5j])]) == 0.25
+
+
+def test_what_is_not_finite_must_be_the_same():
+    inf, nan = math.inf, math.nan
+
+    def error(exact, found):
+        return error_of([torch.tensor(exact, dtype=torch.float64)], [torch.tensor(found)])
+
+    assert error([-inf, 4.0, nan], [-inf, 5.0, nan]) == 0.25
+    assert error([inf], [inf]) == 0.0
+    for exact, found in ((inf, 3.0), (inf, -inf), (nan, 0.0), (nan, inf), (3.0, inf), (3.0, nan)):
+        assert error([exact, 1.0], [found, 1.0]) == inf
+        assert error([exact, 5.0], [found, 1.0]) == inf
+
+
 SUBJECT = Subject("GRU", 64, 128, 1, False, True, 0, "tanh", 32, 1, "float32")
 EAGER = Row(SUBJECT, "eager", first_call=0.01, median=1e-3, p10=9e-4, calls=10, error=1e-7)
 
@@ -347,6 +461,9 @@ def test_names_are_printed_in_full_however_narrow_the_terminal(capsys):
 
 def test_advice_without_figures():
     assert advice([failed("eager"), failed("onnx")]).endswith("nothing ran, so there is nothing to advise.")
+    assert advice([replace(EAGER, error=0.3), failed("onnx")]).endswith(
+        "on this machine: no form that ran gives right results, so there is nothing to advise."
+    )
     said = advice([failed("eager"), other("onnx", 2e-4)])
     assert said.endswith("use onnx, 200 µs a call, after 2 s to build it.")
 
@@ -465,6 +582,56 @@ def test_a_model_of_ones_own_in_onnx():
     names = ["onnx", "onnx-unrolled", "onnx-decomposed", "unrolled-aoti"]
     for row in benchmark("tests.test_bench:make", contenders=names, limit=300.0, rounds=1).rows:
         assert not row.failure and row.error < 1e-5, row
+
+
+def test_repeated_sizes_are_measured_once():
+    found = subjects("gru", device="cpu", threads=1, backward=False, steps=(3, 2, 3), batch=[1, 1])
+    assert [(subject.steps, subject.batch) for subject in found] == [(3, 1), (2, 1)]
+
+
+def test_onnx_runtime_on_a_gpu_without_tf32(monkeypatch, tmp_path):
+    import onnxruntime
+
+    asked = []
+
+    def session(path, options, providers):
+        asked.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    task = Task(Subject("GRU", device="cuda"), nn.GRU(5, 6), (), {})
+    with pytest.raises(RuntimeError, match="no GPU"):
+        onnxruntime_run(task, tmp_path / "model.onnx")
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"})]
+
+
+def test_results_of_engines_have_room():
+    """TensorRT writes as many bytes as the elements of its type have, wherever it is told to."""
+    sizes = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "INT8": 1, "UINT8": 1, "BOOL": 1}
+    assert {name: engine_type(name).itemsize for name in sizes} == sizes
+    assert engine_type("INT64") == torch.int64 and engine_type("BF16") == torch.bfloat16
+    with pytest.raises(UnrollError, match="TensorRT: gives a result of the type FP8; let the model return FLOAT"):
+        engine_type("FP8")
+
+
+def test_ahead_of_time_the_weights_are_laid_out_once(monkeypatch, tmp_path):
+    """What is compiled is frozen, as in the other compiled forms."""
+    programs = []
+
+    def package(program, package_path):
+        programs.append(program)
+        return package_path
+
+    (subject,) = subjects("gru", device="cpu", threads=1, backward=False, hidden_size=6, steps=2)
+    task = Task.of(subject)
+    monkeypatch.setattr(sys.modules["unroll.bench.contenders"], "counted_graphs", list)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", package)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda path: programs[0].module())
+    with torch.no_grad():
+        built = CONTENDERS["unrolled-aoti"].build(task, Plan(), tmp_path)
+        assert error_of(task.runner(task.model)(), built.results(built.run())) < 1e-6
+    assert not programs[0].graph_signature.parameters and programs[0].graph_signature.buffers
 
 
 @pytest.mark.heavy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -66,8 +67,9 @@ def benchmark(
         What was found; `print(found)` shows tables and advice, `found.save(path)` writes JSON.
 
     Raises:
-        UnrollError: for unknown contenders, plans and options, for a layer that cannot be made, and for a function
-            that does not return a model.
+        UnrollError: for unknown contenders, plans and options, for a layer that cannot be made, for a function that
+            does not return a model and arguments with which it runs on the CPU, and for `backward` where there is
+            nothing to differentiate.
 
     Example:
         >>> found = benchmark("GRU", hidden_size=8, steps=4, contenders=["eager"], rounds=1, seconds=0.01)
@@ -161,9 +163,13 @@ def _check(method: Method, save: str | os.PathLike[str] | None) -> None:
         if type(value) is not int or value < 1
     ]
     for name, value in {"seconds": method.seconds, "limit": method.limit}.items():
-        if not isinstance(value, (int, float)) or not value > 0:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             problems.append(Problem(f"{name}={value!r}", "is no time", "give seconds, more than zero"))
-    if save is not None and not Path(save).absolute().parent.is_dir():
+    if save is not None and not isinstance(save, (str, os.PathLike)):
+        problems.append(Problem(f"save={save!r}", f"is a {type(save).__name__}", "give the path of a JSON file"))
+    elif save is not None and Path(save).is_dir():
+        problems.append(Problem(f"save={os.fspath(save)!r}", "is a directory", "give the path of a JSON file"))
+    elif save is not None and not Path(save).absolute().parent.is_dir():
         problems.append(Problem(f"save={os.fspath(save)!r}", "is in a directory that does not exist", "make it first"))
     if problems:
         raise UnrollError(*problems)

@@ -97,7 +97,7 @@ def bench_command(
         )
     drawn = [] if plots is None else draw(found, plots)
     if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
+        print(json.dumps(found.as_dict(), indent=2, allow_nan=False))
         return
     out = console()
     print_whole(out, *as_tables(found))

@@ -141,7 +141,7 @@ def _unrolled_aoti(task: Task, plan: Plan, folder: Path) -> Built:
     import torch._inductor as inductor
 
     counts = counted_graphs()
-    program = unroll(torch.export.export(task.model, task.args, dict(task.kwargs)), plan=plan)
+    program = torch.export.export(_unrolled(task, plan), task.args, dict(task.kwargs))
     path = inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
     return Built(task.runner(inductor.aoti_load_package(path)), counts, [Path(path)])
 
@@ -221,12 +221,12 @@ def onnxruntime_run(task: Task, path: Path) -> Built:
     import onnxruntime
 
     on_gpu = torch.device(task.subject.device).type == "cuda"
-    provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+    provider, settings = ("CUDAExecutionProvider", {"use_tf32": "0"}) if on_gpu else ("CPUExecutionProvider", {})
     if provider not in onnxruntime.get_available_providers():
         raise UnrollError(Problem("ONNX Runtime", f"has no {provider} here", "install onnxruntime-gpu"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = task.subject.threads, 4
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[provider])
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[(provider, settings)])
     names = [value.name for value in session.get_inputs()]
     arrays = [tensor.detach().cpu().numpy() for tensor in _inputs(task)]
     feed = dict(zip(names, arrays, strict=True))
@@ -243,6 +243,21 @@ def onnxruntime_run(task: Task, path: Path) -> Built:
         return [torch.from_numpy(array) for array in binding.copy_outputs_to_cpu()]
 
     return Built(lambda: session.run_with_iobinding(binding), graphs, files, results)
+
+
+ENGINE_TYPES = {
+    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64, "INT32": torch.int32,
+    "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""TensorRT's names of types whose elements lie in memory as PyTorch's do"""
+
+
+def engine_type(name: str) -> torch.dtype:
+    """The type of a tensor that an engine may write to."""
+    if name not in ENGINE_TYPES:
+        finding = f"gives a result of the type {name}"
+        raise UnrollError(Problem("TensorRT", finding, f"let the model return {', '.join(ENGINE_TYPES)}"))
+    return ENGINE_TYPES[name]
 
 
 def _tensorrt(task: Task, plan: Plan, folder: Path) -> Built:
@@ -272,17 +287,15 @@ def _tensorrt(task: Task, plan: Plan, folder: Path) -> Built:
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
             held[name] = next(given).detach().contiguous()
         else:
-            dtype = getattr(
-                torch, {"HALF": "float16", "BF16": "bfloat16"}.get(engine.get_tensor_dtype(name).name, "float32")
-            )
+            dtype = engine_type(engine.get_tensor_dtype(name).name)
             held[name] = torch.empty(tuple(engine.get_tensor_shape(name)), dtype=dtype, device=task.subject.device)
         context.set_tensor_address(name, held[name].data_ptr())
-    outputs = [held[name] for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
+    outputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
 
     def run() -> list[Tensor]:
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise UnrollError(Problem("TensorRT", "fails to run its engine", "see its log"))
-        return outputs
+        return [held[name] for name in outputs]  # keeps the inputs too, whose addresses the engine has
 
     return Built(run, written(path)[0], [written_engine])
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.bench.contenders import CONTENDERS, obstacle
+from unroll.bench.contenders import CONTENDERS, first_line, obstacle
 from unroll.bench.processes import Failed, Late, Process
 from unroll.bench.results import Row
-from unroll.bench.subjects import Subject, Task
+from unroll.bench.subjects import DTYPES, Subject, Task, tensors
 from unroll.plan import Plan
+from unroll.recurrence import Problem, UnrollError
 
 SETTLING = 3
 """Calls of the first turn at least: CUDA graphs are recorded in them."""
@@ -58,6 +59,14 @@ class Method:
     jobs: int = 1
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the model itself gives: its results, None if two calls differ, and the coarsest of its floating types."""
+
+    results: list[Tensor] | None
+    dtype: str | None
+
+
 class Runner:
     """One entry on one subject: its process, and what became of it so far."""
 
@@ -87,16 +96,16 @@ class Runner:
         reply = self._ask("run", seconds=self.method.seconds, least=least)
         self.times += reply.get("times", [])
 
-    def finish(self, expected: Sequence[Tensor] | None) -> Row:
+    def finish(self, expected: Expected) -> Row:
         """The figures, with the error against what is expected. The process is ended."""
         path = self.folder / "results.pt"
         reply = self._ask("results", path=str(path))
         row = Row(self.subject, self.entry.contender, self.entry.plan)
         if not self.failure:
-            error = error_of(expected, torch.load(path))
+            error = error_of(expected.results, torch.load(path))
             if error == math.inf:
-                self.failure = "gives results of other shapes, or such as are no numbers"
-            row = replace(row, **self.built | reply | _summary(self.times), error=error)
+                self.failure = "gives results of other shapes or kinds, or not finite where the model's are"
+            row = replace(row, **self.built | reply | _summary(self.times), error=error, dtype=expected.dtype)
         self.close()
         return Row(self.subject, row.contender, row.plan, self.failure) if self.failure else row
 
@@ -176,26 +185,61 @@ def _summary(times: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(times), "p10": spread, "calls": len(times)}
 
 
-def _expected(subject: Subject, path: Path) -> list[Tensor] | None:
-    """The float64 results of the model, whose numbers go to a file; None if two runs of it differ."""
+def _expected(subject: Subject, path: Path) -> Expected:
+    """What is expected of all forms of the model, whose numbers go to a file: its results on the CPU in float64.
+
+    Of a model of the user's own that cannot run in float64 they are those in its own types.
+    """
     task = Task.of(subject)
     task.save(str(path))
-    with torch.set_grad_enabled(subject.backward):
-        exact = task.double()
-        run = exact.runner(exact.model)
-        first = [t.detach().clone() for t in run()]
-        return first if subject.is_layer or all(map(torch.equal, first, run())) else None
+    if subject.is_layer:
+        return Expected(_results(task.double()), subject.dtype)
+    runs, failure = [], None
+    for form in (task.double(), task):
+        try:
+            runs.append((_results(form), _results(form)))
+        except UnrollError:
+            raise
+        except Exception as error:
+            failure = error
+    if not runs:
+        mend = "let it return a model and a tuple of arguments with which it runs on a CPU"
+        raise UnrollError(Problem(subject.model, f"cannot run ({first_line(failure)})", mend)) from failure
+    first, second = runs[0]
+    seen = [*task.model.parameters(), *tensors((task.args, task.kwargs)), *runs[-1][0]]
+    names = {str(tensor.dtype).removeprefix("torch.") for tensor in seen}
+    coarsest = next((name for name in reversed(DTYPES) if name in names), None)
+    return Expected(None if error_of(first, second) else first, coarsest)
+
+
+def _results(task: Task) -> list[Tensor]:
+    with torch.set_grad_enabled(task.subject.backward):
+        return [result.detach().clone() for result in task.runner(task.model)()]
 
 
 def error_of(expected: Sequence[Tensor] | None, found: Sequence[Tensor]) -> float | None:
-    """The largest difference relative to the largest value of each result; infinite if they do not correspond."""
+    """The largest difference relative to the largest value of each result; of integers and booleans the share that
+    differs. None if nothing is compared, infinite if the results do not correspond."""
     if expected is None:
         return None
-    if [t.shape for t in expected] != [t.shape for t in found]:
+    shapes, others = ([(t.shape, t.is_floating_point(), t.is_complex()) for t in some] for some in (expected, found))
+    if shapes != others:
         return math.inf
-    errors = [
-        (found.double() - exact).abs().nan_to_num(math.inf).max() / exact.abs().max().clamp(min=1e-300)
-        for exact, found in zip(expected, found, strict=True)
-        if exact.numel() and exact.is_floating_point()
-    ]
-    return max((float(error) for error in errors), default=0.0)
+    pairs = [pair for pair in zip(expected, found, strict=True) if pair[0].numel()]
+    return max((_difference(*pair) for pair in pairs), default=None)
+
+
+def _difference(exact: Tensor, found: Tensor) -> float:
+    """Of two tensors of one shape, with elements. What is not finite in `exact` must be the same in `found`."""
+    if exact.is_complex():
+        exact, found = torch.view_as_real(exact), torch.view_as_real(found)
+    if not exact.is_floating_point():
+        return float((exact != found).double().mean())
+    exact, found = exact.double(), found.double()
+    finite = exact.isfinite()
+    same = exact.isclose(found, rtol=0, atol=0, equal_nan=True)
+    if not (same | finite).all() or not (found.isfinite() | ~finite).all():
+        return math.inf
+    if not finite.any():
+        return 0.0
+    return float((found - exact)[finite].abs().max() / exact[finite].abs().max().clamp(min=1e-300))

@@ -19,7 +19,7 @@ COLUMNS = ("form", "first call", "median", "p10", "x fused", "seq/s", "memory", 
 
 def is_wrong(row: Row) -> bool:
     """Whether the results of a contender are too far from the float64 result to be of use."""
-    limit = WRONG[row.subject.dtype or "float32"]
+    limit = WRONG[row.dtype or row.subject.dtype or "float32"]
     return row.error is not None and not row.error <= limit
 
 
@@ -29,9 +29,11 @@ def advice(rows: Sequence[Row]) -> str:
     The fastest that gives right results; among those within `NEAR` of it the fused layer, then what keeps the layer,
     then what is built soonest. Where that keeps the recurrent layer, the best form without it is named too.
     """
-    usable = [row for row in rows if row.median and not is_wrong(row)]
+    ran = [row for row in rows if row.median]
+    usable = [row for row in ran if not is_wrong(row)]
     if not usable:
-        return f"{_for(rows)}: nothing ran, so there is nothing to advise."
+        why = "no form that ran gives right results" if ran else "nothing ran"
+        return f"{_for(rows)}: {why}, so there is nothing to advise."
     best, base = _best(usable), fused(usable)
     named = [best]
     if best is base:

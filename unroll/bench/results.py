@@ -31,7 +31,10 @@ class Row:
         nodes: operations of the compiled graphs, or nodes of the file.
         size: bytes of the files that it needs to run.
         error: the largest difference from the float64 result of the model itself, relative to the largest value of
-            each result; None if the model draws random numbers.
+            each result, and of integers and booleans the share that differs; None if two calls of the model differ,
+            or nothing was compared.
+        dtype: the coarsest floating type among the model's parameters, arguments and results, which says how large
+            the error may be; None if there is none.
     """
 
     subject: Subject
@@ -46,6 +49,7 @@ class Row:
     nodes: int | None = None
     size: int | None = None
     error: float | None = None
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -97,7 +101,7 @@ class Measurements:
         """
         draft = Path(f"{os.fspath(path)}.part")
         try:
-            draft.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            draft.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
             draft.replace(path)
         except OSError as error:
             finding = f"cannot be written ({error.strerror or error})"

@@ -34,6 +34,7 @@ SWEPT = ("steps", "batch", "hidden_size")
 """Options that may be several values: every combination is then measured."""
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""Floating types, the finest first"""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,13 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
         >>> [str(s) for s in subjects("gru", device="cpu", threads=1, backward=False, steps=[8, 32], batch=2)]
         ['GRU 64 → 128, T=8, B=2, float32, cpu, 1 thread', 'GRU 64 → 128, T=32, B=2, float32, cpu, 1 thread']
     """
+    if not isinstance(model, str):
+        mend = "give package.module:name of a function that returns it: each form has a process of its own"
+        raise UnrollError(Problem("model=...", f"is a {type(model).__name__}", mend))
     problems = []
-    kind = torch.device("cpu").type
+    kind = "cpu"
     try:
-        kind = torch.device(device).type
+        kind = torch.device(device if isinstance(device, str) else repr(device)).type
     except RuntimeError:
         problems.append(Problem(f"device={device!r}", "is no device", "give cpu or cuda"))
     if kind not in ("cpu", "cuda"):
@@ -104,6 +108,8 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
         problems.append(
             Problem(f"threads={threads!r}", "is no number of threads", "give a whole number from 1 upwards")
         )
+    if type(backward) is not bool:
+        problems.append(Problem(f"backward={backward!r}", f"is a {type(backward).__name__}", "give True or False"))
     given = {name: value for name, value in layer.items() if value is not None}
     if ":" in model:
         problems += [
@@ -118,7 +124,7 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
     if ":" in model:
         return [Subject(model, **conditions)]
     chosen = LAYER | given
-    values = [chosen[name] if isinstance(chosen[name], Sequence) else [chosen[name]] for name in SWEPT]
+    values = [dict.fromkeys(v) if isinstance(v := chosen[name], Sequence) else [v] for name in SWEPT]
     return [
         Subject(model.upper(), **chosen | dict(zip(SWEPT, combination, strict=True)), **conditions)
         for combination in itertools.product(*values)
@@ -132,6 +138,11 @@ def _problems(kind: str, given: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(f"model={kind!r}", "is no recurrent layer", mend)
     for name in given.keys() - LAYER.keys():
         yield Problem(f"{name}=...", "is not an option here", f"the options are {', '.join(LAYER)}")
+    for name, standard in LAYER.items():
+        value = given.get(name, standard)
+        if name not in (*SWEPT, "dtype") and type(value) is not type(standard):
+            mend = f"give one {type(standard).__name__}; {', '.join(SWEPT[:-1])} and {SWEPT[-1]} may be several"
+            yield Problem(f"{name}={value!r}", f"is a {type(value).__name__}", mend)
     for name in SWEPT:
         value = given.get(name, 1)
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -196,6 +207,9 @@ class Task:
                 tensor.grad = None
             results = tensors(function(*self.args, **self.kwargs))
             found = [result for result in results if result.requires_grad]
+            if not found:
+                mend = "give a model with parameters, or an argument, that require gradients, or leave backward out"
+                raise UnrollError(Problem(self.subject.model, "has no result to differentiate", mend))
             if not directions:
                 generator = torch.Generator().manual_seed(0)
                 directions.extend(torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found)
