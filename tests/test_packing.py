@@ -212,8 +212,8 @@ def test_inductor():
 
 
 def changed():
-    code = pad_packed_sequence.__code__
-    return nn.utils.rnn._VF, nn.LSTM.forward, code, torch._dynamo.config.dont_skip_tracing  # pyright: ignore
+    codes = pack_padded_sequence.__code__, pad_packed_sequence.__code__
+    return nn.utils.rnn._VF, nn.LSTM.forward, *codes, torch._dynamo.config.dont_skip_tracing  # pyright: ignore
 
 
 def test_nothing_is_left_changed():
@@ -274,6 +274,23 @@ def test_shapes_that_torch_refuses(x, lengths, message):
         exported(pack, x, lengths)
     with pytest.raises(RuntimeError):
         pack(x, lengths)
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 3]])
+def test_too_few_lengths_leave_no_rows_out(lengths, tmp_path):
+    """Where torch sorts them, it takes the rows that it has lengths for."""
+    model, batch = made("RNN, longer"), Dim("B")
+    x, few = model.input(), torch.tensor(lengths)
+    assert len(model(x, few)[0]) == len(lengths)
+    with packing():
+        program = torch.export.export(unroll(model), (x, EXAMPLE), dynamic_shapes=({0: batch}, {0: batch}))
+    with pytest.raises(AssertionError, match=r"Guard failed: .*size\(\)\[0\] == .*size\(\)\[0\]"):
+        program.module()(x, few)
+    with pytest.raises(UnrollError, match=f"there are {len(lengths)} lengths for 3 rows"):
+        exported(lambda x, few: model(x, few)[0], x, few)
+    run = session(model, tmp_path, x, EXAMPLE, dynamic_shapes=({0: batch}, {0: batch}))
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        run(x, few)
 
 
 def test_sequences_packed_outside_are_refused_inside():

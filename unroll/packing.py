@@ -103,11 +103,37 @@ Check = Callable[[Tensor, Tensor, str], Tensor]
 OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
 
 
+def _miscounted(found: int, count: int) -> Problem:
+    return Problem(PLACE, f"there are {found} lengths for {count} rows", "give a length for each row")
+
+
 class _Functions:
     """Stands in for `torch._VF`, from which `torch.nn.utils.rnn` takes what packs and pads."""
 
     def __init__(self, original: Any, check: Check, *, always: bool) -> None:
         self.original, self.check, self.always = original, check, always
+
+    def pack_padded_sequence(
+        self, input: Tensor, lengths: Any, batch_first: bool, enforce_sorted: bool
+    ) -> PackedSequence:
+        if not enforce_sorted and (self.always or torch.compiler.is_compiling()):
+            lengths = self._counted(input, lengths, batch_first)
+        return PACKS_RAGGED(input, lengths, batch_first, enforce_sorted)
+
+    def _counted(self, input: Tensor, lengths: Any, batch_first: bool) -> Any:
+        """The lengths, of which there must be one for each row: with fewer, sorting would leave rows out."""
+        if isinstance(lengths, Tensor) and lengths.dim() != 1:
+            return lengths
+        found = lengths.shape[0] if isinstance(lengths, Tensor) else len(lengths)
+        count = input.shape[0 if batch_first else 1]
+        if found != count:
+            raise UnrollError(_miscounted(found, count))
+        if isinstance(lengths, Tensor) and lengths.device == input.device and 0 not in input.shape:
+            # For files, which have no guards on sizes: only what has as many rows can be stacked.
+            rows = input.select(1 if batch_first else 0, 0)
+            rows = rows.flatten(1).select(1, 0) if rows.dim() > 1 else rows
+            lengths = torch.stack([lengths, rows.to(lengths.dtype)])[0]
+        return lengths
 
     def _pack_padded_sequence(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Any]:
         if not (self.always or torch.compiler.is_compiling()):
@@ -119,8 +145,7 @@ class _Functions:
             finding = f"lengths are {lengths.dim()}-D, on {lengths.device}"
             problems.append(Problem(PLACE, finding, "give lengths.cpu(), 1-D"))
         elif lengths.shape[0] != count:
-            finding = f"there are {lengths.shape[0]} lengths for {count} rows"
-            problems.append(Problem(PLACE, finding, "give a length for each row"))
+            problems.append(_miscounted(lengths.shape[0], count))
         if steps == 0 or count == 0 or 0 in features:
             problems.append(
                 Problem(PLACE, f"the input is empty, {list(input.shape)}", "give at least one row and step")
@@ -168,9 +193,15 @@ class _Functions:
         return result.transpose(0, 1) if batch_first else result, lengths
 
 
+PACKS: Any = rnn.pack_padded_sequence
 PADS: Any = rnn.pad_packed_sequence
-PADS_RAGGED = FunctionType(PADS.__code__, rnn.__dict__)
-"""The same function, whose code stays as it is"""
+PACKS_RAGGED, PADS_RAGGED = (FunctionType(function.__code__, rnn.__dict__) for function in (PACKS, PADS))
+"""The same functions, whose code stays as it is"""
+
+
+def _packs(input, lengths, batch_first=False, enforce_sorted=True):
+    """The code of torch's function while rows are kept, to be run among torch's names. Its own counts no lengths."""
+    return _VF.pack_padded_sequence(input, lengths, batch_first, enforce_sorted)  # noqa: F821 # pyright: ignore
 
 
 def _pads(sequence, batch_first=False, padding_value=0.0, total_length=None):
@@ -199,14 +230,16 @@ def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, always: bool = F
         return forward
 
     home: Any = rnn
-    before, code, forwards = home._VF, PADS.__code__, [(kind, kind.forward) for kind in LAYERS]
-    home._VF, PADS.__code__ = _Functions(before, check, always=always), _pads.__code__
+    before, codes, forwards = home._VF, (PACKS.__code__, PADS.__code__), [(kind, kind.forward) for kind in LAYERS]
+    home._VF = _Functions(before, check, always=always)
+    PACKS.__code__, PADS.__code__ = _packs.__code__, _pads.__code__
     try:
         for kind, forward in forwards:
             kind.forward = replaced(forward)
         yield
     finally:
-        home._VF, PADS.__code__ = before, code
+        home._VF = before
+        PACKS.__code__, PADS.__code__ = codes
         for kind, forward in forwards:
             kind.forward = forward
 
