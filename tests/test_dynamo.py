@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import unroll as library
 from tests.cases import DROPOUT, PACKED, Case
 from tests.checks import assert_same
-from unroll import Plan, UnrollError, compare
+from unroll import Plan, UnrollError, compare, sweeps
 from unroll.functions import form_of
 
 F64 = torch.float64
@@ -162,12 +162,15 @@ def _kernels(model: nn.Module, *args: torch.Tensor) -> int:
     [nn.GRU(3, 4), library.unroll(nn.GRU(3, 4)), library.unroll(nn.LSTM(3, 4), plan="products=sums")],
     ids=["by the backend", "module", "sums"],
 )
-def test_no_step_has_a_kernel_of_its_own(model):
+def test_no_step_has_a_kernel_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(sweeps, "SEPARATED", 2)
     few, more = (_kernels(model, torch.randn(steps, 2, 3)) for steps in (5, 9))
     assert 0 < more <= few
 
 
-def test_no_step_of_packed_rows_has_a_kernel_of_its_own():
+def test_no_step_of_packed_rows_has_a_kernel_of_its_own(monkeypatch):
+    monkeypatch.setattr(sweeps, "SEPARATED", 2)
+
     class Packed(nn.Module):
         def __init__(self):
             super().__init__()

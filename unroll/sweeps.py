@@ -41,17 +41,21 @@ def divided(rows: Value, count: int, sizes: Sequence[int] | None = None) -> Sequ
     return torch.chunk(rows, count) if count > 1 else (rows,)
 
 
-def separated(rows: Value, count: int) -> Sequence[Value]:
-    """As many equal pieces, each in memory of its own.
+SEPARATED = 8
+"""Steps whose rows `separated` copies together: so many kernels, or so many times fewer copies"""
 
-    Where a piece is read in place, Inductor's code for a CPU has its address as a constant: a kernel of its own is
-    compiled for each step. A copy is one operation that it leaves alone.
+
+def separated(rows: Value, count: int) -> Sequence[Value]:
+    """As many equal pieces, some after the other in memory of their own.
+
+    Inductor's code for a CPU has a piece's place as a constant: a kernel of its own is compiled for each step that
+    reads one. Copies of some steps, which Inductor leaves alone, begin anew at place 0.
     """
     if has_torch_function_unary(rows):
         return handle_torch_function(separated, (rows,), rows, count)
     whole = torch.reshape(rows, (count, -1, *rows.shape[1:]))  # [T, B, n], so that B may stay open
-    copies: Any = torch.split_copy(whole, 1)
-    return [torch.squeeze(copy, 0) for copy in copies]
+    copies: Any = torch.split_copy(whole, SEPARATED)
+    return [piece for copy in copies for piece in torch.unbind(copy)]
 
 
 def joined(pieces: Sequence[Value]) -> Value:
