@@ -50,8 +50,8 @@ def unroll(
             it open, and a ScriptModule, need none: their steps then run in a loop.
         freeze: for inference with a module or graph module: whether weights are laid out for the steps once, now,
             and held as buffers that nothing else shares, in place of the layers' parameters and parametrizations.
-            Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first. A module
-            that is converted later raises an `UnrollError` when it runs, a graph module an `AssertionError`.
+            Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first. A
+            module that is converted later raises an `UnrollError` when it runs, a graph module an `AssertionError`.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.

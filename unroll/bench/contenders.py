@@ -317,7 +317,7 @@ CONTENDERS: dict[str, Contender] = {
     "compile": Contender("torch.compile of the fused layer", _compile, needs=INDUCTOR, trains=True, keeps=True),
     "compile-allow-rnn": Contender("torch.compile with allow_rnn", _compile_allow_rnn, needs=INDUCTOR, trains=True),
     "unrolled-compile": Contender(
-        "torch.compile, unrolled", _unrolled_compile, ("default",), needs=INDUCTOR, trains=True
+        "torch.compile, unrolled", _unrolled_compile, ("default", "products=sums"), needs=INDUCTOR, trains=True
     ),
     "unrolled-cpp": Contender(
         "torch.compile, unrolled, cpp_wrapper", _unrolled_cpp, ("default",), INDUCTOR, device="cpu", trains=True
