@@ -4,22 +4,20 @@
     PYTHONPATH=. python benchmarks/gpu.py --minutes 2     # as much as two minutes allow
     PYTHONPATH=. python benchmarks/gpu.py --dry           # only says what is still to be measured
 
-Needs a GPU, PyTorch and nothing else. Writes benchmarks/results/gpu.json after each batch of layers; layers that are
-in the file are not measured again, unless the machine or the versions are others.
+Needs a GPU, PyTorch and nothing else. Writes benchmarks/results/gpu.json after each batch of layers; what is in the
+file is not measured again, unless the machine or the versions are others. All layers come once with cuDNN and the plans
+that change one choice, and then once more with all other plans that differ, which are held against that cuDNN.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from unroll import UnrollError
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
 from unroll.bench.results import Measurements
@@ -55,25 +53,26 @@ def matrix(device: str, steps: int) -> list[Subject]:
     ]
 
 
-def plans(subject: Subject) -> Iterator[str]:
-    """The plans that differ for a layer."""
-    yield "default"
-    yield "gates=split"
-    if subject.bidirectional:
-        yield "directions=stacked"
-    elif subject.num_layers != 1:
-        yield "layers=wavefront"
+def plans(subject: Subject) -> tuple[list[str], list[str]]:
+    """The plans that differ for a layer: those that are measured first, and the others."""
+    order = "directions=stacked" if subject.bidirectional else "layers=wavefront" if subject.num_layers != 1 else None
+    first, others = ["default", "gates=split"], ["gates=paired"]
+    if order:
+        first.append(order)
+        others += [f"gates=split,{order}", f"gates=paired,{order}"]
+    if subject.batch == 1:
+        first.append("products=sums")
+    return first, others
 
 
-def entries(subject: Subject) -> list[Entry]:
-    """cuDNN, and CUDA graphs of the unrolled layer in each plan that this version knows."""
-    found = [Entry("eager")]
-    for name in plans(subject):
-        try:
-            found.append(Entry("unrolled-cudagraphs", name, Plan.of(name)))
-        except UnrollError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    return found
+def work(subjects: list[Subject]) -> list[tuple[Subject, list[Entry]]]:
+    """What to measure, in this order: cuDNN beside CUDA graphs of the unrolled layer in each plan."""
+    first = [(subject, [Entry("eager"), *map(unrolled, plans(subject)[0])]) for subject in subjects]
+    return first + [(subject, [*map(unrolled, plans(subject)[1])]) for subject in subjects]
+
+
+def unrolled(plan: str) -> Entry:
+    return Entry("unrolled-cudagraphs", plan, Plan.of(plan))
 
 
 def main() -> None:
@@ -92,11 +91,14 @@ def main() -> None:
         before = Measurements.load(given.output)
         if before.machine == here:
             found = before
-    done = {row.subject for row in found.rows}
-    missing = [subject for subject in matrix(given.device, given.steps) if subject not in done]
-    print(f"{len(done)} layers are measured, {len(missing)} are not")
+    done = {(row.subject, row.contender, row.plan) for row in found.rows}
+    missing: list[tuple[Subject, list[Entry]]] = []
+    for subject, entries in work(matrix(given.device, given.steps)):
+        if left_over := [entry for entry in entries if (subject, entry.contender, entry.plan) not in done]:
+            missing.append((subject, left_over))
+    print(f"{len(done)} forms of layers are measured, {sum(len(entries) for _, entries in missing)} are not")
     if given.dry:
-        print(*missing, sep="\n")
+        print(*(f"{subject}: {'; '.join(map(str, entries))}" for subject, entries in missing), sep="\n")
         return
     if given.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py: needs a CUDA device")
@@ -108,12 +110,15 @@ def main() -> None:
             print(f"{left:.0f} s are left, not enough for the next layers: run it again")
             break
         batch_begin = time.monotonic()
-        rows, _ = measure({s: entries(s) for s in missing[start : start + together]}, method)
+        batch: dict[Subject, list[Entry]] = {}
+        for subject, entries in missing[start : start + together]:
+            batch[subject] = batch.get(subject, []) + entries
+        rows, _ = measure(batch, method)
         longest = max(longest, time.monotonic() - batch_begin)
         found = Measurements(found.rows + tuple(rows), here, found.command)
         given.output.parent.mkdir(parents=True, exist_ok=True)
         found.save(given.output)
-        print(Measurements(tuple(rows)), flush=True)
+        print(Measurements(tuple(row for row in found.rows if row.subject in batch)), flush=True)
 
 
 if __name__ == "__main__":
