@@ -53,6 +53,8 @@ def separated(rows: Value, count: int) -> Sequence[Value]:
     """
     if has_torch_function_unary(rows):
         return handle_torch_function(separated, (rows,), rows, count)
+    if count <= SEPARATED:
+        return divided(rows, count)
     whole = torch.reshape(rows, (count, -1, *rows.shape[1:]))  # [T, B, n], so that B may stay open
     copies: Any = torch.split_copy(whole, SEPARATED)
     return [piece for copy in copies for piece in torch.unbind(copy)]
