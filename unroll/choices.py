@@ -46,7 +46,7 @@ def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
     if callable(where):
         return any(where(name, layer) for name in names)
     patterns = [where] if isinstance(where, str) else list(where)
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return any(_fits(name, pattern) for name in names for pattern in patterns)
 
 
 def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
@@ -57,8 +57,12 @@ def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
     return [
         Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
         for pattern in ([where] if isinstance(where, str) else where)
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in names)
+        if not any(_fits(name, pattern) for name in names)
     ]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def check_rules(rules: Any) -> Rules:
