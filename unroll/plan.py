@@ -112,14 +112,15 @@ def _read(text: str) -> Plan:
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
 
-# What speaks for each row; measured in benchmarks/results/plans.json, see docs/benchmark.md and docs/contracts.md.
+# What speaks for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
+# docs/benchmark.md; findings those of docs/contracts.md.
 PRESETS = {
     "default": Plan(),
     # ONNX Runtime runs a product and the activation after it as one node, if that is applied to all of the product:
     # 0.89 to 0.97 of the time of `merged`.
     "onnxruntime": Plan(gates="paired"),
     # Inductor makes one fused kernel of what follows a product, so that the fewest products are the fastest: `paired`
-    # takes 1.0 to 1.2, `split` 1.1 to 1.8 of the time. `products="sums"` takes 0.8 for a batch of one, and 1.3 for 16.
+    # takes 1.0 to 1.25, `split` 1.1 to 1.8 of the time. `products="sums"` takes 0.8 for a batch of one, and 1.3 for 16.
     "inductor": Plan(gates="merged"),
     # The fewest nodes a step. Not timed: no TensorRT was to be had. Its operator table has all that this writes.
     "tensorrt": Plan(gates="merged"),
