@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
+from torch.nn.utils import rnn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import unroll as library
@@ -182,3 +183,37 @@ def test_no_step_of_packed_rows_has_a_kernel_of_its_own(monkeypatch):
 
     few, more = (_kernels(Packed(), torch.randn(steps, 2, 3), torch.tensor([steps, 3])) for steps in (5, 9))
     assert 0 < more <= few + 1
+
+
+def test_torch_is_changed_while_dynamo_compiles_and_not_when_the_result_is_called():
+    compiling, calling, before = [], [], (nn.GRU.forward, rnn._VF, torch._dynamo.config.allow_rnn)
+
+    def now():
+        return nn.GRU.forward, rnn._VF, torch._dynamo.config.allow_rnn
+
+    def backend(graph, inputs):
+        compiling.append(now())
+        return lambda *args: [calling.append(now()), graph(*args)][1]
+
+    compiled = library.compile(nn.GRU(3, 4), backend=backend)
+    for _ in range(3):
+        compiled(torch.zeros(2, 1, 3))
+    assert len(compiling) == 1 and not any(a is b for a, b in zip(compiling[0], before, strict=True))
+    assert calling == [before] * 3
+
+
+def test_what_changes_in_the_original_reaches_the_compiled():
+    model = nn.Sequential(nn.LSTM(3, 4, num_layers=2, dropout=0.9))
+    compiled, x = library.compile(model, backend="aot_eager"), torch.randn(5, 2, 3)
+    model.eval()
+    assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)
+    model.train()
+    assert not torch.allclose(compiled(x)[0], compiled(x)[0])
+    model.eval()
+    with torch.no_grad():
+        model[0].weight_ih_l0.mul_(2)
+    assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)
+    model[0].weight_hh_l1 = nn.Parameter(torch.randn(16, 4))
+    assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)
+    model.load_state_dict(nn.Sequential(nn.LSTM(3, 4, num_layers=2)).state_dict())
+    assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unroll.core.patching import seeded
 from unroll.recurrence import Problem, UnrollError
 
 # Largest difference from the original, relative to the largest value, where there is no float64 result to judge by.
@@ -130,7 +131,8 @@ def compare(
             direction of all outputs. A parameter that nothing uses has a gradient of zeros.
         reference: judge by a float64 copy of `original`, where that is an `nn.Module`.
         rtol: 1e-9 in float64, 1e-5 in float32, 5e-3 in float16 and 4e-2 in bfloat16 by default.
-        seed: of torch's random numbers before each run, so that dropout draws alike.
+        seed: of torch's random numbers before each run, so that dropout draws alike. Afterwards they go on as if
+            nothing had been drawn.
 
     Returns:
         A report; `print(report)` shows it, `report.check()` raises if anything differs.
@@ -237,8 +239,7 @@ def _run(
         return value.requires_grad_(gradients and value.is_floating_point())
 
     args, kwargs = pytree.tree_map(fresh, (tuple(args), kwargs))
-    torch.manual_seed(seed)
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients), seeded(seed):
         try:
             result = function(*args, **kwargs)
         except Exception as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,15 @@ from torch import fx, nn
 
 from unroll.calls import FIXED, known_values
 from unroll.choices import Where, read_where, unknown_names
+from unroll.core.patching import alone, without_gc
 from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.modules import UnrolledLayer
-from unroll.packing import keeping_rows, tracing_packing
+from unroll.packing import PACKS, PADS, keeping_rows
+from unroll.padded_rows import check_graph
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError, read_layer
 from unroll.sweeps import divided, separated
 from unroll.trees import is_recurrent, replace
-from unroll.values import many_objects
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
 
@@ -57,7 +58,7 @@ def unroll_backend(
     found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
     on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
     divide = separated if on_cpu else divided
-    with many_objects():
+    with without_gc():
         for part, calls in found:
             rewrite(part.graph, calls, asserts=False, divide=divide)  # Dynamo guards every shape
             part.recompile()
@@ -110,19 +111,52 @@ def compile(
             raise UnrollError(*problems)
         if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
             model = replace(model, plan, where)
-    return torch._dynamo.optimize(_Permitted(ours), nopython=fullgraph, dynamic=dynamic)(model)
+    return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)
 
 
-class _Permitted:
-    """The backend with options, which Dynamo shows recurrent layers, and constants for their dropout."""
+def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | None) -> Any:
+    """What `torch.compile` wraps a model in, with the changes to torch that unrolling needs while Dynamo compiles."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = options
-        # Dynamo asks by this name for a context in which to run and compile; it looks among the instance's attributes.
-        self.backend_ctx_ctor = partial(_permission, options["plan"], options["where"])
+    def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        check_graph(graph)
+        return unroll_backend(graph, inputs, options=options)
 
-    def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return unroll_backend(graph, inputs, options=self.options)
+    context: Any = torch._dynamo.optimize(
+        backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=_holds_when_called
+    )
+    context.callback = _Compiling(context.callback, partial(_permission, options["plan"], options["where"]))
+    return context
+
+
+class _Compiling:
+    """Dynamo's callback for a frame that is to be compiled, run in a context.
+
+    Attributes:
+        _torchdynamo_orig_backend: the callback itself, by the name under which Dynamo looks for the backend in it.
+    """
+
+    def __init__(self, callback: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._torchdynamo_orig_backend, self._context = callback, context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with alone(), self._context():
+            return self._torchdynamo_orig_backend(*args, **kwargs)
+
+
+def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
+    """For each guard, whether it is on something that is there when the compiled model is called.
+
+    What `keeping_rows` puts in the place of torch's own is there while Dynamo compiles alone.
+    """
+    return [
+        not (
+            guard.value is PACKS
+            or guard.value is PADS
+            or ("rnn" in guard.name and "_VF" in guard.name)
+            or ("['forward']" in guard.name and "__closure__" in guard.name)
+        )
+        for guard in guards
+    ]
 
 
 @contextmanager
@@ -135,7 +169,7 @@ def _permission(plan: Plan, where: Where) -> Iterator[None]:
             raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
         return UnrolledLayer._forward_packed(_Borrowed(layer, plan), input, hx)  # pyright: ignore[reportArgumentType]
 
-    with config.patch(allow_rnn=True, specialize_float=True), tracing_packing(), keeping_rows(on_packed):
+    with config.patch(allow_rnn=True, specialize_float=True), keeping_rows(on_packed, dynamo=True):
         yield
 
 

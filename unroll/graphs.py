@@ -18,17 +18,18 @@ from torch.utils import _pytree as pytree
 from unroll import trees
 from unroll.aten import Metadata, writer_for
 from unroll.calls import Call, Known, ModuleCall, Steps, erase_dead, is_packed, known_values, operands, unknown_steps
+from unroll.core.patching import alone, patched, without_gc
 from unroll.frozen import drop_unread
 from unroll.functions import FunctionCall, PackedCall, bind, form_of, layer_name
 from unroll.modules import Unrolled
 from unroll.packed_calls import PackedModuleCall
 from unroll.packing import is_padded, keeping_rows
+from unroll.padded_rows import CAPTURED
 from unroll.plan import Plan
 from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.schedule import Divide, Layout
 from unroll.sweeps import divided
 from unroll.trees import Rules, Where, chooses
-from unroll.values import many_objects
 
 
 def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
@@ -50,7 +51,7 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         raise UnrollError(Problem(type(model).__name__, "is itself a recurrent layer, with nothing around it", mend))
     try:
         tracer = _Tracer()
-        with _packed_by_node(tracer):
+        with alone(), _packed_by_node(tracer):
             graph = tracer.trace(model, concrete_args)
         for node in graph.nodes:  # torch would declare these by dotted names, on which every later trace stumbles
             if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
@@ -64,19 +65,16 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
 @contextmanager
 def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
     """While this lasts, a `PackedSequence` made of values of the graph is a node."""
-    kind: Any = PackedSequence
-    made = kind.__new__
+    made = PackedSequence.__new__
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
+        proxies = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, fx.Proxy)]
+        if any(proxy.tracer is tracer for proxy in proxies):
             return tracer.create_proxy("call_function", PackedSequence, args, kwargs)
         return made(cls, *args, **kwargs)
 
-    kind.__new__ = new
-    try:
+    with patched(PackedSequence, __new__=staticmethod(new)):
         yield
-    finally:
-        kind.__new__ = made
 
 
 class _Tracer(fx.Tracer):
@@ -120,7 +118,7 @@ def unroll_graph(
         problems.insert(0, run.problem)
     if problems:
         raise UnrollError(*problems)
-    with many_objects():
+    with without_gc():
         for part, calls in found:
             rewrite(part.graph, calls)
             drop_unread(part, frozen.get(part, []))
@@ -220,7 +218,7 @@ class _FakeRun(fx.Interpreter):
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
         fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), args)
         try:
-            with mode, keeping_rows(_layer_on_packed, always=True):
+            with mode, CAPTURED.set(True), keeping_rows(_layer_on_packed):
                 self.run(*fakes)
         except UnrollError as error:  # without what the interpreter adds to the text
             raise UnrollError(*error.problems) from None

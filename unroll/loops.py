@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 from torch.torch_version import TorchVersion
@@ -22,9 +23,12 @@ from unroll.sweeps import Step, masked, sweep
 VERSION = TorchVersion(torch.__version__)
 
 
-def is_captured() -> bool:
-    """Whether a graph is being made of what runs now. Otherwise there is no loop to be had: Python has its own."""
-    return torch.compiler.is_compiling()
+def is_captured(rows: Tensor) -> bool:
+    """Whether a graph is being made of what runs now. Otherwise there is no loop to be had: Python has its own.
+
+    `torch.compiler.is_compiling` alone is true in all threads while one of them exports.
+    """
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and is_fake(rows))
 
 
 def is_trained(place: str, tensors: Iterable[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll import loops, schedule
+from unroll.core.patching import Local
 from unroll.orders import Layout
 from unroll.packing import Sizes, known_sizes, original_order, sorted_state
 from unroll.padded_rows import released, watched
@@ -35,6 +37,14 @@ if TYPE_CHECKING:
 # What the weights of a layer were laid out for, besides their own names.
 SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
 SETTLED |= {"proj_size"}
+
+
+STAND_IN: Local[Callable[[Any, Any, Any], Any]] = Local("stand_in")
+"""In a thread that captures models with layers as single nodes: what `layer(input, hx)` is there"""
+
+
+def _stand_in() -> Callable[[Any, Any, Any], Any] | None:
+    return None if torch.compiler.is_dynamo_compiling() else STAND_IN.value
 
 
 class Unrolled(nn.Module):
@@ -138,7 +148,7 @@ class Unrolled(nn.Module):
                 rows = rows.to(cast)
                 state = state and tuple(s.to(cast) for s in state)
         loop = None
-        if self.plan.block and loops.is_captured() and not (sizes or recurrence.is_cell):
+        if self.plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
             if promoting:
                 finding = "runs in blocks under autocast, where the type of its state changes after the first step"
                 raise UnrollError(Problem(self.place, finding, "convert the model, or leave Plan(time='explicit')"))
@@ -226,6 +236,8 @@ class UnrolledLayer(Unrolled):
         """Does nothing: there is no fused kernel that wants the parameters in one piece of memory."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+        if stand_in := _stand_in():
+            return stand_in(self, input, hx)
         if _is_traced():
             return self._trace(input, hx)
         if isinstance(input, PackedSequence):
@@ -282,6 +294,8 @@ class UnrolledCell(Unrolled):
         return read_cell(self, self.mode)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if stand_in := _stand_in():
+            return stand_in(self, input, hx)
         if _is_traced():
             return self._trace(input, hx)
         recurrence = self.recurrence

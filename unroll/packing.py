@@ -6,10 +6,11 @@ remain. Layers, and torch's own functions of packing, work on such a sequence as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from unroll.padded_rows import released, watched, watching, watching_graphs
+from unroll.core import patching
+from unroll.core.patching import Local, patched
+from unroll.padded_rows import CAPTURED, released, watched, watching, watching_graphs
 from unroll.recurrence import LAYERS, Problem, UnrollError
 
 PLACE = "pack_padded_sequence"
@@ -103,6 +106,37 @@ Check = Callable[[Tensor, Tensor, str], Tensor]
 OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
 
 
+class Padding(NamedTuple):
+    """How a thread packs while a graph is made."""
+
+    on_layer: OnLayer
+    """Runs torch's own layers on padded rows"""
+    check: Check
+    """Stops a graph that is given bad lengths"""
+
+
+PADDING: Local[Padding] = Local("padding")
+"""Of a thread that packs with padding where it makes a graph"""
+
+
+def _is_padding() -> bool:
+    """Whether this thread packs with padding. Dynamo asks it once, in the thread in which it reads."""
+    return PADDING.value is not None
+
+
+@functools.cache
+def _unread() -> tuple[Any, Any]:
+    """Torch's own functions, which Dynamo leaves out as ever where a thread does not pack with padding."""
+    torch.compiler.assume_constant_result(_is_padding)
+    torch.compiler.allow_in_graph([watched, released])
+    return torch.compiler.disable(PACKS_RAGGED), torch.compiler.disable(PADS_RAGGED)
+
+
+def _padding() -> bool:
+    """Whether a graph is made, in this thread, that packs with padding."""
+    return _is_padding() if torch.compiler.is_dynamo_compiling() else bool(CAPTURED.value) and _is_padding()
+
+
 def _miscounted(found: int, count: int) -> Problem:
     return Problem(PLACE, f"there are {found} lengths for {count} rows", "give a length for each row")
 
@@ -110,13 +144,22 @@ def _miscounted(found: int, count: int) -> Problem:
 class _Functions:
     """Stands in for `torch._VF`, from which `torch.nn.utils.rnn` takes what packs and pads."""
 
-    def __init__(self, original: Any, check: Check, *, always: bool) -> None:
-        self.original, self.check, self.always = original, check, always
+    def __init__(self, original: Any, check: Check, packs: Any, pads: Any) -> None:
+        self.original, self.check, self.packs, self.pads = original, check, packs, pads
+
+    @property
+    def _check(self) -> Check:
+        """That of this thread, whoever has replaced torch's functions last. While Dynamo reads, that is this thread."""
+        if torch.compiler.is_dynamo_compiling() or PADDING.value is None:
+            return self.check
+        return PADDING.value.check
 
     def pack_padded_sequence(
         self, input: Tensor, lengths: Any, batch_first: bool, enforce_sorted: bool
     ) -> PackedSequence:
-        if not enforce_sorted and (self.always or torch.compiler.is_compiling()):
+        if not _padding():
+            return self.packs(input, lengths, batch_first, enforce_sorted)
+        if not enforce_sorted:
             lengths = self._counted(input, lengths, batch_first)
         return PACKS_RAGGED(input, lengths, batch_first, enforce_sorted)
 
@@ -136,7 +179,7 @@ class _Functions:
         return lengths
 
     def _pack_padded_sequence(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Any]:
-        if not (self.always or torch.compiler.is_compiling()):
+        if not _padding():
             return self.original._pack_padded_sequence(input, lengths, batch_first)
         input = input.transpose(0, 1) if batch_first else input
         steps, count, *features = input.shape
@@ -152,10 +195,11 @@ class _Functions:
             )
         if problems:
             raise UnrollError(*problems)
+        check = self._check
         within = (lengths > 0) & (lengths <= steps)
-        lengths = self.check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
+        lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
         falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
-        lengths = self.check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
+        lengths = check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
         sizes = Sizes(lengths, steps, count, mask)
         return watched(sizes.filled(input.reshape(-1, *features))), sizes
@@ -168,8 +212,8 @@ class _Functions:
     ) -> tuple[Tensor, Tensor]:
         sizes: Any = packed.batch_sizes
         if not isinstance(sizes, Sizes):
-            if not (self.always or torch.compiler.is_compiling()):
-                return PADS_RAGGED(packed, batch_first, padding_value, total_length)
+            if not _padding():
+                return self.pads(packed, batch_first, padding_value, total_length)
             refuse_ragged("pad_packed_sequence")
         data, steps, lengths = packed.data, sizes.steps, sizes.lengths
         features = data.shape[1:]
@@ -184,7 +228,7 @@ class _Functions:
             result = result[:longest]
         elif not statically_known_true(total_length == steps):
             message = f"pad_packed_sequence: total_length={total_length} is less than the longest length"
-            lengths = self.check(lengths, lengths <= total_length, message)
+            lengths = self._check(lengths, lengths <= total_length, message)
             room = [0, 0] * (len(features) + 1) + [0, total_length - steps]
             result = functional.pad(result, room, value=padding_value)
         order = packed.unsorted_indices
@@ -209,39 +253,48 @@ def _pads(sequence, batch_first=False, padding_value=0.0, total_length=None):
     return _VF.pad_packed_sequence(sequence, batch_first, padding_value, total_length)  # noqa: F821 # pyright: ignore
 
 
+def _forward_for(kind: Any, on_layer: OnLayer) -> Callable[..., Any]:
+    """The `forward` of a kind of layer while rows are kept."""
+    original = patching.original(kind, "forward")
+
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        if is_padded(input):
+            run = on_layer
+            if not torch.compiler.is_dynamo_compiling() and PADDING.value is not None:
+                run = PADDING.value.on_layer
+            return run(self, input, hx)
+        if isinstance(input, PackedSequence) and torch.compiler.is_dynamo_compiling() and _is_padding():
+            refuse_ragged(type(self).__name__)
+        return original(self, input, hx)
+
+    return forward
+
+
 @contextmanager
-def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, always: bool = False) -> Iterator[None]:
-    """While this lasts, sequences are packed with all their rows where a graph is made.
+def keeping_rows(on_layer: OnLayer, check: Check = _stopped, *, dynamo: bool = False) -> Iterator[None]:
+    """While this lasts, sequences are packed with all their rows where a graph is made in this thread.
 
     Args:
         on_layer: runs torch's own layers on them.
         check: stops a graph that is given bad lengths.
-        always: whether they are elsewhere too.
+        dynamo: whether Dynamo is to read torch's functions of packing, which it otherwise leaves out, and the longest
+            of some lengths. Of what runs as plain Python, `CAPTURED` tells when a graph is made.
     """
+    packs, pads = PACKS_RAGGED, PADS_RAGGED
+    with ExitStack() as stack:
+        if dynamo:
+            from torch._dynamo import config
 
-    def replaced(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(self: Any, input: Any, hx: Any = None) -> Any:
-            if is_padded(input):
-                return on_layer(self, input, hx)
-            if isinstance(input, PackedSequence) and torch.compiler.is_dynamo_compiling():
-                refuse_ragged(type(self).__name__)
-            return original(self, input, hx)
-
-        return forward
-
-    home: Any = rnn
-    before, codes, forwards = home._VF, (PACKS.__code__, PADS.__code__), [(kind, kind.forward) for kind in LAYERS]
-    home._VF = _Functions(before, check, always=always)
-    PACKS.__code__, PADS.__code__ = _packs.__code__, _pads.__code__
-    try:
-        for kind, forward in forwards:
-            kind.forward = replaced(forward)
+            packs, pads = _unread()
+            stack.enter_context(config.patch(dont_skip_tracing=True, capture_scalar_outputs=True))
+        stack.enter_context(PADDING.set(Padding(on_layer, check)))
+        functions = _Functions(patching.original(rnn, "_VF"), check, packs, pads)
+        stack.enter_context(patched(rnn, _VF=functions))
+        stack.enter_context(patched(PACKS, __code__=_packs.__code__))
+        stack.enter_context(patched(PADS, __code__=_pads.__code__))
+        for kind in LAYERS:
+            stack.enter_context(patched(kind, forward=_forward_for(kind, on_layer)))
         yield
-    finally:
-        home._VF = before
-        PACKS.__code__, PADS.__code__ = codes
-        for kind, forward in forwards:
-            kind.forward = forward
 
 
 def refuse_ragged(place: str) -> NoReturn:
@@ -280,8 +333,8 @@ def packing() -> Iterator[None]:
     graph is made, and so is returning such rows. Nothing watches the number of rows, `packed.data.shape[0]`, which is
     T * B then, nor what goes around torch's functions, such as a C++ extension.
 
-    Models that run eagerly meanwhile pack as ever. What `torch.compile` returned must be called inside too: outside,
-    Dynamo would compile it anew. Torch's functions are changed meanwhile for all threads.
+    Models that run eagerly meanwhile pack as ever, and so do those of other threads. What `torch.compile` returned must
+    be called inside too: outside, Dynamo would compile it anew.
 
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
 
@@ -304,16 +357,7 @@ def packing() -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
-    with tracing_packing(), keeping_rows(refuse_layer), watching():
-        yield
-
-
-@contextmanager
-def tracing_packing() -> Iterator[None]:
-    """Lets Dynamo read torch's functions of packing, which it otherwise leaves out, and the longest of some lengths."""
-    from torch._dynamo import config
-
-    with config.patch(dont_skip_tracing=True, capture_scalar_outputs=True), watching_graphs():
+    with keeping_rows(refuse_layer, dynamo=True), watching_graphs(), watching():
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from unroll.core import patching
+from unroll.core.patching import Local, alone, patched
 from unroll.recurrence import Problem, UnrollError
 from unroll.row_rules import NEW, Seen, mixes_rows
 
@@ -27,6 +29,12 @@ MEND = "do it before packing or after padding, or rewrite the FX graph, where ro
 
 _PADDED = WeakTensorKeyDictionary()
 """Tensors with rows of padding among their rows"""
+
+WATCHED: Local[bool] = Local("watched")
+"""Set in a thread whose exports are watched"""
+
+CAPTURED: Local[bool] = Local("captured")
+"""Set in a thread while a graph is made of what runs in it as plain Python"""
 
 
 def watched(rows: Tensor) -> Tensor:
@@ -95,43 +103,34 @@ def watching() -> Iterator[None]:
     """While this lasts, models are watched that `torch.export` runs as plain Python."""
     from torch.export import _trace
 
-    home: Any = _trace
-    export = home._export
+    export = patching.original(_trace, "_export")
 
     def checked(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) -> Any:
-        if strict:
-            return export(model, *args, strict=True, **kwargs)
-        with _checked_results(model), Watch():
-            return export(model, *args, strict=False, **kwargs)
+        if WATCHED.value is None:
+            return export(model, *args, strict=strict, **kwargs)
+        with alone(), nullcontext() if strict else watched_run(model):
+            return export(model, *args, strict=strict, **kwargs)
 
-    home._export = checked
-    try:
+    with WATCHED.set(True), patched(_trace, _export=checked):
         yield
-    finally:
-        home._export = export
 
 
 @contextmanager
-def _checked_results(model: nn.Module) -> Iterator[None]:
-    """While this lasts, the model returns no padded rows."""
-    forward, attributes = model.forward, vars(model)
-    before = attributes.get("forward")
+def watched_run(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a graph is made of what the model runs as plain Python, which is watched; it returns no padded
+    rows.
+    """
+    forward = model.forward
 
     @functools.wraps(forward)
     def checked(*args: Any, **kwargs: Any) -> Any:
         results = forward(*args, **kwargs)
-        if _any_padded(_tensors(results)):
+        if CAPTURED.value and _any_padded(_tensors(results)):
             raise _leak()
         return results
 
-    attributes["forward"] = checked
-    try:
+    with CAPTURED.set(True), patched(model, forward=checked), Watch():
         yield
-    finally:
-        if before is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = before
 
 
 def _tensors(results: Any) -> list[Any]:
@@ -143,20 +142,15 @@ def watching_graphs() -> Iterator[None]:
     """While this lasts, graphs that Dynamo makes are watched."""
     from torch._dynamo.output_graph import OutputGraph
 
-    home: Any = OutputGraph
-    compiled = home.call_user_compiler
-    torch.compiler.allow_in_graph([watched, released])
+    compiled = patching.original(OutputGraph, "call_user_compiler")
 
     @functools.wraps(compiled)
     def checked(self: Any, graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         check_graph(graph)
         return compiled(self, graph, *args, **kwargs)
 
-    home.call_user_compiler = checked
-    try:
+    with patched(OutputGraph, call_user_compiler=checked):
         yield
-    finally:
-        home.call_user_compiler = compiled
 
 
 def check_graph(module: fx.GraphModule) -> None:

@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from unroll import schedule
 from unroll.calls import Call, known_values
+from unroll.core.patching import without_gc
 from unroll.functions import FUNCTIONS, bind, form_of, layer_name, read_given
 from unroll.graphs import find_calls, graph_parts, rewrite
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.trees import Where, unknown_names
-from unroll.values import many_objects
 
 
 def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> ExportedProgram:
@@ -46,7 +46,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
         raise UnrollError(*problems)
     signature = copy.deepcopy(program.graph_signature)
     calls_graph = [copied_entry(entry) for entry in program.module_call_graph]
-    with many_objects():  # making the program writes its code
+    with without_gc():  # making the program writes its code
         for part, calls in found:
             rewrite(part.graph, calls, asserts=False)
             if part is not module:

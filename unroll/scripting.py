@@ -7,7 +7,6 @@ writes its body.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from unroll import schedule
 from unroll.cells import State
+from unroll.core.patching import without_warnings
 from unroll.plan import Plan
 from unroll.recurrence import Recurrence
 from unroll.values import Value, Writer
@@ -224,8 +224,7 @@ class ScriptWriter(Writer):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's notice that TorchScript is deprecated: whoever has a ScriptModule knows."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+    with without_warnings("`torch.jit", category=DeprecationWarning):
         yield
 
 

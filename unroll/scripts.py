@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from unroll import scripting
 from unroll.calls import Steps, unknown_steps
+from unroll.core.patching import seeded, without_gc
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.script_calls import (
@@ -30,7 +31,6 @@ from unroll.script_calls import (
     walk,
 )
 from unroll.trees import SCRIPT_KINDS, Where, chooses, unknown_names
-from unroll.values import many_objects
 
 
 def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: Plan, steps: Steps = None) -> Any:
@@ -63,7 +63,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
         except UnrollError as error:
             problems += error.problems
     _refuse(problems)
-    with many_objects():
+    with without_gc():
         for call, recurrence, weights, count in jobs:
             call.write(recurrence, weights, count, plan)
         for graph in {id(call.graph): call.graph for call, *_ in jobs}.values():
@@ -162,7 +162,7 @@ def _run_and_note(module: Any, args: Any) -> dict[int, list[Noted]]:
     found: dict[int, list[Noted]] = {}
     token = _noted.set(found)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), seeded():
             copied(*(args if isinstance(args, (tuple, list)) else (args,)))
     except Exception as error:
         finding = f"the module cannot be run on them ({str(error).strip().splitlines()[-1]})"

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from unroll import streamed_graphs, trees
 from unroll.carrying import Carry, carried, packed_problem
 from unroll.choices import Rules, Where, chooses, read_where
+from unroll.core.patching import seeded
 from unroll.modules import Unrolled
 from unroll.plan import Plan
 from unroll.recurrence import Problem, UnrollError
@@ -283,8 +284,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and other tensors that a run changes, and the random numbers, are afterwards as they were."""
     tensors = [t for _, t in trees.reach(model) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
     saved = [(t, t.detach().clone()) for t in tensors if t.is_leaf and not t.is_meta]
-    devices = {t.device.index for t in (*tensors, *model.parameters()) if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with seeded():
         try:
             yield
         finally:

@@ -6,10 +6,8 @@ of its graph, which adds a node and returns the stand-in of its result.
 
 from __future__ import annotations
 
-import gc
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,15 +133,3 @@ def nodes_of(args: Any) -> Any:
     if isinstance(args, (tuple, list)):
         return type(args)([nodes_of(arg) for arg in args])
     return args
-
-
-@contextmanager
-def many_objects() -> Iterator[None]:
-    """Hold back the garbage collector while a graph grows: nothing is garbage, and looking is a fifth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unroll import trees
+from unroll.core.patching import alone
 from unroll.functions import FUNCTIONS, bind, form_of_call, read_given
-from unroll.modules import UnrolledCell, UnrolledLayer
+from unroll.modules import STAND_IN, UnrolledLayer
 from unroll.onnx.sites import DOMAIN, LAYER
 from unroll.packing import Sizes, keeping_rows, original_order, sorted_state, stopped_by_index
-from unroll.padded_rows import released, watched, watching
+from unroll.padded_rows import released, watched, watched_run
 from unroll.recurrence import Problem, Recurrence, UnrollError, check_arguments, read_layer
 from unroll.trees import Rules, Where
 
@@ -59,10 +60,12 @@ def capture(
         UnrollError: for layers that cannot be honoured, for a model that changes its buffers, and if
             `torch.export` fails.
     """
-    program = _captured(model, example_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
+    with alone():
+        program = _captured(model, example_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
+        changed = _changed_buffers(program)
     problems = [
         Problem(name, "is a buffer that the model changes, and an ONNX file keeps none", "return it instead")
-        for name in _changed_buffers(program)
+        for name in changed
     ]
     if problems:
         raise UnrollError(*problems)
@@ -102,7 +105,12 @@ def _captured(
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
     on_layer = _on_packed if every else _not_chosen
     try:
-        with _layers_as_nodes(every), keeping_rows(on_layer, stopped_by_index), watching():
+        with (
+            STAND_IN.set(_forward),
+            _Calls() if every else nullcontext(),
+            keeping_rows(on_layer, stopped_by_index),
+            watched_run(model),
+        ):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except UnrollError:
         raise
@@ -187,23 +195,6 @@ def _before(node: fx.Node) -> set[fx.Node]:
             found.add(node)
             left += node.all_input_nodes
     return found
-
-
-@contextmanager
-def _layers_as_nodes(every: bool) -> Iterator[None]:
-    """While this lasts, `Unrolled` layers are single nodes, and with `every` all calls of recurrent functions."""
-    saved: list[tuple[Any, Callable]] = [(kind, kind.forward) for kind in (UnrolledLayer, UnrolledCell)]
-    try:
-        for kind, _ in saved:
-            kind.forward = _forward
-        if not every:
-            yield
-            return
-        with _Calls():
-            yield
-    finally:
-        for kind, forward in saved:
-            kind.forward = forward
 
 
 class _Calls(TorchFunctionMode):

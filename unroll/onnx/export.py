@@ -117,6 +117,7 @@ def export_onnx(
         (20, ['y', 'h'], False)
     """
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
+    from unroll.core.patching import seeded
     from unroll.onnx import check as checks
     from unroll.onnx import files
     from unroll.onnx.capture import capture, example_args, in_order
@@ -151,7 +152,7 @@ def export_onnx(
             checks.check_operators(written, recurrent=where is not None)
             checks.check_file(draft, path)
             outputs = [str(value.name) for value in written.graph.outputs]
-            with quiet():
+            with quiet(), seeded():
                 report, refused = checks.check_values(draft, path, program, original, args, given, outputs)
     counted = checks.operators(written)
     return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.calls import unknown_steps
+from unroll.core.patching import without_gc
 from unroll.onnx import loops
 from unroll.onnx.batches import Batches
 from unroll.onnx.files import load
@@ -22,7 +23,6 @@ from unroll.plan import PRESETS, Plan
 from unroll.recurrence import Problem, UnrollError
 from unroll.schedule import Layout
 from unroll.trees import Where, chooses
-from unroll.values import many_objects
 
 OLDEST_OPSET = 13
 
@@ -134,7 +134,7 @@ def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
     """Put plain operators in the place of nodes of a model."""
     taken, opset = set(_names(model)), model.opset_imports[""]
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
-    with many_objects():
+    with without_gc():
         for site in sites:
             _replace(site, OnnxWriter(site.name, constants, opset, taken), site.plan or plan, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):

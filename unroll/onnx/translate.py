@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import onnx
@@ -15,6 +15,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from unroll.core.patching import alone, patched, without_warnings
 from unroll.recurrence import Problem, UnrollError
 
 # What torch says of its own workings while it exports.
@@ -41,18 +42,16 @@ OLDEST = 14
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what torch says of its own workings."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    here = threading.get_ident()
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != here
+
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, LOGGERS):
+            stack.enter_context(patched(logger, filters=[*logger.filters, is_shown]))
+        stack.enter_context(without_warnings(*NOISE))
+        yield
 
 
 def named_dims(dynamic_shapes: Any) -> Any:
@@ -80,15 +79,16 @@ def translate(
         raise UnrollError(Problem(f"opset_version={opset_version}", finding, mend))
     _refuse_twice([*(input_names or ()), *(output_names or ())])
     try:
-        translated = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            input_names=list(input_names or ()) or None,
-            output_names=list(output_names or ()) or None,
-            opset_version=opset_version,
-            dynamic_shapes=pytree.tree_map(lambda d: getattr(d, "__name__", d), dynamic_shapes),  # for their names
-        )
+        with alone():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(input_names or ()) or None,
+                output_names=list(output_names or ()) or None,
+                opset_version=opset_version,
+                dynamic_shapes=pytree.tree_map(lambda d: getattr(d, "__name__", d), dynamic_shapes),  # for their names
+            )
     except Exception as error:
         finding = f"cannot be translated by torch.onnx.export ({type(error).__name__}: {error})"
         raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error

@@ -1,0 +1,383 @@
+"""Nothing is changed for others: what all threads share is afterwards as it was, and meanwhile they compute right."""
+
+import logging
+import threading
+import warnings
+from contextlib import contextmanager
+from functools import cache
+
+import onnxruntime
+import pytest
+import torch
+import torch._dynamo.config as dynamo_config
+from torch import nn
+from torch._dynamo.output_graph import OutputGraph
+from torch.export import _trace
+from torch.nn.modules import rnn as layers
+from torch.nn.utils import rnn
+
+import unroll as library
+from unroll import Stream, Unrolled, compare, export_onnx, packing, streaming, trace, unroll
+from unroll.core.patching import Local, alone, original, patched, without_gc, without_warnings
+from unroll.onnx.translate import LOGGERS
+
+KINDS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, rnn.PackedSequence, OutputGraph)
+
+
+def photograph():
+    """All that a call could have left changed, by name: objects themselves, and the code of functions."""
+    places = {"rnn": rnn, "layers": layers, "_trace": _trace, "nn.Module": nn.Module, "warnings": warnings}
+    places |= {kind.__name__: kind for kind in (*KINDS, *subclasses(Unrolled))}
+    found = {f"{place}.{name}": value for place, owner in places.items() for name, value in vars(owner).items()}
+    found |= {f"{name}.__code__": value.__code__ for name, value in found.items() if hasattr(value, "__code__")}
+    caches = ("__abstractmethods__", "_abc_impl", "onceregistry", "_filters_version")
+    return {name: value for name, value in found.items() if not name.endswith(caches)}
+
+
+def subclasses(kind):
+    return [kind, *(below for direct in kind.__subclasses__() for below in subclasses(direct))]
+
+
+def settings():
+    """What is compared by value."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    return {
+        "random": torch.get_rng_state().tolist(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "filters": list(warnings.filters),
+        "levels": [(logger.level, logger.disabled, list(logger.filters)) for logger in loggers],
+        "dynamo": dynamo_config.get_config_copy(),
+    }
+
+
+def differences(before, after):
+    """Names of what is another object; new names do not count: torch loads modules when it first needs them."""
+    return [name for name, value in before.items() if after.get(name) is not value]
+
+
+@cache
+def a_traced_model():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(a_model(), X)
+
+
+class Packer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, bidirectional=True)
+
+    def forward(self, x, lengths):
+        packed = rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return rnn.pad_packed_sequence(self.rnn(packed)[0], total_length=5)[0]
+
+
+X, LENGTHS = torch.randn(5, 2, 3), torch.tensor([3, 5])
+
+
+@cache  # making one draws random numbers
+def a_model():
+    return nn.Sequential(nn.LSTM(3, 4)).eval()
+
+
+@cache
+def a_packer():
+    return Packer().eval()
+
+
+@cache
+def a_trained_model():
+    return nn.Sequential(nn.LSTM(3, 4, 2, dropout=0.5))
+
+
+def export(folder):
+    export_onnx(a_model(), X, folder / "model.onnx")
+
+
+def export_packed(folder):
+    export_onnx(a_packer(), (X, LENGTHS), folder / "packed.onnx")
+
+
+@cache
+def a_program():
+    return torch.export.export(a_model(), (X,))
+
+
+def rewrite_program(folder):
+    unroll(a_program())
+    unroll(streaming(a_program()))
+
+
+def export_in_packing(folder):
+    with packing():
+        torch.export.export(unroll(a_packer()), (X, LENGTHS))
+
+
+def compile_and_call(folder):
+    torch._dynamo.reset()
+    library.compile(a_model(), backend="eager")(X)
+    library.compile(a_packer(), backend="eager")(X, LENGTHS)
+
+
+def compile_in_packing(folder):
+    torch._dynamo.reset()
+    with packing():
+        torch.compile(unroll(a_packer()), backend="eager")(X, LENGTHS)
+
+
+def stream(folder):
+    stream = Stream(streaming(a_model(), X))
+    stream(X[:2])
+    unroll(streaming(trace(a_model()), X), X)
+
+
+def compare_both(folder):
+    model = a_trained_model()
+    compare(model, unroll(model), X, gradients=True).check()
+
+
+def rewrite(folder):
+    unroll(a_model(), freeze=True)
+    unroll(trace(a_model()), X)
+    unroll(trace(a_packer()), (X, LENGTHS))
+    unroll(a_traced_model(), X)
+
+
+WORKS = [
+    export,
+    export_packed,
+    rewrite_program,
+    export_in_packing,
+    compile_and_call,
+    compile_in_packing,
+    stream,
+    compare_both,
+    rewrite,
+]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.__name__)
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_everything_is_afterwards_as_it_was(work, fails, tmp_path, monkeypatch):
+    work(tmp_path)  # torch itself makes some things when they are first needed
+    if fails:  # in the middle of it
+        for place in ("unroll.schedule.run", "unroll.onnx.translate.translate", "unroll.onnx.models.unroll_ir"):
+            monkeypatch.setattr(place, stop)
+    objects, values = photograph(), settings()
+    if fails:
+        with pytest.raises(Exception, match=r"stopped|leaves the model"):
+            work(tmp_path)
+        monkeypatch.undo()
+    else:
+        work(tmp_path)
+    assert differences(objects, photograph()) == []
+    assert settings() == values
+
+
+def stop(*args, **kwargs):
+    raise RuntimeError("stopped")
+
+
+@contextmanager
+def meanwhile(work):
+    """Run something again and again in another thread."""
+    over, errors = threading.Event(), []
+
+    def again():
+        while not over.is_set():
+            try:
+                work()
+            except Exception as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert errors == []
+
+
+def users():
+    """Ways to use a model, each with its right result."""
+    packer = a_packer()
+    models = {
+        "eager": unroll(nn.GRU(3, 4)).eval(),
+        "in a sequence": unroll(a_model()),
+        "in blocks": unroll(nn.GRU(3, 4), plan="time=2").eval(),
+        "frozen": unroll(a_model(), freeze=True),
+        "compiled": torch.compile(unroll(a_model()), backend="eager"),
+        "compiled as it is": library.compile(a_model(), backend="eager"),
+    }
+    unrolled, states = unroll(packer), Stream(streaming(a_model(), X))
+
+    def streamed():
+        states.reset()
+        return torch.cat([states(piece)[0] for piece in X.split(2)])
+
+    return {
+        **{name: lambda m=model: m(X)[0] for name, model in models.items()},
+        "packed by torch": lambda: packer(X, LENGTHS),
+        "packed": lambda: unrolled(X, LENGTHS),
+        "stream": streamed,
+    }
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.__name__)
+def test_meanwhile_other_threads_get_what_is_right(work, tmp_path):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        uses = users()
+        right = {name: use() for name, use in uses.items()}
+        right = {name: use() for name, use in uses.items()}
+    our_classes = [f"{kind.__name__}." for kind in subclasses(Unrolled)]
+    before, calls = photograph(), []
+
+    def use():
+        with torch.no_grad():
+            for name, function in uses.items():
+                assert torch.allclose(function(), right[name], atol=1e-6), name
+            calls.append(name)
+        changed = differences(before, photograph())
+        assert not [name for name in changed if name.startswith(tuple(our_classes))]
+
+    keep = work not in (compile_and_call, compile_in_packing)  # which forget what was compiled
+    if not keep:
+        uses = {name: use for name, use in uses.items() if not name.startswith("compiled")}
+    with meanwhile(use):
+        while len(calls) < 3:
+            work(tmp_path)
+
+
+def test_contexts_may_be_left_in_any_order():
+    before = photograph()
+    first, second, third = packing(), packing(), packing()
+    for context in (first, second, third):
+        context.__enter__()
+    for context in (first, third, second):
+        context.__exit__(None, None, None)
+    assert differences(before, photograph()) == []
+    assert rnn.pack_padded_sequence(X, LENGTHS, enforce_sorted=False).batch_sizes.tolist() == [2, 2, 2, 1, 1]
+
+
+def test_one_thread_packs_with_padding_and_another_as_ever():
+    """Also where the other compiles, or began to pack with padding before and has ended."""
+    inside, go, found = threading.Event(), threading.Event(), {}
+
+    def other():
+        with packing():
+            inside.set()
+            go.wait(60)
+            with torch.no_grad():
+                found["exported"] = torch.export.export(unroll(Packer().eval()), (X, LENGTHS))
+
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    inside.wait()
+    model = Packer().eval()
+    eager = rnn.pack_padded_sequence(X, LENGTHS, enforce_sorted=False)
+    assert eager.batch_sizes.tolist() == [2, 2, 2, 1, 1]
+    with packing():
+        pass
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(X, LENGTHS)
+        assert torch.allclose(compiled, model(X, LENGTHS))
+    go.set()
+    thread.join()
+    assert found["exported"].module()(X, LENGTHS).shape == (5, 2, 8)
+
+
+def test_exports_wait_for_each_other(tmp_path):
+    errors, models = [], [nn.Sequential(kind(3, 4)).eval() for kind in (nn.LSTM, nn.GRU, nn.RNN)]
+
+    def work(number):
+        try:
+            export_onnx(models[number], X, tmp_path / f"{number}.onnx")
+        except Exception as error:
+            errors.append(error)
+
+    before = photograph()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and differences(before, photograph()) == []
+    for number, model in enumerate(models):
+        session = onnxruntime.InferenceSession(tmp_path / f"{number}.onnx")
+        output = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+        assert torch.allclose(torch.from_numpy(output), model(X)[0], atol=1e-5)
+
+
+class Owner:
+    value = 1
+
+    @staticmethod
+    def function():
+        return "before"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
+def test_patches_in_any_order(order):
+    entry = vars(Owner)["function"]
+    contexts = [patched(Owner, value=10 + k, function=lambda k=k: k, new=k) for k in range(3)]
+    for context in contexts:
+        context.__enter__()
+    assert (Owner.value, original(Owner, "value")) == (12, 1)
+    left = [0, 1, 2]
+    for k in order:
+        contexts[k].__exit__(None, None, None)
+        left.remove(k)
+        assert Owner.value == (10 + left[-1] if left else 1)
+    assert vars(Owner)["function"] is entry and not hasattr(Owner, "new")
+
+
+def test_a_patch_of_an_instance_goes_away():
+    model = nn.Linear(2, 2)
+    with patched(model, forward=lambda x: 0):
+        assert model(1) == 0
+        with pytest.raises(ZeroDivisionError), patched(model, forward=lambda x: 1 / x):
+            model(0)
+        assert model(1) == 0
+    assert "forward" not in vars(model)
+
+
+def test_a_local_is_of_one_thread():
+    depth, found = Local("depth"), []
+    with depth.set(1), depth.set(2):
+        thread = threading.Thread(target=lambda: found.append(depth.value))
+        thread.start()
+        thread.join()
+        assert (depth.value, found) == (2, [None])
+    first, second = depth.set(1), depth.set(2)
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    assert depth.value == 2
+    second.__exit__(None, None, None)
+    assert depth.value is None
+
+
+def test_warnings_and_garbage_in_any_order():
+    import gc
+
+    filters = warnings.filters
+    for make in (without_gc, lambda: without_warnings("nothing")):
+        first, second = make(), make()
+        first.__enter__(), second.__enter__(), first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert warnings.filters is filters and gc.isenabled()
+
+
+def test_alone():
+    order = []
+    with alone(), alone():
+        thread = threading.Thread(target=lambda: [alone().__enter__(), order.append("other")])
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]

@@ -1,0 +1,206 @@
+"""What all threads share, changed for as long as something runs: torch's attributes and random numbers, warnings, the
+garbage collector.
+
+Nothing else in this library may do so. What a thread alone must know, it keeps in a `Local`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.fx import _symbolic_trace
+
+T = TypeVar("T")
+
+ABSENT = object()
+"""The value of an attribute that its owner does not have itself"""
+
+_LOCK = threading.RLock()
+"""Held while an attribute is exchanged, and never while waiting for anything"""
+
+_ALONE = threading.RLock()
+
+_STACKS: dict[tuple[int, str], tuple[Any, list[list[Any]]]] = {}
+"""By owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
+
+
+@contextmanager
+def patched(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give a module, class, function or instance other attributes while this lasts, for all threads.
+
+    Contexts may be left in any order, also by an error and in another thread: what was made last of those that last
+    still is what is found, and when all have been left, the very object that was there before.
+
+    Args:
+        owner: of the attributes.
+        attributes: their values.
+
+    Example:
+        >>> class Torch:
+        ...     version = 1
+        >>> first, second = patched(Torch, version=2), patched(Torch, version=3)
+        >>> first.__enter__(), second.__enter__(), Torch.version
+        (None, None, 3)
+        >>> first.__exit__(None, None, None), Torch.version
+        (False, 3)
+        >>> second.__exit__(None, None, None), Torch.version
+        (False, 1)
+    """
+    layers = {name: [value] for name, value in attributes.items()}  # lists, each of which is itself alone
+    with _LOCK:
+        for name, layer in layers.items():
+            _, stack = _STACKS.setdefault((id(owner), name), (owner, [[_own(owner, name)]]))
+            stack.append(layer)
+            _write(owner, name, layer[0])
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for name, layer in layers.items():
+                _, stack = _STACKS[id(owner), name]
+                stack[:] = [other for other in stack if other is not layer]
+                _write(owner, name, stack[-1][0])
+                if len(stack) == 1:
+                    del _STACKS[id(owner), name]
+
+
+def original(owner: Any, name: str) -> Any:
+    """Return an attribute as it is without any `patched`."""
+    with _LOCK:
+        _, stack = _STACKS.get((id(owner), name), (owner, [[ABSENT]]))
+        value = stack[0][0]
+    return getattr(owner, name) if value is ABSENT else value
+
+
+def _own(owner: Any, name: str) -> Any:
+    """The attribute as its owner holds it, with a `staticmethod` around it where there is one."""
+    if name in vars(owner):
+        return vars(owner)[name]
+    slot = getattr(type(owner), name, None)  # such as a function's `__code__`
+    return getattr(owner, name) if hasattr(slot, "__set__") else ABSENT
+
+
+def _write(owner: Any, name: str, value: Any) -> None:
+    kind = type if isinstance(owner, type) else object  # past what a class of the user's makes of assignments
+    if value is ABSENT:
+        kind.__delattr__(owner, name)
+    else:
+        kind.__setattr__(owner, name, value)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other thread is in here or inside of Dynamo, and keep them out while this lasts.
+
+    For what torch itself cannot do in two threads at once: to trace, to export and to compile. Models that run in
+    other threads meanwhile are not traced.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_ALONE)
+        if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
+            stack.enter_context(dynamo.compile_lock)
+        stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
+        yield
+
+
+def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
+    """Stands in for what `torch.fx` replaces `nn.Module.__call__` by, which it does for all threads."""
+    here, before = threading.get_ident(), getattr(kind, name)
+
+    @functools.wraps(new)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        traced = torch.compiler.is_dynamo_compiling() or threading.get_ident() == here
+        return (new if traced else before)(*args, **kwargs)
+
+    original(_symbolic_trace._Patcher, "patch_method")(self, kind, name, called, deduplicate)
+
+
+class Local(Generic[T]):
+    """A value that a thread, or an asynchronous task, has while a context of it lasts.
+
+    Example:
+        >>> depth = Local("depth")
+        >>> with depth.set(1):
+        ...     depth.value
+        1
+        >>> depth.value is None
+        True
+    """
+
+    def __init__(self, name: str) -> None:
+        self._entries: ContextVar[tuple[list[T], ...]] = ContextVar(name, default=())
+
+    @property
+    def value(self) -> T | None:
+        """What the last of the contexts that last has set; None outside of any."""
+        entries = self._entries.get()
+        return entries[-1][0] if entries else None
+
+    @contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        """Have the value while this lasts; such contexts may be left in any order."""
+        entry = [value]
+        self._entries.set((*self._entries.get(), entry))
+        try:
+            yield
+        finally:
+            self._entries.set(tuple(other for other in self._entries.get() if other is not entry))
+
+
+@contextmanager
+def without_warnings(*messages: str, category: type[Warning] = Warning) -> Iterator[None]:
+    """Ignore warnings whose text begins as one of these patterns while this lasts.
+
+    Unlike `warnings.catch_warnings`, two threads may leave this in any order.
+    """
+    ignored = [("ignore", re.compile(message, re.IGNORECASE), category, None, 0) for message in messages]
+    with patched(warnings, filters=[*ignored, *warnings.filters]):
+        yield
+
+
+@contextmanager
+def seeded(seed: int | None = None) -> Iterator[None]:
+    """Draw torch's random numbers from this seed while this lasts; afterwards they go on as if nothing had been drawn.
+
+    Without a seed they are drawn as ever meanwhile. All threads draw from the same numbers.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        yield
+
+
+_growing = 0
+_collects = True
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Hold back the garbage collector while a graph grows: nothing is garbage, and looking is a fifth of the time."""
+    global _growing, _collects
+    with _LOCK:
+        _growing += 1
+        if _growing == 1:
+            _collects = gc.isenabled()
+            gc.disable()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _growing -= 1
+            if _growing == 0 and _collects:
+                gc.enable()
