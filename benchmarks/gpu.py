@@ -22,7 +22,7 @@ from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
 from unroll.bench.results import Measurements
 from unroll.bench.subjects import Subject
-from unroll.plan import Plan
+from unroll.core.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 STEPS = 100

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from unroll import Plan, loops, unroll
+from unroll import Plan, unroll
 from unroll.bench.machine import machine
+from unroll.modules import loops
 
 RESULTS = Path(__file__).parent / "results" / "loops.json"
 BLOCK = 4

@@ -19,7 +19,7 @@ from typing import get_args
 from unroll import Plan, benchmark
 from unroll.bench.machine import command, machine
 from unroll.bench.results import Measurements, Row
-from unroll.plan import Directions, Gates, Layers
+from unroll.core.plan import Directions, Gates, Layers
 
 RESULTS = Path(__file__).parent / "results" / "plans.json"
 FORMS = ["onnx-unrolled", "unrolled-compile"]

@@ -31,7 +31,7 @@ from unroll.bench.measuring import Entry, Method, measure
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import LAYER, Subject
 from unroll.bench.worker import largest_memory
-from unroll.plan import Plan
+from unroll.core.plan import Plan
 
 RESULTS = Path(__file__).parent / "results" / "targets.json"
 LONG = (250, 500, 1000, 2000)

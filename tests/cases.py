@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unroll import Plan
-from unroll.plan import CHOICES
+from unroll.core.plan import CHOICES
 
 # Sizes differ from each other, so that no two axes can be mistaken for one another.
 FEATURES, HIDDEN, PROJECTION = 6, 5, 2

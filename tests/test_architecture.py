@@ -15,7 +15,7 @@ ROOT = Path(unroll.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What the recipe is made of, from the bottom up. Everything else is a frontend, and none of these may import one.
-ORDER = ["cells", "recurrence", "plan", "sweeps", "orders", "schedule"]
+ORDER = ["core.cells", "core.recurrence", "core.plan", "core.scan", "core.passes", "core.schedule"]
 
 
 def name_of(file):
@@ -104,7 +104,7 @@ OTHER_RECIPES = {"cells.py"}
 def test_only_the_cells_know_a_gate():
     """No other file calls what gates are made of, from torch or by a graph's operators."""
     for file in FILES:
-        if file.name in OTHER_RECIPES or "onnx" in file.parts or file.name in ("aten.py",):
+        if file.name in OTHER_RECIPES or "onnx" in file.parts or "targets" in file.parts or file.name == "aten.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -18,18 +18,18 @@ from torch import nn
 
 import unroll
 from unroll import Plan, UnrollError
-from unroll.bench import CONTENDERS, Measurements, Row, Subject
-from unroll.bench.benchmark import benchmark
-from unroll.bench.contenders import engine_type, obstacle, onnxruntime_run
+from unroll.bench.contenders import CONTENDERS, engine_type, obstacle, onnxruntime_run
 from unroll.bench.measuring import Expected, _expected, error_of
 from unroll.bench.processes import Process
 from unroll.bench.report import COLUMNS, advice, as_tables, as_text, is_wrong
-from unroll.bench.subjects import Task, subjects
+from unroll.bench.results import Measurements, Row
+from unroll.bench.run import benchmark
+from unroll.bench.subjects import Subject, Task, subjects
 
 pytest.importorskip("onnx")
 pytest.importorskip("typer")
 from tests.test_cli import run  # noqa: F401
-from unroll.terminal import console, print_whole
+from unroll.cli.printing import console, print_whole
 
 QUICK = {"rounds": 2, "seconds": 0.01, "hidden_size": 6, "input_size": 5, "steps": 4}
 
@@ -255,7 +255,7 @@ def test_more_steps_are_not_tried(monkeypatch):
         reasons.append(skip(subject, entry))
         return [], [(subject, entry)] if subject.steps == 8 and subject.batch == 1 else []
 
-    monkeypatch.setattr(sys.modules["unroll.bench.benchmark"], "measure", measured)
+    monkeypatch.setattr(sys.modules["unroll.bench.run"], "measure", measured)
     benchmark(contenders=["compile"], steps=[4, 8, 16], batch=[1, 2], limit=9)
     assert reasons == [None, None, None, None, "took more than 9 s at T=8", None]
 

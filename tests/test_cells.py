@@ -7,8 +7,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.cases import FEATURES, HIDDEN, PROJECTION, Case
 from tests.checks import assert_same
-from unroll.cells import CELLS, Precision, Weights
-from unroll.recurrence import CELL_MODES, read_cell
+from unroll.core.cells import CELLS, Precision, Weights
+from unroll.core.recurrence import CELL_MODES, read_cell
 
 LAYOUTS = ("merged", "paired", "split")
 CELL_CASES = [

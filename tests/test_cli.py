@@ -21,7 +21,7 @@ from tests.cases import Case
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("typer")
-from unroll.cli import main  # noqa: E402
+from unroll.cli.main import main  # noqa: E402
 
 CASE = Case("LSTM", num_layers=2, bidirectional=True)
 
@@ -374,7 +374,7 @@ def test_as_a_module():
 
 
 def test_missing_extra_is_named(monkeypatch):
-    code = "import sys; sys.modules['rich'] = None\nimport unroll.cli"
+    code = "import sys; sys.modules['rich'] = None\nimport unroll.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install 'torch-unroll[cli]'" in done.stderr
     code = "import sys; sys.modules['onnx'] = None; import unroll; unroll.unroll('model.onnx')"

@@ -16,9 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import unroll
 from tests.cases import PLANS, Case
 from unroll import UnrollError, check
-from unroll import plan as plans
-from unroll.contracts import tables
-from unroll.contracts.uses import RECURRENT
+from unroll.core import plan as plans
+from unroll.targets import tables
+from unroll.targets.uses import RECURRENT
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -485,7 +485,7 @@ def test_tables_are_consistent(name):
     known |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)}
     for restriction in table.operators.values():
         assert set(restriction.types) <= known
-    files = [file.name for file in tables.files("unroll.contracts").joinpath("targets").iterdir()]
+    files = [file.name for file in tables.files("unroll.targets").joinpath("facts").iterdir()]
     assert sorted(files) == [f"{name}.toml" for name in tables.NAMES]
 
 

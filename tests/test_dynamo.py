@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import unroll as library
 from tests.cases import DROPOUT, PACKED, Case
 from tests.checks import assert_same
-from unroll import Plan, UnrollError, compare, sweeps
-from unroll.functions import form_of
+from unroll import Plan, UnrollError, compare
+from unroll.core import scan as sweeps
+from unroll.graphs.functions import form_of
 
 F64 = torch.float64
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from tests.cases import CHOSEN, DROPOUT, Case
 from unroll import UnrollError, compare, unroll
-from unroll.functions import FUNCTIONS, form_of, layer_name
+from unroll.graphs.functions import FUNCTIONS, form_of, layer_name
 
 F64 = torch.float64
 

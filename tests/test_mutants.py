@@ -7,7 +7,8 @@ import torch
 
 from tests.cases import CHOSEN, GRID, Case
 from tests.checks import assert_same
-from unroll import UnrollError, cells, compare, recurrence, schedule, unroll
+from unroll import UnrollError, compare, unroll
+from unroll.core import cells, recurrence, schedule
 
 F64 = torch.float64
 SMALL_GRID = GRID[:: len(GRID) // 200] + CHOSEN

@@ -15,11 +15,12 @@ from torch.export import Dim
 import unroll
 from tests.cases import CHOSEN, FEATURES, HIDDEN, Case, replace
 from tests.checks import assert_equal, assert_same
-from unroll import Plan, UnrollError, cells, export_onnx
+from unroll import Plan, UnrollError, export_onnx
+from unroll.core import cells
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
-from unroll.onnx.inspection import inspect_module  # noqa: E402
+from unroll.export.inspection import inspect_module  # noqa: E402
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
 

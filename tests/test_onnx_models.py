@@ -16,11 +16,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops import op_scan
 
 from tests import onnx_standard as standard
-from unroll import Plan, UnrollError, cells, unroll
+from unroll import Plan, UnrollError, unroll
+from unroll.core import cells
+from unroll.export.inspection import inspect_model
 from unroll.onnx import files
 from unroll.onnx import standard as reader
-from unroll.onnx.inspection import inspect_model
-from unroll.onnx.models import unroll_model
+from unroll.onnx.rewrite import unroll_model
 
 ir = pytest.importorskip("onnx_ir")
 ort = pytest.importorskip("onnxruntime")

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.checks import assert_same
 from unroll import unroll
-from unroll.recurrence import Recurrence, read_cell, read_layer
+from unroll.core.recurrence import Recurrence, read_cell, read_layer
 
 F64 = torch.float64
 SIZES = {"input_size": 6, "hidden_size": 5}

@@ -13,7 +13,7 @@ import unroll as library
 from tests.cases import Case, flat
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, export_onnx, packing, trace, unroll
-from unroll.row_rules import Seen, mixes_rows
+from unroll.packed.row_rules import Seen, mixes_rows
 
 torch.set_num_threads(1)
 

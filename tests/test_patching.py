@@ -19,7 +19,7 @@ from torch.nn.utils import rnn
 import unroll as library
 from unroll import Stream, Unrolled, compare, export_onnx, packing, streaming, trace, unroll
 from unroll.core.patching import Local, alone, original, patched, without_gc, without_warnings
-from unroll.onnx.translate import LOGGERS
+from unroll.export.translate import LOGGERS
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, rnn.PackedSequence, OutputGraph)
 
@@ -162,7 +162,7 @@ WORKS = [
 def test_everything_is_afterwards_as_it_was(work, fails, tmp_path, monkeypatch):
     work(tmp_path)  # torch itself makes some things when they are first needed
     if fails:  # in the middle of it
-        for place in ("unroll.schedule.run", "unroll.onnx.translate.translate", "unroll.onnx.models.unroll_ir"):
+        for place in ("unroll.core.schedule.run", "unroll.export.translate.translate", "unroll.onnx.rewrite.unroll_ir"):
             monkeypatch.setattr(place, stop)
     objects, values = photograph(), settings()
     if fails:

@@ -13,8 +13,8 @@ from torch.export import Dim, ExportedProgram, export
 
 from tests.cases import CHOSEN, DROPOUT, PLANS, Case, flat, replace
 from unroll import Plan, UnrollError, compare, decompositions, unroll
-from unroll.functions import bind, form_of
-from unroll.recurrence import CELL_MODES, read_call, read_cell, read_layer
+from unroll.core.recurrence import CELL_MODES, read_call, read_cell, read_layer
+from unroll.graphs.functions import bind, form_of
 
 # What torch's own exporter and packager say while they work.
 pytestmark = [

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_sequence
 from tests.cases import KINDS, PLANS
 from tests.checks import assert_same, gradients
 from unroll import trace, unroll
-from unroll.recurrence import Recurrence
+from unroll.core.recurrence import Recurrence
 
 F64 = torch.float64
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -5,9 +5,9 @@ import torch
 
 from tests.cases import ALL_PLANS, CELL_KINDS, GRID, LAYER_KINDS, PLANS, Case, replace
 from tests.checks import assert_same
-from unroll import schedule
-from unroll.cells import CELLS, Cell, Prepared
-from unroll.recurrence import CELL_MODES, Recurrence, read_cell, read_layer
+from unroll.core import schedule
+from unroll.core.cells import CELLS, Cell, Prepared
+from unroll.core.recurrence import CELL_MODES, Recurrence, read_cell, read_layer
 
 # --- all options, in float64 --------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from tests.cases import CHOSEN, DROPOUT, EMPTY, LAYER_KINDS, PACKED, PLANS, Case, replace
 from tests.checks import assert_equal, assert_same, gradients
 from unroll import Plan, UnrollError, unroll
-from unroll.recurrence import CELL_MODES, read_cell, read_layer
-from unroll.script_calls import find_calls
+from unroll.core.recurrence import CELL_MODES, read_cell, read_layer
+from unroll.torchscript.calls import find_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 F64 = torch.float64

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, rnn
 from tests.cases import CELL_KINDS, Case
 from tests.checks import assert_equal, assert_same, gradients, problems
 from unroll import Plan, Stream, Streaming, export_onnx, streaming, trace, unroll
-from unroll.functions import FUNCTIONS
+from unroll.graphs.functions import FUNCTIONS
 
 LAYERS = [
     Case("LSTM"),

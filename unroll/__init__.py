@@ -1,17 +1,17 @@
 """Recurrent layers as explicit unrolled operations."""
 
-from unroll.bench.benchmark import benchmark
-from unroll.compare import Report, compare
-from unroll.contracts.checking import check
-from unroll.dynamo import compile
-from unroll.graphs import trace
-from unroll.modules import Unrolled
-from unroll.onnx.export import Export, export_onnx
-from unroll.packing import packing
-from unroll.plan import Plan
-from unroll.programs import decompositions
-from unroll.recurrence import Problem, UnrollError
-from unroll.streaming import Stream, Streaming, streaming
+from unroll.bench.run import benchmark
+from unroll.comparison import Report, compare
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.export.exporting import Export, export_onnx
+from unroll.graphs.dynamo import compile
+from unroll.graphs.programs import decompositions
+from unroll.graphs.rewrite import trace
+from unroll.modules.layers import Unrolled
+from unroll.packed.contexts import packing
+from unroll.streams.stateful import Stream, Streaming, streaming
+from unroll.targets.checking import check
 from unroll.unrolling import unroll
 
 __all__ = [

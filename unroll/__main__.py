@@ -1,6 +1,6 @@
 """`python -m unroll`: the command line."""
 
-from unroll.cli import main
+from unroll.cli.main import main
 
 if __name__ == "__main__":
     main()

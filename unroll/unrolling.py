@@ -9,12 +9,15 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll import graphs, programs, scripts, trees
-from unroll.choices import Rules, Where, read_where
-from unroll.graphs import Steps
+from unroll.core.options import Rules, Where, read_where
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.graphs import programs
+from unroll.graphs import rewrite as graphs
+from unroll.graphs.lowering import Steps
+from unroll.modules import replace as trees
 from unroll.onnx import require
-from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError
+from unroll.torchscript import rewrite as scripts
 
 
 def unroll(
@@ -93,7 +96,7 @@ def unroll(
 
 def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
     require("onnx", "onnx_ir")
-    from unroll.onnx.models import unroll_model
+    from unroll.onnx.rewrite import unroll_model
 
     return unroll_model(model, where=where, plan=plan, steps=steps)
 

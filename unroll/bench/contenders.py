@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unroll.bench.subjects import Subject, Task, tensors
-from unroll.onnx.export import export_onnx
-from unroll.plan import Plan
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.export.exporting import export_onnx
 from unroll.unrolling import unroll
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
@@ -203,7 +203,7 @@ def _exported(task: Task, plan: Plan, folder: Path) -> Path:
 
 def _inputs(task: Task) -> list[Tensor]:
     """The model's tensors in the order in which a file takes them."""
-    from unroll.onnx.capture import in_order
+    from unroll.export.capture import in_order
 
     return tensors((task.args, in_order(task.model, task.kwargs)))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from unroll.bench.contenders import FUSED
 from unroll.bench.subjects import Subject
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.recurrence import Problem, UnrollError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from unroll.factories import made_by
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.export.factories import made_by
 
 LAYER: dict[str, Any] = {
     "input_size": 64,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.recurrence import Problem, UnrollError
 
 
 def require(*packages: str, extra: str = "onnx") -> None:

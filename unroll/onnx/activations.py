@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from unroll.cells import Value
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.cells import Value
+from unroll.core.recurrence import Problem, UnrollError
 
 
 class Activation(NamedTuple):

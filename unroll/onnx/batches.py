@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from unroll.onnx.sites import Site, TorchSite, known_tensor
+from unroll.onnx.calls import Site, TorchSite, known_tensor
 
 
 class Batches:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from unroll.recurrence import Problem, UnrollError
+from unroll.core.recurrence import Problem, UnrollError
 
 LARGEST = 1_800_000_000
 """Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""

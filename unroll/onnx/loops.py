@@ -10,10 +10,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from unroll.cells import State, Value
-from unroll.onnx.values import OnnxWriter
-from unroll.recurrence import Recurrence
-from unroll.sweeps import masked, sweep
+from unroll.core.cells import State, Value
+from unroll.core.recurrence import Recurrence
+from unroll.core.scan import masked, sweep
+from unroll.onnx.writer import OnnxWriter
 
 Loop = Callable[..., tuple[Any, State]]
 

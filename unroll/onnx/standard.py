@@ -8,13 +8,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from unroll import schedule
-from unroll.cells import Value, Variant, Weights
+from unroll.core import schedule
+from unroll.core.cells import Value, Variant, Weights
+from unroll.core.recurrence import Problem, Recurrence, UnrollError
 from unroll.onnx import loops
 from unroll.onnx.activations import read_activations
-from unroll.onnx.sites import Site, Steps
-from unroll.onnx.values import OnnxWriter
-from unroll.recurrence import Problem, Recurrence, UnrollError
+from unroll.onnx.calls import Site, Steps
+from unroll.onnx.writer import OnnxWriter
 
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""

@@ -1,0 +1,128 @@
+"""`unroll bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unroll.bench.contenders import CONTENDERS
+from unroll.bench.plots import draw
+from unroll.bench.report import as_tables
+from unroll.bench.run import benchmark
+from unroll.bench.subjects import DTYPES, LAYER
+from unroll.cli.printing import console, print_whole
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.onnx import require
+
+FACTORY = """package.module:name of a function that returns the model and a tuple of its arguments, or these and
+{"kwargs": ...}; measured is at the sizes of these arguments."""
+
+SIZES = "one or several, as in 8,32,128"
+
+
+def _default(name: str) -> str:
+    return f"[default: {LAYER[name]}]"
+
+
+def bench_command(
+    factory: Annotated[str | None, typer.Argument(help=FACTORY)] = None,
+    kind: Annotated[str | None, typer.Option(help="lstm, gru or rnn. [default: lstm]")] = None,
+    input_size: Annotated[int | None, typer.Option(help=_default("input_size"))] = None,
+    hidden_size: Annotated[str | None, typer.Option(help=f"Hidden features: {SIZES} {_default('hidden_size')}")] = None,
+    num_layers: Annotated[int | None, typer.Option(help=_default("num_layers"))] = None,
+    bidirectional: Annotated[bool | None, typer.Option("--bidirectional", help="Both directions.")] = None,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Without biases.")] = False,
+    proj_size: Annotated[int | None, typer.Option(help="Of an LSTM with projection.")] = None,
+    nonlinearity: Annotated[str | None, typer.Option(help="Of an RNN: tanh or relu. [default: tanh]")] = None,
+    steps: Annotated[str | None, typer.Option(help=f"Time steps: {SIZES} {_default('steps')}")] = None,
+    batch: Annotated[str | None, typer.Option(help=f"Sequences at a time: {SIZES} {_default('batch')}")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)} {_default('dtype')}")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(help=f"Which forms, separated by commas: {', '.join(CONTENDERS)}. [default: all]")
+    ] = None,
+    plan: Annotated[
+        list[str] | None, typer.Option(help="How to unroll: a preset, or as in gates=paired; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Of each process, on a CPU.", min=1)] = 1,
+    backward: Annotated[bool, typer.Option("--backward", help="Training: forward and backward.")] = False,
+    rounds: Annotated[int, typer.Option(help="Turns of each form.", min=1)] = 10,
+    seconds: Annotated[float, typer.Option(help="Length of a turn.")] = 0.1,
+    limit: Annotated[float, typer.Option(help="Seconds after which a build is stopped.")] = 120.0,
+    jobs: Annotated[int, typer.Option(help="Builds at a time; more than one disturbs their times.", min=1)] = 1,
+    save: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="A directory for pictures.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Measure a layer, or a model of your own, in every form side by side, and say which to use.
+
+    A layer is given by its options, a model by a function. Each form runs in a process of its own; the processes have
+    their turns one after the other.
+    """
+    if factory is not None and kind is not None:
+        raise UnrollError(Problem(f"--kind {kind}", f"was given beside {factory}", "give one of them"))
+    if plots is not None:
+        require("matplotlib", extra="bench")
+    with _bar() as progress, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = benchmark(
+            factory or kind or "lstm",
+            contenders=None if contenders is None else _words(contenders),
+            plans=plan,
+            device=device,
+            threads=threads,
+            backward=backward,
+            rounds=rounds,
+            seconds=seconds,
+            limit=limit,
+            jobs=jobs,
+            save=save,
+            progress=progress,
+            input_size=input_size,
+            hidden_size=_sizes("--hidden-size", hidden_size),
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            bias=False if no_bias else None,
+            proj_size=proj_size,
+            nonlinearity=nonlinearity,
+            steps=_sizes("--steps", steps),
+            batch=_sizes("--batch", batch),
+            dtype=dtype,
+        )
+    drawn = [] if plots is None else draw(found, plots)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+        return
+    out = console()
+    print_whole(out, *as_tables(found))
+    for path in [*[save] * bool(save), *drawn]:
+        out.print(str(path), markup=False)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _sizes(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise UnrollError(Problem(f"{option} {text}", "is no list of sizes", "give it as in 8,32,128")) from None
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the time that is left, on a terminal."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    errors = console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)

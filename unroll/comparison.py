@@ -1,0 +1,338 @@
+"""Strict comparison of an original with its rewritten form."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unroll.core.patching import seeded
+from unroll.core.recurrence import Problem, UnrollError
+
+# Largest difference from the original, relative to the largest value, where there is no float64 result to judge by.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+# How many roundings of the largest value the rewritten may be off where the original happens to have no error. Float32
+# rounds every intermediate result; in narrower types the gates are computed in float32, and only the result is rounded.
+ROUNDINGS = {torch.float64: 4, torch.float32: 4}
+
+# How often the original is run with other roundings, where a gradient is beyond its limit.
+SHAKES = 8
+
+
+class Row(NamedTuple):
+    """One tensor (or other value) that was compared. Differences are the largest over its elements."""
+
+    place: str
+    """Such as `output[1][0]` or `gradient of encoder.weight_hh_l0`"""
+    finding: str
+    """Empty if all is well"""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    difference: float = 0.0
+    """between original and rewritten"""
+    limit: float = 0.0
+    """for `difference`, or for `error` where there is a float64 result"""
+    original_error: float | None = None
+    """of the original, against the float64 result"""
+    error: float | None = None
+    """of the rewritten, against the float64 result"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found; printing it shows a table.
+
+    Attributes:
+        rows: one for each value that was compared.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.finding for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        """The row that failed, or came closest to its limit."""
+
+        def badness(row: Row) -> tuple[bool, float]:
+            measured = row.difference if row.error is None else row.error
+            return bool(row.finding), measured / row.limit if row.limit else 0.0
+
+        return max(self.rows, key=badness)
+
+    def check(self) -> Report:
+        """Return the report if everything agrees.
+
+        Raises:
+            UnrollError: naming the worst place first, then every other one.
+        """
+        bad = [row for row in self.rows if row.finding]
+        if bad:
+            bad.sort(key=lambda row: row is not self.worst)
+            raise UnrollError(
+                *(Problem(row.place, row.finding, "the rewritten model is not the original") for row in bad)
+            )
+        return self
+
+    def __str__(self) -> str:
+        lines: list[tuple[str, ...]] = [("", "shape", "dtype", "difference", "error", "original's", "")]
+        for row in self.rows:
+            errors = ("" if e is None else f"{e:.1e}" for e in (row.error, row.original_error))
+            shape = "x".join(map(str, row.shape)) if row.dtype else ""
+            lines.append((row.place, shape, row.dtype, f"{row.difference:.1e}", *errors, row.finding or "ok"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def compare(
+    original: Callable[..., Any],
+    rewritten: Callable[..., Any],
+    args: Tensor | tuple[Any, ...] | list[tuple[Any, ...]],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    gradients: bool = False,
+    reference: bool = True,
+    rtol: float | None = None,
+    seed: int = 0,
+) -> Report:
+    """Run both on the same input and compare structure, shapes, dtypes and values of all they return.
+
+    Values are judged against the float64 result: the largest error of the rewritten may be at most twice
+    that of the original, plus one rounding of the largest value (in float32 four). In float64, or without
+    a reference, the largest difference may be `rtol` times the largest value.
+
+    The gradient of a bias before a softmax is zero because terms cancel: what is left of them is their rounding, and
+    how much of it the original has is luck. Where gradients are beyond their limit, a copy of the original is therefore
+    run eight times more with every result inside of it up to one rounding off, by chance (Monte Carlo arithmetic), and
+
+        limit = 2 * error of the original + roundings * max(eps * largest value, change)
+        limit = rtol * largest value + roundings * change, in float64 or without a reference
+
+    with the largest `change` of that gradient, which goes with the terms that are added up, and with `eps`; `roundings`
+    is four in float32 and float64, else one. An original that is no module, or cannot be copied, has no `change`.
+
+    Args:
+        original: a module, or any callable.
+        rewritten: what should do the same.
+        args: a tuple of positional arguments (or a single tensor), or a list of such tuples for several inputs.
+        kwargs: keyword arguments, the same for each input.
+        gradients: compare also the gradients of inputs and, by name, of parameters, for one random
+            direction of all outputs. A parameter that nothing uses has a gradient of zeros.
+        reference: judge by a float64 copy of `original`, where that is an `nn.Module`.
+        rtol: 1e-9 in float64, 1e-5 in float32, 5e-3 in float16 and 4e-2 in bfloat16 by default.
+        seed: of torch's random numbers before each run, so that dropout draws alike. Afterwards they go on as if
+            nothing had been drawn.
+
+    Returns:
+        A report; `print(report)` shows it, `report.check()` raises if anything differs.
+
+    Raises:
+        UnrollError: for arguments of another form; if the original cannot be copied for its float64 result, or
+            the copy cannot run.
+
+    Example:
+        >>> layer = nn.GRU(3, 5)
+        >>> compare(layer, unroll(layer), (torch.randn(7, 2, 3),), gradients=True).ok
+        True
+    """
+    inputs = args if isinstance(args, list) else [(args,) if isinstance(args, Tensor) else args]
+    if not inputs or not all(isinstance(given, tuple) for given in inputs):
+        mend = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
+        raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", mend))
+    exact = _double(original) if reference and isinstance(original, nn.Module) else None
+    rows: list[Row] = []
+    for number, given in enumerate(inputs):
+        where = f"input {number}: " if len(inputs) > 1 else ""
+        results = [
+            _run(function, given, dict(kwargs or {}), gradients, seed, double=function is exact)
+            for function in (original, rewritten, exact)
+            if function is not None
+        ]
+        found = list(_rows(results, rtol))
+        if any(row.finding and row.place in results[0][1] for row in found):
+            found = list(_rows(results, rtol, _changes(original, given, dict(kwargs or {}), seed)))
+        rows += [row._replace(place=where + row.place) for row in found]
+    return Report(tuple(rows))
+
+
+def _double(original: nn.Module) -> nn.Module | None:
+    """A float64 copy, or None if everything is float64 anyway."""
+    tensors = (*original.parameters(), *original.buffers())
+    if all(t.dtype == torch.float64 for t in tensors if t.is_floating_point()):
+        return None
+    try:
+        return _copy(original).double()
+    except Exception as error:
+        finding = f"cannot be copied to float64 ({type(error).__name__}: {error})"
+        raise UnrollError(Problem("original", finding, "compare with reference=False")) from error
+
+
+def _copy(original: nn.Module) -> nn.Module:
+    # Results kept in attributes, such as the weight that weight_norm computes anew in each call.
+    kept = (value for module in original.modules() for value in pytree.tree_leaves(vars(module)))
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(original, memo)
+
+
+class _Shaken(TorchDispatchMode):
+    """While this lasts, results of operators are up to one rounding off, by chance; whole numbers are left alone.
+
+    So counts, masks and zeros stay what they are. The method is that of Parker, Monte Carlo Arithmetic (1997).
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        in_place_or_view = any(value.alias_info is not None for value in func._schema.returns)
+        return results if in_place_or_view else pytree.tree_map_only(Tensor, self._off, results)
+
+    def _off(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        part = torch.rand(value.shape, generator=self.generator).to(value) - 0.5
+        return torch.where(value == value.round(), value, value + value * part * torch.finfo(value.dtype).eps)
+
+
+def _changes(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: int) -> dict[str, float]:
+    """How far gradients of the original move if what it computes is a rounding off: the largest of a few runs.
+
+    Each runs a copy, for a run may change a module. Where there is none to be had, nothing is known or excused.
+    """
+    if not isinstance(original, nn.Module):
+        return {}
+    found: list[dict[str, Tensor]] = []
+    try:
+        for number in range(1 + SHAKES):
+            copied = _copy(original)
+            with _Shaken(number) if number else nullcontext():
+                found.append(_run(copied, args, kwargs, True, seed, double=False)[1])
+    except Exception:
+        return {}
+    still, *shaken = found
+    changes = {name: max(_distance(value, moved[name]) for moved in shaken) for name, value in still.items()}
+    return {name: change for name, change in changes.items() if math.isfinite(change)}
+
+
+def _run(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], gradients: bool, seed: int, double: bool
+) -> tuple[Any, dict[str, Tensor]]:
+    """The result of a function, and the gradients of its inputs and parameters by name."""
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().double() if double and value.is_floating_point() else value.detach().clone()
+        return value.requires_grad_(gradients and value.is_floating_point())
+
+    args, kwargs = pytree.tree_map(fresh, (tuple(args), kwargs))
+    with torch.set_grad_enabled(gradients), seeded(seed):
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            if not double:
+                raise
+            finding = f"its float64 copy cannot run ({type(error).__name__}: {error})"
+            mend = "it may hold dtypes as constants, as exported graphs do: compare with reference=False"
+            raise UnrollError(Problem("original", finding, mend)) from error
+    if not gradients:
+        return result, {}
+    outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+    wanted = {f"gradient of {_place('input', path)}": t for path, t in _leaves((args, kwargs)) if isinstance(t, Tensor)}
+    if isinstance(function, nn.Module):
+        wanted |= {f"gradient of {name}": p for name, p in function.named_parameters()}
+    wanted = {name: t for name, t in wanted.items() if t.requires_grad}
+    found = torch.autograd.grad(outputs, list(wanted.values()), directions, allow_unused=True)
+    pairs = zip(wanted.items(), found, strict=True)
+    return result, {name: torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return pytree.tree_flatten_with_path(tree)[0]
+
+
+def _place(root: str, path: Any) -> str:
+    return root + pytree.keystr(path)
+
+
+def _rows(
+    results: list[tuple[Any, dict[str, Tensor]]], rtol: float | None, changes: Mapping[str, float] | None = None
+) -> Iterator[Row]:
+    (first, first_gradients), (second, second_gradients), *exact = results
+    if pytree.tree_structure(second) != pytree.tree_structure(first):
+        yield Row("output", f"is {_outline(second)}, the original {_outline(first)}")
+        return
+    names = [_place("output", path) for path, _ in _leaves(first)]
+    exact_leaves = pytree.tree_leaves(exact[0][0]) if exact else [None] * len(names)
+    for name, a, b, e in zip(names, pytree.tree_leaves(first), pytree.tree_leaves(second), exact_leaves, strict=True):
+        yield _row(name, a, b, e, rtol)
+    for name, a in first_gradients.items():
+        if name in second_gradients:
+            change = (changes or {}).get(name, 0.0)
+            yield _row(name, a, second_gradients[name], exact[0][1][name] if exact else None, rtol, change)
+        else:
+            yield Row(name, "is missing")
+    for name in second_gradients.keys() - first_gradients.keys():
+        yield Row(name, "is not in the original")
+
+
+def _row(place: str, original: Any, rewritten: Any, exact: Any, rtol: float | None, change: float = 0.0) -> Row:
+    if not isinstance(original, Tensor) or not isinstance(rewritten, Tensor):
+        same = type(original) is type(rewritten) and original == rewritten
+        return Row(place, "" if same else f"is {_outline(rewritten)}, the original {_outline(original)}")
+    row = Row(place, "", tuple(original.shape), str(original.dtype).removeprefix("torch."))
+    for what in ("shape", "dtype", "device"):
+        ours, theirs = getattr(rewritten, what), getattr(original, what)
+        if ours != theirs:
+            return row._replace(finding=f"has {what} {ours}, the original {theirs}")
+    if not original.numel():
+        return row
+    if not original.is_floating_point():
+        return row._replace(finding="" if torch.equal(original, rewritten) else "has other values")
+    difference = _distance(original, rewritten)
+    scale = original.detach().double().abs().nan_to_num(0, 0, 0).max().item()
+    roundings = ROUNDINGS.get(original.dtype, 1)
+    if exact is None or rtol is not None:
+        limit = (TOLERANCES[original.dtype] if rtol is None else rtol) * scale + roundings * change
+        finding = "" if difference <= limit else f"differs by {difference:.2e}, more than {limit:.2e}"
+        return row._replace(difference=difference, limit=limit, finding=finding)
+    theirs, ours = _distance(original, exact), _distance(rewritten, exact)
+    limit = 2 * theirs + roundings * max(torch.finfo(original.dtype).eps * scale, change)
+    finding = (
+        ""
+        if ours <= limit
+        else f"is {ours:.2e} from the float64 result, more than {limit:.2e}; the original {theirs:.2e}"
+    )
+    return row._replace(difference=difference, limit=limit, original_error=theirs, error=ours, finding=finding)
+
+
+def _outline(value: Any) -> str:
+    """A value in its structure, without the numbers of its tensors."""
+    return str(pytree.tree_map_only(Tensor, lambda _: _Word("tensor"), value))
+
+
+class _Word(str):
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinite where one is NaN or infinite and the other is not the same."""
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf)).max().item()

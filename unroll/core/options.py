@@ -1,0 +1,95 @@
+"""Which layers are unrolled, `where=`, and what stands in for some of them, `rules=`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from unroll.core.recurrence import Problem, UnrollError
+
+Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+"""Which layers: a name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
+
+Rules = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
+"""For classes of the user's own: a function from the layer to a module that stands in for it."""
+
+
+def read_where(where: Any) -> Any:
+    """An argument `where=`, several names in a list.
+
+    Raises:
+        UnrollError: for anything else; a class could be called like a function, but makes layers.
+    """
+    if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, type)):
+        return where
+    names: list[Any] = [where] if isinstance(where, type) or not isinstance(where, Iterable) else list(where)
+    problems = []
+    for name in names:
+        if isinstance(name, type):
+            mend = f"give names, or for modules a function: lambda name, layer: isinstance(layer, {name.__name__})"
+            problems.append(Problem(f"where={name.__name__}", "is a class", mend))
+        elif not isinstance(name, str):
+            mend = "give a name or shell pattern, several of them, or a function of name and layer"
+            problems.append(Problem(f"where={name!r}", f"is of type {type(name).__name__}", mend))
+    if problems:
+        raise UnrollError(*problems)
+    return names
+
+
+def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
+    """Whether `where` picks a layer with these names."""
+    if where is None:
+        return True
+    if callable(where):
+        return any(where(name, layer) for name in names)
+    patterns = [where] if isinstance(where, str) else list(where)
+    return any(_fits(name, pattern) for name in names for pattern in patterns)
+
+
+def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
+    """A problem for each pattern in `where` that picks none of these names."""
+    if where is None or callable(where):
+        return []
+    known = ", ".join(names) or "none"
+    return [
+        Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
+        for pattern in ([where] if isinstance(where, str) else where)
+        if not any(_fits(name, pattern) for name in names)
+    ]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def check_rules(rules: Any) -> Rules:
+    """An argument `rules=`.
+
+    Raises:
+        UnrollError: for what is no rule in any model.
+    """
+    mend = "give a dictionary from classes of modules to functions"
+    if not isinstance(rules, Mapping | None):
+        raise UnrollError(Problem("rules=...", f"is of type {type(rules).__name__}", mend))
+    rules = rules or {}
+    problems = [
+        Problem(f"rules={{{_named(kind)}: ...}}", "is no function for a class of modules", mend)
+        for kind, rule in rules.items()
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module) and callable(rule))
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return rules
+
+
+def unknown_rules(unused: Iterable[type]) -> list[Problem]:
+    """A problem for each class of a rule that is the class of no layer."""
+    mend = "leave it out, or name the very class of the layer; base classes do not count"
+    return [Problem(f"rules={{{_named(kind)}: ...}}", "is the class of no layer to unroll", mend) for kind in unused]
+
+
+def _named(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else repr(kind)

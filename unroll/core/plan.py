@@ -1,0 +1,130 @@
+"""How the mathematics of a layer is laid out in a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from unroll.core.recurrence import Problem, UnrollError
+
+Gates = Literal["merged", "paired", "split"]
+Directions = Literal["separate", "stacked"]
+Layers = Literal["sequential", "wavefront"]
+Products = Literal["matrix", "sums"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices that change the shape of the graph and none of its results.
+
+    Args:
+        gates: how many products a step makes with the hidden state: `merged` is one for all gates,
+            `paired` one for the gates under a sigmoid and one for the candidate under a tanh,
+            `split` one for each gate.
+        directions: of a bidirectional layer: `separate` runs one and then the other, `stacked` both at once, with
+            one batched product, in half as many serial steps.
+        layers: `sequential` runs a layer over all steps before the next begins; `wavefront`, for layers in one
+            direction, lets layer `l + 1` do step `t - 1` while layer `l` does step `t`, with one batched product:
+            T + L - 1 serial steps in place of T * L.
+        time: `explicit` writes every step; a number `k` writes `k` steps, a block, inside a loop that the target runs
+            itself, for a graph whose size does not depend on the number of steps, which may stay open. An eager
+            module runs its steps one by one in either case.
+        products: with the hidden state: `matrix` is an operator of the target, `sums` a multiplication by each row of
+            the weight and a sum, of which a compiler makes code of its own. For a batch of one: what does not compile
+            it stores the weight as many times as the batch has rows.
+
+    In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
+    TorchScript layer follows layer.
+
+    Example:
+        >>> Plan(gates="paired")
+        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix')
+    """
+
+    gates: Gates = "merged"
+    directions: Directions = "separate"
+    layers: Layers = "sequential"
+    time: Literal["explicit"] | int = "explicit"
+    products: Products = "matrix"
+
+    @staticmethod
+    def of(plan: Plan | str | None) -> Plan:
+        """The plan that an argument `plan=` stands for.
+
+        Args:
+            plan: a plan; the name of one of `PRESETS`; fields and values, `gates=paired,time=8`; or None for the
+                default.
+
+        Raises:
+            UnrollError: if it is no plan.
+
+        Example:
+            >>> Plan.of("onnxruntime") == Plan.of("gates=paired") == Plan(gates="paired")
+            True
+        """
+        if plan is None:
+            return Plan()
+        if isinstance(plan, str):
+            return PRESETS.get(plan.strip()) or _read(plan)
+        if not isinstance(plan, Plan):
+            mend = f"give a Plan, such as Plan(gates='paired'), or the name of one: {', '.join(PRESETS)}"
+            raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", mend))
+        return plan
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field, kind in CHOICES.items():
+            given = getattr(self, field)
+            if given not in get_args(kind):
+                choices = ", ".join(map(repr, get_args(kind)))
+                problems.append(Problem(f"Plan({field}=...)", f"got {given!r}", f"choose one of {choices}"))
+        if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
+            mend = "choose 'explicit', or the number of steps in a block, such as 16"
+            problems.append(Problem("Plan(time=...)", f"got {self.time!r}", mend))
+        if problems:
+            raise UnrollError(*problems)
+
+    def __str__(self) -> str:
+        """What it has that the default has not, as `of` reads it."""
+        chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(chosen) or "default"
+
+    @property
+    def block(self) -> int | None:
+        """Steps in a block of a loop; None where every step is written."""
+        return self.time if isinstance(self.time, int) else None
+
+
+def _read(text: str) -> Plan:
+    """A plan of fields and values, `gates=paired,time=8`."""
+    known = [field.name for field in fields(Plan)]
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        field, equals, value = map(str.strip, part.partition("="))
+        if not equals or field not in known or field in given:
+            mend = (
+                f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"
+            )
+            raise UnrollError(Problem(f"plan={text!r}", "is no plan", mend))
+        given[field] = int(value) if value.isdecimal() else value
+    return Plan(**given)
+
+
+CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
+
+# What speaks for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
+# docs/benchmark.md; findings those of docs/contracts.md.
+PRESETS = {
+    "default": Plan(),
+    # ONNX Runtime runs a product and the activation after it as one node, if that is applied to all of the product:
+    # 0.89 to 0.97 of the time of `merged`.
+    "onnxruntime": Plan(gates="paired"),
+    # Inductor makes one fused kernel of what follows a product, so that the fewest products are the fastest: `paired`
+    # takes 1.0 to 1.25, `split` 1.1 to 1.8 of the time. `products="sums"` takes 0.8 for a batch of one, and 1.3 for 16.
+    "inductor": Plan(gates="merged"),
+    # The fewest nodes a step. Not timed: no TensorRT was to be had. Its operator table has all that this writes.
+    "tensorrt": Plan(gates="merged"),
+    # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
+    "npu": Plan(gates="split"),
+}
+"""Plans for targets, by the target's name"""

@@ -1,0 +1,1 @@
+"""From PyTorch to a checked ONNX file."""

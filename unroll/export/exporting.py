@@ -1,0 +1,179 @@
+"""From PyTorch to a checked ONNX file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll.comparison import Report
+from unroll.core.options import Rules, Where, read_where
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.onnx import require
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_onnx` wrote, and what its checks found; printing it shows a table.
+
+    Attributes:
+        path: the file.
+        size: its bytes, with those of the weights beside it if they are in a file of their own.
+        operators: how often each operator is written, also inside loops and branches.
+        opset: version of the standard's operators.
+        report: the comparison with the original; None without a check.
+        refused: how many of the random inputs the original itself could not run, so that they tell nothing.
+        seconds: how long each part took.
+    """
+
+    path: Path
+    size: int
+    operators: Counter[str]
+    opset: int
+    report: Report | None
+    refused: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """The largest difference of each output from the original's, over all inputs that were tried."""
+        found: dict[str, float] = {}
+        for row in self.report.rows if self.report else ():
+            name = row.place.rpartition(": ")[2]
+            found[name] = max(found.get(name, 0.0), row.difference)
+        return found
+
+    def __str__(self) -> str:
+        count = sum(self.operators.values())
+        head = f"{self.path}: {count} nodes, {self.size / 1e6:.1f} MB, opset {self.opset}"
+        head += f", in {sum(self.seconds.values()):.1f} s"
+        lines = [f"  {name}: differs by at most {worst:.1e}" for name, worst in self.differences.items()]
+        if self.refused:
+            lines.append(f"  {self.refused} random inputs left out, which the model itself refuses")
+        return "\n".join([head, *(lines or ["  not checked"])])
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram,
+    args: Any,
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset_version: int | None = None,
+    plan: Plan | str | None = None,
+    where: Where = None,
+    rules: Rules | None = None,
+    check: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Export:
+    """Write a model as an ONNX file without recurrent operators, and check the file before it is handed over.
+
+    The recurrent layers pass torch's exporter as single nodes, so that its cost does not grow with the steps.
+    A dynamic number of steps becomes a `Scan`. The check runs `onnx.checker`, looks at every operator, and
+    compares ONNX Runtime with the original on the given and on fresh random inputs, of other sizes too where
+    they are dynamic. A file appears under `path` only if all of it succeeds.
+
+    Args:
+        model: a module in evaluation mode, a `GraphModule` or an `ExportedProgram`. It need not be traceable
+            by `torch.fx`, but must be by `torch.export`. What `unroll.streaming` returned needs no example of its
+            states, and has a state `lstm.h` as the input `lstm.h` and the output `lstm.h.next`.
+        args: example inputs, a tuple or a single tensor. For an `ExportedProgram` those it was made with
+            are taken if this is None.
+        path: where the file goes. Weights of more than 1.8 GB go beside it, to the same name and `.data`.
+        kwargs: example keyword arguments.
+        dynamic_shapes: as for `torch.export.export`; a string in place of a `Dim` names it.
+        input_names: names of the file's inputs, for the first ones at least.
+        output_names: names of its outputs.
+        opset_version: version of the standard's operators, 14 or newer; what torch writes by default. Versions
+            before 18 are had by conversion, and refused if that fails.
+        plan: how the steps are laid out, `"onnxruntime"` by default. Layers that are frozen keep theirs.
+        where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
+        rules: for layers of classes of your own, as for `unroll`.
+        check: whether to run the checks.
+        progress: called with the name of each part of the work as it begins.
+
+    Returns:
+        What was written, with the largest difference of each output.
+
+    Raises:
+        UnrollError: for everything that cannot be honoured, and if a check fails.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")
+        >>> export = export_onnx(nn.GRU(3, 5).eval(), torch.randn(7, 2, 3), path, output_names=["y", "h"])
+        >>> export.opset, list(export.differences), "GRU" in export.operators
+        (20, ['y', 'h'], False)
+    """
+    require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
+    from unroll.core.patching import seeded
+    from unroll.export import verify as checks
+    from unroll.export.capture import capture, example_args, in_order
+    from unroll.export.states import completed, name_states
+    from unroll.export.translate import named_dims, quiet, translate
+    from unroll.onnx import files
+    from unroll.onnx.rewrite import from_torch, unroll_ir
+
+    path, plan, where = files.checked_place(path), plan if plan is None else Plan.of(plan), read_where(where)
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
+        raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
+    args, kwargs, dynamic_shapes = completed(model, example_args(args), in_order(model, kwargs), dynamic_shapes)
+    clock = _Clock(progress)
+    with quiet():
+        clock("capture")
+        program = capture(model, args, kwargs, dynamic_shapes=named_dims(dynamic_shapes), where=where, rules=rules)
+        clock("translate")
+        written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
+    name_states(model, program, written)
+    clock("unroll")
+    unroll_ir(written, where=None if where is None else from_torch, plan=plan)
+    if isinstance(model, ExportedProgram):
+        original, (args, given) = model.module(), model.example_inputs or (args, {})
+    else:
+        original, given = model, kwargs
+    report, refused = None, 0
+    clock("save")
+    with files.delivered(written, path) as draft:
+        size = files.size(draft)
+        if check:
+            clock("check")
+            checks.check_operators(written, recurrent=where is not None)
+            checks.check_file(draft, path)
+            outputs = [str(value.name) for value in written.graph.outputs]
+            with quiet(), seeded():
+                report, refused = checks.check_values(draft, path, program, original, args, given, outputs)
+    counted = checks.operators(written)
+    return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
+
+
+class _Clock:
+    """Times the parts of the work."""
+
+    def __init__(self, progress: Callable[[str], None] | None) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.part, self.began = "", 0.0
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        if self.part:
+            self.seconds[self.part] = now - self.began
+        self.part, self.began = part, now
+        if self.progress and part:
+            self.progress(part)
+
+    def done(self) -> dict[str, float]:
+        self("")
+        return self.seconds

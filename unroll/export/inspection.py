@@ -1,0 +1,156 @@
+"""What recurrent layers a model has, and what unrolling would make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll.core.cells import ONNX_CELLS
+from unroll.core.options import Rules, Where
+from unroll.core.plan import Plan
+from unroll.core.recurrence import CELL_MODES, Problem, Recurrence, UnrollError, read_cell, read_layer
+from unroll.export.capture import capture
+from unroll.export.translate import named_dims, quiet, translate
+from unroll.modules import replace as trees
+from unroll.onnx.calls import Site, Steps
+from unroll.onnx.rewrite import PLAN, from_torch, read_sites, write_sites
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A recurrent layer of a model.
+
+    Attributes:
+        kind: torch's mode (`LSTM`, `RNN_TANH`), with `cell` for a single step.
+        steps: time steps, or None if the model leaves them open.
+        parameters: numbers in its weights, or None if unknown.
+        nodes: that would take its place in an ONNX file, those of a loop's body included; None if unknown.
+        size: bytes of those nodes in a file, without weights.
+    """
+
+    name: str
+    kind: str
+    input_size: int
+    hidden_size: int
+    layers: int
+    directions: int
+    steps: int | None
+    parameters: int | None
+    nodes: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The recurrent layers of a model, and what stands in the way of unrolling it."""
+
+    layers: tuple[Layer, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "problems": [problem._asdict() for problem in self.problems],
+        }
+
+
+def inspect_model(
+    model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None
+) -> Inspection:
+    """Unroll a copy of the model, and count; where something stands in the way, tell what the nodes tell."""
+    plan = PLAN if plan is None else Plan.of(plan)
+    copy = model.clone()
+    try:
+        sites, problems = read_sites(copy, where, steps)
+        layers = [_read(site) for site in sites]
+        if not problems:
+            write_sites(copy, sites, plan)
+            nodes = list(copy.graph.all_nodes())
+            layers = [_counted(layer, nodes) for layer in layers]
+    except UnrollError as error:
+        return Inspection((), error.problems)
+    return Inspection(tuple(layers), tuple(problems))
+
+
+def inspect_module(
+    model: nn.Module | ExportedProgram,
+    args: Any,
+    options: Mapping[str, Any] | None = None,
+    *,
+    where: Where = None,
+    plan: Plan | str | None = None,
+) -> Inspection:
+    """The layers of a PyTorch model, as they would go to ONNX; without arguments, only what the modules tell.
+
+    Args:
+        options: keyword arguments of `export_onnx`: `kwargs`, `dynamic_shapes` and `rules` are read.
+    """
+    given = dict(options or {})
+    rules = given.get("rules")
+    if args is None and isinstance(model, nn.Module):
+        return Inspection(_told(model, where, rules))
+    try:
+        with quiet():
+            shapes = named_dims(given.get("dynamic_shapes"))
+            program = capture(model, args, given.get("kwargs"), dynamic_shapes=shapes, where=where, rules=rules)
+            written = translate(program, None, None, None, None)
+    except UnrollError as error:
+        return Inspection(_told(model, where, rules), error.problems)
+    return inspect_model(written, where=None if where is None else from_torch, plan=plan)
+
+
+def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
+    """What the modules tell of themselves, if they can be unrolled; a program has none."""
+    try:
+        found = trees.find(model, where, rules) if isinstance(model, nn.Module) else []
+    except UnrollError:
+        return ()
+    layers = []
+    for entry in found:
+        mode = next((mode for kind, mode in CELL_MODES.items() if isinstance(entry.layer, kind)), None)
+        recurrence = read_cell(entry.layer, mode) if mode else read_layer(entry.layer)
+        parameters = sum(p.numel() for p in entry.layer.parameters())
+        layers.append(_described(recurrence, entry.names[0], None, parameters))
+    return tuple(layers)
+
+
+def _described(recurrence: Recurrence, name: str, steps: int | None, parameters: int | None) -> Layer:
+    kind = "GRU" if recurrence.mode in ONNX_CELLS else recurrence.mode
+    return Layer(
+        name,
+        f"{kind} cell" if recurrence.is_cell else kind,
+        recurrence.input_size,
+        recurrence.hidden_size,
+        recurrence.num_layers,
+        len(recurrence.directions),
+        1 if recurrence.is_cell else steps,
+        parameters,
+    )
+
+
+def _read(site: Site) -> Layer:
+    """What a node tells."""
+    shapes = [site.shape(value) for value in site.parameters if value is not None]
+    known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]
+    parameters = sum(known) if len(known) == len(shapes) else None
+    return _described(site.recurrence, site.name, site.steps, parameters)
+
+
+def _counted(layer: Layer, nodes: Iterable[ir.Node]) -> Layer:
+    """With what took its place among these."""
+    made = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
+    return replace(layer, nodes=len(made), size=sum(map(_bytes, made)))
+
+
+def _bytes(node: ir.Node) -> int:
+    """Of a node in a file, without graphs in it, whose nodes are counted themselves."""
+    held = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    inside = sum(ir.to_proto(inner).ByteSize() for a in held for inner in a.as_graph())
+    return ir.to_proto(node).ByteSize() - inside

@@ -1,0 +1,196 @@
+"""Streaming models as ONNX files: the names of their states, and runs in ONNX Runtime.
+
+A state `lstm.h` is the input `lstm.h` and the output `lstm.h.next`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.streams.graphs import example_state
+from unroll.streams.stateful import Streaming
+from unroll.streams.states import ARGUMENT, NEXT, State, fixed_rows, started, zeros
+
+
+def completed(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Example inputs and dynamic shapes of a streaming model, with those of its states if they were left out.
+
+    Dynamic shapes are then as the model it was made of takes them, and the states have an open number of rows
+    where the inputs do.
+    """
+    if isinstance(model, Streaming):
+        if kwargs.get(ARGUMENT) is None and not model.training:  # in training it is refused, and would change buffers
+            with torch.no_grad():
+                _, state = model(*args, **kwargs)
+            kwargs = {**kwargs, ARGUMENT: {name: torch.zeros_like(value) for name, value in state.items()}}
+        if dynamic_shapes is not None and not _names_state(dynamic_shapes):
+            dynamic_shapes = _with_states(model, args, kwargs, dynamic_shapes)
+        return args, kwargs, dynamic_shapes
+    example = example_state(model)
+    if example is None or not isinstance(model, fx.GraphModule) or ARGUMENT in kwargs:
+        return args, kwargs, dynamic_shapes
+    if len(args) == len(model.graph.find_nodes(op="placeholder")):
+        return args, kwargs, dynamic_shapes
+    if dynamic_shapes is not None and not _names_state(dynamic_shapes):
+        states = {name: _open_rows(state) for name, state in example.items()}
+        mapping = isinstance(dynamic_shapes, Mapping)
+        dynamic_shapes = {**dynamic_shapes, ARGUMENT: states} if mapping else (*dynamic_shapes, states)
+    return (*args, zeros(example, None)), kwargs, dynamic_shapes
+
+
+def _names_state(dynamic_shapes: Any) -> bool:
+    return isinstance(dynamic_shapes, Mapping) and ARGUMENT in dynamic_shapes
+
+
+def _open_rows(state: Tensor) -> dict[int, Any]:
+    """That the number of rows of a state may follow that of the inputs."""
+    return {state.dim() - 2: Dim.AUTO} if state.dim() > 1 and state.shape[-2] > 1 else {}
+
+
+def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[str, Any]:
+    """Dynamic shapes for the arguments of the model inside, as `Streaming.forward` takes them."""
+    bound = list(inspect.signature(model.model.forward).bind_partial(*args).arguments)
+    if isinstance(shapes, Mapping):
+        positional = shapes[bound[0]] if len(bound) == 1 and isinstance(shapes.get(bound[0]), tuple) else None
+        positional = tuple(shapes.get(name) for name in bound) if positional is None else positional
+        named = {name: shapes.get(name) for name in kwargs if name != ARGUMENT}
+        unknown = [name for name in shapes if name not in bound and name not in named]
+        if unknown:
+            finding, mend = "names no argument of the model", f"the arguments are: {', '.join([*bound, *named])}"
+            raise UnrollError(*(Problem(f"dynamic_shapes[{name!r}]", finding, mend) for name in unknown))
+    else:
+        positional, named = tuple(shapes), {name: None for name in kwargs if name != ARGUMENT}
+    found: dict[str, Any] = {"args": positional}
+    found[ARGUMENT] = {
+        name: _open_rows(state) for name, state in (kwargs.get(ARGUMENT) or model.initial_state()).items()
+    }
+    return {**found, "kwargs": named} if named else found
+
+
+def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, written: ir.Model) -> None:
+    """Call the states of a streaming model by their names in the file.
+
+    Args:
+        model: of any kind; others than streaming ones are left alone.
+        program: what it was captured as.
+        written: the model of the file.
+    """
+    if not isinstance(model, Streaming) and example_state(model) is None:
+        return
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    state: dict[str, int] = kwargs[ARGUMENT] if ARGUMENT in kwargs else args[-1]
+    graph = written.graph
+    results = len(graph.outputs) - len(state)
+    named = {name: graph.inputs[k] for name, k in state.items()}
+    named |= {f"{name}{NEXT}": value for name, value in zip(state, graph.outputs[results:])}
+    others = {value.name for value in (*graph.inputs, *graph.outputs)} - {value.name for value in named.values()}
+    mend = "give the other one another name, by input_names or output_names"
+    problems = [Problem(name, "is the name of a state and of something else", mend) for name in named if name in others]
+    if problems:
+        raise UnrollError(*problems)
+    for node in graph:
+        for value in node.outputs:
+            if value.name in named:
+                value.name = f"{value.name}.inside"
+    for name, value in named.items():
+        value.name = name
+
+
+def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., State | None]]:
+    """What runs one piece in ONNX Runtime, and what gives the first state: None if the first piece tells its sizes.
+
+    Args:
+        model: the path of a file, or an `onnxruntime.InferenceSession`.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        from unroll.export.verify import session
+
+        model = session(model, model)
+    runtime = model
+    outputs = [value.name for value in runtime.get_outputs()]
+    states = [value for value in runtime.get_inputs() if f"{value.name}{NEXT}" in outputs]
+    inputs = [value.name for value in runtime.get_inputs() if value not in states]
+    if not states:
+        finding = f"has no input x with an output x{NEXT}"
+        raise UnrollError(Problem("Stream(file)", finding, "write it by export_onnx(streaming(model, args), ...)"))
+    names = [value.name for value in states]
+    results = [name for name in outputs if name.removesuffix(NEXT) not in names]
+
+    def run(*args: Any, state: State | None, **kwargs: Any) -> tuple[Any, State]:
+        if state is not None:
+            started(ARGUMENT, state, dict.fromkeys(names))
+        given = dict(zip((name for name in inputs if name not in kwargs), args)) | kwargs
+        if len(args) + len(kwargs) != len(inputs) or given.keys() != set(inputs):
+            finding = f"{len(args)} arguments and {', '.join(kwargs) or 'none'} by name were given"
+            raise UnrollError(Problem("Stream", finding, f"give {', '.join(inputs)}"))
+        tensors = {name: torch.as_tensor(value) for name, value in given.items()}
+        tensors |= _zeros(states, _open_sizes(runtime, tensors)) if state is None else state
+        feed = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        try:
+            arrays = runtime.run(outputs, feed)
+        except Exception as error:
+            wanted = ", ".join(f"{value.name} {value.shape}" for value in runtime.get_inputs())
+            finding = f"fails in ONNX Runtime ({str(error).splitlines()[0]})"
+            raise UnrollError(Problem("Stream", finding, f"the file takes {wanted}")) from error
+        found = dict(zip(outputs, map(torch.from_numpy, arrays)))
+        output = tuple(found[name] for name in results)
+        return output[0] if len(output) == 1 else output, {name: found[f"{name}{NEXT}"] for name in names}
+
+    return run, lambda batch=None: _first(states, batch)
+
+
+TYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
+
+
+def _first(states: list[Any], batch: int | None) -> State | None:
+    """Zeros for this many rows; None for as many as the first piece has, if the file leaves that open."""
+    sizes = {size for value in states for size in value.shape if not isinstance(size, int)}
+    if batch is None:
+        return None if sizes else _zeros(states, {})
+    problems = [
+        fixed_rows(batch, value.name, value.shape)
+        for value in states
+        if all(isinstance(size, int) for size in value.shape) and (len(value.shape) < 2 or value.shape[-2] != batch)
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return _zeros(states, dict.fromkeys(sizes, batch) if len(sizes) == 1 else {})
+
+
+def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
+    """What a piece tells of the sizes that a file leaves open, by their names in it."""
+    return {
+        size: found
+        for value in runtime.get_inputs()
+        if value.name in given
+        for size, found in zip(value.shape, given[value.name].shape)
+        if isinstance(size, str)
+    }
+
+
+def _zeros(states: list[Any], sizes: Mapping[Any, int]) -> State:
+    """Zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
+    shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in states}
+    mend = "set the state yourself, a dictionary of tensors"
+    problems = [
+        Problem(value.name, f"has shape {value.shape}, of which the batch is not told", mend)
+        for value in states
+        if not all(isinstance(size, int) for size in shapes[value.name])
+    ]
+    if problems:
+        raise UnrollError(*problems)
+    return {value.name: torch.zeros(shapes[value.name], dtype=TYPES[value.type]) for value in states}

@@ -1,0 +1,118 @@
+"""What torch's exporter does for the rest of a model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from unroll.core.patching import alone, patched, without_warnings
+from unroll.core.recurrence import Problem, UnrollError
+
+# What torch says of its own workings while it exports.
+NOISE = (
+    r"The tensor attributes? .*_flat_weights",
+    r".*isinstance\(treespec, LeafSpec\)",
+    r"# The axis name",
+    r".*with projections is not supported with oneDNN",
+)
+
+
+# That torchvision is missing; that a version is converted, which is checked afterwards.
+LOGGERS = (
+    "torch.onnx._internal.exporter._registration",
+    "torch.onnx._internal.exporter._compat",
+    "onnxscript.version_converter",
+)
+
+
+OLDEST = 14
+"""The oldest version of the standard's operators to which torch's exporter converts its 18"""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch says of its own workings."""
+    here = threading.get_ident()
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.thread != here
+
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, LOGGERS):
+            stack.enter_context(patched(logger, filters=[*logger.filters, is_shown]))
+        stack.enter_context(without_warnings(*NOISE))
+        yield
+
+
+def named_dims(dynamic_shapes: Any) -> Any:
+    """With a `Dim` for each string."""
+    dims: dict[str, Any] = {}
+    return pytree.tree_map(lambda d: dims.setdefault(d, Dim(d)) if isinstance(d, str) else d, dynamic_shapes)
+
+
+def translate(
+    program: ExportedProgram,
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    opset_version: int | None,
+) -> ir.Model:
+    """What torch's exporter makes of the program, its recurrent layers still single nodes."""
+    named = (("input_names", input_names), ("output_names", output_names))
+    if texts := [(kind, names) for kind, names in named if isinstance(names, str)]:
+        raise UnrollError(
+            *(Problem(f"{k}={names!r}", "is a single string", "give a list of names") for k, names in texts)
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if opset_version is not None and not OLDEST <= opset_version <= newest:
+        finding, mend = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
+        raise UnrollError(Problem(f"opset_version={opset_version}", finding, mend))
+    _refuse_twice([*(input_names or ()), *(output_names or ())])
+    try:
+        with alone():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(input_names or ()) or None,
+                output_names=list(output_names or ()) or None,
+                opset_version=opset_version,
+                dynamic_shapes=pytree.tree_map(lambda d: getattr(d, "__name__", d), dynamic_shapes),  # for their names
+            )
+    except Exception as error:
+        finding = f"cannot be translated by torch.onnx.export ({type(error).__name__}: {error})"
+        raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
+    assert translated is not None
+    model: ir.Model = translated.model
+    _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
+    problems = []
+    for kind, names, values in (
+        ("input_names", input_names, model.graph.inputs),
+        ("output_names", output_names, model.graph.outputs),
+    ):
+        found = [value.name for value in values]
+        if names and (len(names) > len(found) or list(names) != found[: len(names)]):
+            problems.append(Problem(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order"))
+    if opset_version is not None and model.opset_imports.get("") != opset_version:
+        finding = f"torch's exporter wrote {model.opset_imports.get('')}, and could not convert it"
+        problems.append(Problem(f"opset_version={opset_version}", finding, "ask for 18 or newer"))
+    if problems:
+        raise UnrollError(*problems)
+    return model
+
+
+def _refuse_twice(names: Sequence[str | None]) -> None:
+    """Refuse names of inputs and outputs of which two are the same."""
+    finding, mend = "is the name of two inputs or outputs", "give each another, by input_names and output_names"
+    if problems := [Problem(repr(name), finding, mend) for name, count in Counter(names).items() if count > 1]:
+        raise UnrollError(*problems)

@@ -1,0 +1,1 @@
+"""Recurrent calls of FX graphs, exported programs and `torch.compile`."""

@@ -1,0 +1,185 @@
+"""Unrolling inside `torch.compile`, for models that stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from unroll.core.options import Where, read_where, unknown_names
+from unroll.core.patching import alone, without_gc
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError, read_layer
+from unroll.core.scan import divided, separated
+from unroll.graphs.lowering import FIXED, known_values
+from unroll.graphs.rewrite import find_calls, graph_parts, rewrite
+from unroll.modules.layers import UnrolledLayer
+from unroll.modules.replace import is_recurrent, replace
+from unroll.packed.contexts import PACKS, PADS, keeping_rows
+from unroll.packed.guard import check_graph
+
+BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
+
+
+def unroll_backend(
+    graph: fx.GraphModule, inputs: list[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """A backend of `torch.compile` that unrolls recurrent calls and hands the graph on to another backend.
+
+    Registered as `"unroll"`. Dynamo shows `nn.LSTM`, `nn.GRU` and `nn.RNN` to a backend only while
+    `torch._dynamo.config.allow_rnn` is set, which `unroll.compile` does for the calls of its own
+    model alone. (Without it, and with `fullgraph=True`, Dynamo raises an error of its own first.)
+
+    Args:
+        graph: what Dynamo captured.
+        inputs: its example inputs.
+        options: `backend`, the name of the next backend or a function (`"inductor"`); `options`, for
+            that one; `plan` and `where`, as for `unroll.unroll`.
+
+    Raises:
+        UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
+    """
+    from torch._dynamo import config, lookup_backend
+
+    given = dict(options or {})
+    if unknown := given.keys() - BACKEND_OPTIONS:
+        mend = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
+        raise UnrollError(Problem("options", f"has {', '.join(sorted(unknown))}, unknown to the backend", mend))
+    if not config.allow_rnn:
+        finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
+        mend = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
+        raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
+    plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
+    parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
+    found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
+    on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
+    divide = separated if on_cpu else divided
+    with without_gc():
+        for part, calls in found:
+            rewrite(part.graph, calls, asserts=False, divide=divide)  # Dynamo guards every shape
+            part.recompile()
+    following = lookup_backend(given.get("backend", "inductor"))
+    if "options" not in given:
+        return following(graph, inputs)
+    keyword = "config_patches" if given.get("backend", "inductor") == "inductor" else "options"
+    return following(graph, inputs, **{keyword: given["options"]})
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    plan: Plan | str | None = None,
+    where: Where = None,
+    backend: str | Callable[..., Any] = "inductor",
+    options: Mapping[str, Any] | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile` for a model with recurrent layers, without changing the model or any global setting.
+
+    Args:
+        model: a module or function, for inference or training.
+        plan: how the steps are laid out.
+        where: which layers are unrolled, as for `unroll.unroll`; the others go to the backend as they are.
+        backend: what compiles the unrolled graph.
+        options: for that backend.
+        fullgraph: as for `torch.compile`, but on by default.
+        dynamic: as for `torch.compile`; the number of time steps is static all the same, unless the plan has blocks.
+
+    Returns:
+        The model compiled: a module for a module, that shares everything with it.
+
+    Raises:
+        UnrollError: at the first call, as the cause of Dynamo's error, for what cannot be unrolled.
+
+    Example:
+        >>> model = nn.GRU(3, 5)
+        >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
+        torch.Size([7, 2, 5])
+    """
+    plan, where = Plan.of(plan), read_where(where)
+    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
+    if options is not None:
+        ours["options"] = dict(options)
+    if isinstance(model, nn.Module):
+        names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
+        if problems := unknown_names(where, names):
+            raise UnrollError(*problems)
+        if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
+            model = replace(model, plan, where)
+    return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)
+
+
+def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | None) -> Any:
+    """What `torch.compile` wraps a model in, with the changes to torch that unrolling needs while Dynamo compiles."""
+
+    def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        check_graph(graph)
+        return unroll_backend(graph, inputs, options=options)
+
+    context: Any = torch._dynamo.optimize(
+        backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=_holds_when_called
+    )
+    context.callback = _Compiling(context.callback, partial(_permission, options["plan"], options["where"]))
+    return context
+
+
+class _Compiling:
+    """Dynamo's callback for a frame that is to be compiled, run in a context.
+
+    Attributes:
+        _torchdynamo_orig_backend: the callback itself, by the name under which Dynamo looks for the backend in it.
+    """
+
+    def __init__(self, callback: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._torchdynamo_orig_backend, self._context = callback, context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with alone(), self._context():
+            return self._torchdynamo_orig_backend(*args, **kwargs)
+
+
+def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
+    """For each guard, whether it is on something that is there when the compiled model is called.
+
+    What `keeping_rows` puts in the place of torch's own is there while Dynamo compiles alone.
+    """
+    return [
+        not (
+            guard.value is PACKS
+            or guard.value is PADS
+            or ("rnn" in guard.name and "_VF" in guard.name)
+            or ("['forward']" in guard.name and "__closure__" in guard.name)
+        )
+        for guard in guards
+    ]
+
+
+@contextmanager
+def _permission(plan: Plan, where: Where) -> Iterator[None]:
+    from torch._dynamo import config
+
+    def on_packed(layer: Any, input: Any, hx: Any) -> Any:
+        if where is not None:
+            finding = "is given a packed sequence, of which where= cannot choose"
+            raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
+        return UnrolledLayer._forward_packed(_Borrowed(layer, plan), input, hx)  # pyright: ignore[reportArgumentType]
+
+    with config.patch(allow_rnn=True, specialize_float=True), keeping_rows(on_packed, dynamo=True):
+        yield
+
+
+class _Borrowed:
+    """A layer of torch's with what an `UnrolledLayer` has for packed sequences."""
+
+    _run, _layout = UnrolledLayer._run, UnrolledLayer._layout
+    frozen = None
+
+    def __init__(self, layer: Any, plan: Plan) -> None:
+        self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
+        self.recurrence, self.all_weights = read_layer(layer), layer.all_weights
+        self.like = self.all_weights[0][0]

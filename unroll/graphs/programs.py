@@ -1,0 +1,144 @@
+"""The pass on `torch.export.ExportedProgram`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram, ModuleCallEntry
+from torch.nn import functional
+
+from unroll.core import schedule
+from unroll.core.options import Where, unknown_names
+from unroll.core.patching import without_gc
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.graphs.functions import FUNCTIONS, bind, form_of, layer_name, read_given
+from unroll.graphs.lowering import Call, known_values
+from unroll.graphs.rewrite import find_calls, graph_parts, rewrite
+
+
+def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> ExportedProgram:
+    """A copy of the program with explicit gate operations in place of recurrent operators.
+
+    Parameters, buffers and constants are those of the original; their names, the dynamic shapes and the
+    signature stay.
+    """
+    module = copied_graph(program.graph_module)
+    parts = graph_parts(module)
+    names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
+    problems: list[Problem] = unknown_names(where, names)
+    found: list[tuple[fx.GraphModule, list[Call]]] = []
+    for part in parts:
+        try:
+            found.append((part, find_calls(part, where, plan, known_values(part), None)))
+        except UnrollError as error:
+            problems += error.problems
+    if callable(where) and names and not any(calls for _, calls in found):
+        mend = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
+        problems.append(Problem("where", "picks none of the program's recurrent calls", mend))
+    if problems:
+        raise UnrollError(*problems)
+    signature = copy.deepcopy(program.graph_signature)
+    calls_graph = [copied_entry(entry) for entry in program.module_call_graph]
+    with without_gc():  # making the program writes its code
+        for part, calls in found:
+            rewrite(part.graph, calls, asserts=False)
+            if part is not module:
+                part.recompile()
+                continue
+            for old, new in (pair for call in calls for pair in call.replaced.items()):
+                signature.replace_all_uses(old.name, new.name)
+                for entry in calls_graph:
+                    if entry.signature is not None:
+                        entry.signature.replace_all_uses_with(old, new)
+        return ExportedProgram(
+            root=module,
+            graph=module.graph,
+            graph_signature=signature,
+            state_dict=program.state_dict,
+            range_constraints=dict(program.range_constraints),
+            module_call_graph=calls_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
+
+
+def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with graphs of its own, which shares tensors and the contents of metadata."""
+    graph = copy.deepcopy(module.graph)
+    for new, old in zip(graph.nodes, module.graph.nodes, strict=True):
+        if new.name != old.name:  # a name of Python's, such as `input`, which the signature keeps all the same
+            new.name = old.name
+    copied = fx.GraphModule(module, graph, type(module).__name__)
+    copied.meta.update(module.meta)
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, copied_graph(child))
+    return copied
+
+
+def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
+    """A copy with names of its own."""
+    if entry.signature is None:
+        return entry
+    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
+    return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
+
+
+def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., Any]]:
+    """Decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
+
+    They keep dropout between layers in training, which torch's own lose. `unroll(program)` gives the
+    same operations and is much faster; the table is for those who decompose the rest of a program too.
+
+    Args:
+        plan: how the steps are laid out.
+
+    Returns:
+        A function for each operator, to be added to a table of others.
+
+    Example:
+        >>> program = torch.export.export(nn.Sequential(nn.GRU(3, 5)), (torch.zeros(2, 1, 3),))
+        >>> table = torch.export.default_decompositions() | decompositions()
+        >>> any("gru" in str(node.target) for node in program.run_decompositions(table).graph.nodes)
+        False
+    """
+    operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
+    plan = Plan.of(plan)
+    if plan.block:
+        mend = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
+        raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", mend))
+    return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
+
+
+def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+    """What the operator computes, on tensors."""
+    given = bind(form, args, kwargs)
+    weights = [weight for weight in given["params"] if weight is not None]
+    recurrence = read_given(kind, form, given, [weight.shape for weight in weights[:2]])
+    input, state = given["input"], given["hx"]
+    state = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+    sizes = given["batch_sizes"].tolist() if form == "packed" else None
+    batched = sizes is not None or input.dim() == (2 if recurrence.is_cell else 3)
+    time = 1 if batched and recurrence.batch_first else 0
+    result = schedule.run(
+        recurrence,
+        schedule.prepare(recurrence, recurrence.weights(weights), plan, input.dtype),
+        input if sizes else schedule.flat_rows(recurrence, input, batched=batched),
+        state,
+        steps=len(sizes) if sizes else 1 if recurrence.is_cell else input.shape[time],
+        sizes=sizes,
+        dropout=partial(functional.dropout, p=given["dropout"]) if given["train"] and given["dropout"] else None,
+    )
+    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    if recurrence.is_cell:
+        return tuple(states) if len(states) > 1 else states[0]
+    rows = schedule.joined_rows(result.outputs)
+    return rows if sizes else schedule.joined_output(recurrence, result.outputs, batched=batched), *states

@@ -1,0 +1,137 @@
+"""Which class stands in for a recurrent layer, also for subclasses of the user's own.
+
+A subclass that prepares its arguments and calls `super().forward` keeps its code: the class is built
+once more on top of `Unrolled`, and the `super()` in its methods bound to the new class.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from unroll.core.recurrence import CELL_MODES, LAYERS, Problem, UnrollError
+from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
+
+TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
+
+# What a subclass may define without changing what the layer computes. `forward` is looked at more closely.
+HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
+HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
+
+# Names that a method can only need to reach the fused kernel past `super()`.
+KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}
+
+
+def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
+    """The class that stands in for a recurrent layer's.
+
+    Raises:
+        UnrollError: for a class that does something of its own that cannot be honoured.
+    """
+    kind = parametrize.type_before_parametrizations(layer)
+    place, called = name or kind.__name__, f"{kind.__module__}.{kind.__qualname__}"
+    if "quantized" in kind.__module__.split("."):
+        raise UnrollError(Problem(place, f"{called} is quantized", "unroll the float module, then quantize the result"))
+    objection = next((o for base in kind.__mro__ if (o := _objection(base))), None)
+    if objection is None and not issubclass(kind, (*LAYERS, *CELL_MODES)):
+        objection = "is no subclass of torch.nn.LSTM, GRU, RNN or their cells"
+    if objection:
+        rule = f"unroll(model, rules={{{kind.__name__}: function from the layer to a module}})"
+        mend = f"give a rule, {rule}, or leave it out by where="
+        raise UnrollError(Problem(place, f"{called} {objection}", mend))
+    return rebased(kind)
+
+
+def _objection(kind: type) -> str | None:
+    """Why methods of this class, a subclass or a mixin, cannot run on top of `Unrolled`, if so."""
+    if kind in (*TORCH_CLASSES, nn.Module, object) or kind.__module__ in ("typing", "abc"):
+        return None
+    own = {name for name in vars(kind) if name in vars(nn.RNNBase) or name in vars(nn.LSTM)} - HARMLESS
+    own |= vars(kind).keys() & {"__init_subclass__", "__getstate__", "__reduce__", "__reduce_ex__"}
+    if own:
+        return f"overrides {', '.join(sorted(own))}"
+    for name, method in vars(kind).items():
+        if name == "__init__":
+            continue
+        method, wrapped = _function(method)
+        if method is None:
+            continue
+        code = method.__code__
+        names = {n for part in _codes(code) for n in (*part.co_names, *part.co_freevars)}
+        rebinds = "__class__" in code.co_freevars
+        if name == "forward" and not (rebinds and "forward" in names):
+            return "overrides forward without calling super().forward"
+        if rebinds and wrapped:
+            return f"calls super() in {name}, a {wrapped}"
+        if rebinds and kind.__name__ in names:
+            return f"names its own class in {name}, where super() without arguments would do"
+        if found := names & KERNEL_NAMES:
+            return f"reaches past super() in {name}, by {', '.join(sorted(found))}"
+    return None
+
+
+def _function(method: Any) -> tuple[types.FunctionType | None, str]:
+    """The function in a class's namespace, and in what it is wrapped there."""
+    inner = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+    wrapped = "" if inner is method else type(method).__name__
+    return (inner, wrapped) if isinstance(inner, types.FunctionType) else (None, wrapped)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def assign_class(layer: Any, kind: type) -> None:
+    """Give a layer a class, and on top of it the properties that its parametrizations need."""
+    names = list(layer.parametrizations) if parametrize.is_parametrized(layer) else []
+    layer.__class__ = kind
+    if names:
+        parametrize._inject_new_class(layer)
+        for name in names:
+            parametrize._inject_property(layer, name)
+
+
+@functools.cache
+def rebased(kind: type) -> type:
+    """The class as it would be with `Unrolled` layers for bases in place of torch's."""
+    if not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
+        return kind
+    if kind in TORCH_CLASSES:
+        return UnrolledLayer if issubclass(kind, nn.RNNBase) else UnrolledCell
+    cell = types.CellType()
+    namespace = {
+        name: _rebound(value, cell) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
+    }
+    namespace |= {"__reduce_ex__": _reduce, "_origin": kind}
+    new = types.new_class(kind.__name__, tuple(map(rebased, kind.__bases__)), {}, lambda body: body.update(namespace))
+    cell.cell_contents = new
+    return new
+
+
+def _rebound(value: Any, cell: types.CellType) -> Any:
+    """A function with the cell that `super()` reads replaced."""
+    if not isinstance(value, types.FunctionType) or "__class__" not in value.__code__.co_freevars:
+        return value
+    free = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    closure = tuple(cell if name == "__class__" else old for name, old in free)
+    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    new.__kwdefaults__ = value.__kwdefaults__
+    return functools.update_wrapper(new, value)
+
+
+def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
+    return _empty, (self._origin,), self.__dict__
+
+
+def _empty(origin: type) -> Unrolled:
+    """An instance without contents of the class that stands in for `origin`, for unpickling."""
+    kind: Any = rebased(origin)
+    return kind.__new__(kind)

@@ -1,0 +1,282 @@
+"""The pass on ONNX models: plain operators where recurrent nodes were."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from unroll.core.options import Where, chooses
+from unroll.core.passes import Layout
+from unroll.core.patching import without_gc
+from unroll.core.plan import PRESETS, Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.graphs.lowering import unknown_steps
+from unroll.onnx import loops
+from unroll.onnx.batches import Batches
+from unroll.onnx.calls import DOMAIN, LAYER, Site, Steps, TorchSite
+from unroll.onnx.files import load
+from unroll.onnx.standard import STANDARD, StandardSite
+from unroll.onnx.writer import Constants, OnnxWriter
+
+OLDEST_OPSET = 13
+
+PLAN = PRESETS["onnxruntime"]
+"""For callers that ask for none"""
+
+
+def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> Any:
+    """A copy of an ONNX model with plain operators in place of its recurrent nodes.
+
+    See `unroll.unroll`. Where the number of time steps is known, or given by `steps`, every step is written out;
+    else, or if the plan has blocks, the steps run in a `Scan`, a block in each turn, or a single step.
+
+    Args:
+        model: an `onnx.ModelProto`, an `onnx_ir.Model`, or the path of a file.
+        where: which nodes, by name.
+        plan: how the steps are laid out; `PLAN` by default.
+        steps: the number of time steps where the model leaves it open, for all nodes or by name.
+
+    Returns:
+        A model of the same kind; for a path an `onnx_ir.Model`.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return ir.to_proto(unroll_ir(ir.from_proto(model), where=where, plan=plan, steps=steps))
+    if isinstance(model, (str, os.PathLike)):
+        return unroll_ir(load(model), where=where, plan=plan, steps=steps)
+    if not isinstance(model, ir.Model):
+        mend = "give an onnx.ModelProto, an onnx_ir.Model or a path"
+        raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", mend))
+    return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
+
+
+def from_torch(name: str, node: Any) -> bool:
+    """For `where`: the nodes that stand for layers of torch which were chosen before."""
+    return node.domain == DOMAIN
+
+
+def is_recurrent(node: ir.Node) -> bool:
+    """Whether this pass has something to do with a node."""
+    return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
+
+
+def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
+    """Unroll a model in place, and return it."""
+    asked = None if plan is None else Plan.of(plan)
+    sites, problems = read_sites(model, where, steps)
+    for site in sites:
+        if site.plan is not None and asked not in (None, site.plan):
+            mend = f"leave plan out, or make it {str(site.plan)!r}; or give a layer that is not frozen"
+            problems.append(Problem(f"{site.name}: plan={str(asked)!r}", f"was frozen with {str(site.plan)!r}", mend))
+    if problems:
+        raise UnrollError(*problems)
+    write_sites(model, sites, asked or PLAN)
+    left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
+    if left:
+        raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
+    return model
+
+
+def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Site], list[Problem]]:
+    """The recurrent nodes that `where` picks, read and checked, and everything that cannot be honoured.
+
+    Functions that hold such nodes are written out in the model.
+
+    Raises:
+        UnrollError: for a model in which no node can be read.
+    """
+    _normalize(model)
+    opset = model.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
+        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
+    _inline(model)
+    nodes = [node for node in all_nodes(model) if is_recurrent(node)]
+    chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
+    problems = unknown_steps(steps, map(_label, chosen))
+    if where is not None and not callable(where):
+        names = ", ".join(map(_label, nodes)) or "none"
+        for pattern in [where] if isinstance(where, str) else where:
+            if not any(chooses(pattern, [_label(node)], _any(node)) for node in nodes):
+                mend = f"the recurrent nodes are: {names}"
+                problems.append(Problem(f"where={pattern!r}", "names no recurrent node", mend))
+    if any(_is_open(node.inputs[0]) for node in chosen):
+        common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
+    # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
+    fixed = not any(map(_is_open, model.graph.inputs))
+    batches = Batches(model.graph, fixed)
+    sites, used = [], set[str]()
+    for node in chosen:
+        kind = TorchSite if node.domain == DOMAIN else StandardSite
+        try:
+            site = kind(node, _label(node), steps)
+        except UnrollError as error:
+            problems += error.problems
+            continue
+        if isinstance(site, StandardSite) and site.steps is not None:
+            site.guard(batches.trusts(site.given))
+        site.uncounted = batches.uncounted(site)
+        number, label = 1, site.name
+        while site.name in used:
+            number += 1
+            site.name = f"{label}_{number}"
+        used.add(site.name)
+        sites.append(site)
+    return sites, problems
+
+
+def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
+    """Put plain operators in the place of nodes of a model."""
+    taken, opset = set(_names(model)), model.opset_imports[""]
+    constants, prepared = Constants(model.graph), dict[Any, Layout]()
+    with without_gc():
+        for site in sites:
+            _replace(site, OnnxWriter(site.name, constants, opset, taken), site.plan or plan, prepared)
+        for graph in (model.graph, *model.graph.subgraphs()):
+            _drop_unread_initializers(graph)
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _any(node: ir.Node) -> Any:
+    return node
+
+
+def _is_open(value: ir.Value | None) -> bool:
+    """Whether shape inference might tell more about a value."""
+    return value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape.dims)
+
+
+def _label(node: ir.Node) -> str:
+    """What a node is called in messages, and in the names of what replaces it."""
+    name = node.metadata_props.get(LAYER)
+    if not name and node.domain == DOMAIN:  # torch's exporter tells the path of the module that a node came from
+        name = ["", *ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))][-2]
+        name = name or str(node.attributes["mode"].value).lower()
+    return name or node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type.lower()
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of a model, with those inside of others and of its functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _names(model: ir.Model) -> Iterator[str]:
+    """Everything that has a name in the main graph and the graphs in it."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        yield from (item.name for item in (*values, *graph) if item.name)
+
+
+def _normalize(model: ir.Model) -> None:
+    """Write what the standard allows to be written in two ways in one: its domain's name, and sizes that are open."""
+    for holder in (model, *model.functions.values()):
+        if "ai.onnx" in holder.opset_imports:
+            holder.opset_imports[""] = holder.opset_imports.pop("ai.onnx")
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            if value.shape is not None and any(isinstance(n, int) and n < 0 for n in value.shape.dims):
+                value.shape = ir.Shape([None if isinstance(n, int) and n < 0 else n for n in value.shape.dims])
+
+
+def _inline(model: ir.Model) -> None:
+    """Write out the functions that hold recurrent nodes, so that shapes and weights can be seen from inside."""
+    holding: set[ir.OperatorIdentifier] = set()
+    while True:
+        found = {
+            key
+            for key, function in model.functions.items()
+            if any(is_recurrent(node) or node.op_identifier() in holding for node in function.all_nodes())
+        }
+        if found == holding:
+            break
+        holding = found
+    if not holding:
+        return
+    try:
+        common.InlinePass(criteria=lambda function: function.identifier() in holding)(model)
+    except Exception as error:
+        finding = f"holds recurrent nodes and cannot be inlined ({error.__cause__ or error})"
+        places = [f"function {domain}::{name}" for domain, name, _ in holding]
+        mend = "inline it with onnx.inliner, or make it one the standard allows"
+        raise UnrollError(*(Problem(place, finding, mend) for place in places)) from error
+    common.RemoveUnusedFunctionsPass()(model)
+
+
+def _replace(site: Site, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
+    """Put plain operators in the place of a node."""
+    node = site.node
+    graph = node.graph
+    assert graph is not None
+    read = list(node.inputs)
+    results = site.write(writer, plan, prepared)
+    for old, result in zip(node.outputs, results, strict=False):
+        if old.uses() or old.is_graph_output():
+            _hand_over(old, result.node, writer)
+    kept = _without_unread(writer.made)
+    for made in kept:
+        for value in made.outputs:
+            if value.name is None:
+                value.name = writer.unique(f"{writer.layer}.unread")
+    graph.insert_before(node, kept)
+    graph.remove(node, safe=True)
+    _drop_unread(read)
+
+
+def _hand_over(old: ir.Value, new: ir.Value, writer: OnnxWriter) -> None:
+    """Let a new value be read wherever the old one was, under its name if it leaves the graph."""
+    name = old.name
+    if old.is_graph_output():
+        if new.is_graph_output() or new.producer() not in writer.made:
+            (new,) = writer.node("Identity", [new], [writer.name("copy")])
+        old.name = None
+        new.name = name
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _without_unread(made: list[ir.Node]) -> list[ir.Node]:
+    """The nodes that something reads, of nodes in the order in which they were made."""
+    kept = []
+    for node in reversed(made):
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            if node.op_type == "Scan":
+                loops.drop_unread_outputs(node)
+            kept.append(node)
+        else:
+            _detach(node)
+    return kept[::-1]
+
+
+def _detach(node: ir.Node) -> None:
+    """Let a node, and those in graphs that it holds, read nothing any more."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph().all_nodes():
+                _detach(inner)
+    for k in range(len(node.inputs)):
+        node.replace_input_with(k, None)
+
+
+def _drop_unread(values: Iterable[ir.Value | None]) -> None:
+    """Remove the nodes that computed values which nothing reads any more."""
+    pending = [value for value in values if value is not None]
+    while pending:
+        producer = pending.pop().producer()
+        if producer is None or producer.graph is None:
+            continue
+        if not any(value.uses() or value.is_graph_output() for value in producer.outputs):
+            pending += [value for value in producer.inputs if value is not None]
+            producer.graph.remove(producer, safe=True)
+
+
+def _drop_unread_initializers(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+            graph.initializers.pop(name)

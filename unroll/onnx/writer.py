@@ -1,0 +1,287 @@
+"""Values on which the recipe writes nodes of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch.nn import functional
+
+from unroll.core.values import Value, Writer
+
+SAME_NAME = {
+    torch.add: "Add",
+    torch.sub: "Sub",
+    torch.mul: "Mul",
+    torch.bmm: "MatMul",
+    torch.matmul: "MatMul",
+    torch.where: "Where",
+    torch.sigmoid: "Sigmoid",
+    torch.tanh: "Tanh",
+    torch.relu: "Relu",
+    functional.softsign: "Softsign",
+    functional.softplus: "Softplus",
+}
+"""Functions that take the arguments of an ONNX operator, in its order."""
+
+
+class OnnxValue(Value):
+    """A tensor of an ONNX graph under construction, with as much about it as the writer needs."""
+
+    __slots__ = ("dtype", "rank", "width")
+
+    writer: OnnxWriter
+
+    def __init__(
+        self,
+        writer: OnnxWriter,
+        write: Callable[[str | None], ir.Value] | None = None,
+        node: ir.Value | None = None,
+        *,
+        dtype: torch.dtype,
+        rank: int,
+    ) -> None:
+        super().__init__(writer, write, node)
+        self.dtype = dtype
+        self.rank = rank
+        self.width: int | None = None  # of rows, `[n, width]`, where it is known
+
+
+class Constants:
+    """The initializers that nodes of one graph read, each stored once."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.stored: dict[Any, tuple[ir.Value, Any]] = {}
+
+    def get(self, key: Any, make: Callable[[], Any], keep: Any = None) -> ir.Value:
+        """The initializer for `key`, made on first use; `keep` is kept alive with it."""
+        if key not in self.stored:
+            tensor = make()
+            value = ir.Value(
+                name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self.graph.register_initializer(value)
+            self.stored[key] = (value, keep)
+        return self.stored[key][0]
+
+
+class OnnxWriter(Writer):
+    """Writes nodes of one layer for an ONNX graph, to be inserted where they belong when all are made.
+
+    Args:
+        layer: with what all names begin.
+        constants: where tensors that are known already are stored.
+        opset: version of the standard's operators in the model.
+        taken: names that are in the model already.
+    """
+
+    def __init__(self, layer: str, constants: Constants, opset: int, taken: set[str]) -> None:
+        super().__init__(layer)
+        self.constants = constants
+        self.opset = opset
+        self.taken = taken
+        self.made: list[ir.Node] = []
+        self.tensor_names: dict[int, tuple[torch.Tensor, str]] = {}
+        self.numbers: dict[str, int] = {}
+        self.outer: OnnxWriter | None = None
+        self.depth = 0
+
+    def inner(self) -> OnnxWriter:
+        """A writer for the body of a loop in the same layer, which names things as this one does."""
+        writer = OnnxWriter(self.layer, self.constants, self.opset, self.taken)
+        writer.numbers, writer.tensor_names = self.numbers, self.tensor_names
+        writer.outer, writer.depth = self, self.depth + 1
+        return writer
+
+    def name(self, what: str) -> str:
+        return super().name(what) if self.outer is None else self.outer.name(what)
+
+    def __call__(self, value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            self.tensor_names[id(value)] = value, self.name(name)
+            return value
+        return super().__call__(value, name)
+
+    def unique(self, name: str) -> str:
+        """The name, with a number if it is taken."""
+        candidate = name
+        while candidate in self.taken:
+            self.numbers[name] = self.numbers.get(name, 0) + 1
+            candidate = f"{name}.{self.numbers[name]}"
+        self.taken.add(candidate)
+        return candidate
+
+    def value(self, node: Any, dtype: torch.dtype, rank: int) -> Any:
+        """A value that is in the graph already."""
+        return OnnxValue(self, node=node, dtype=dtype, rank=rank)
+
+    def op(
+        self,
+        kind: str,
+        *inputs: Any,
+        dtype: torch.dtype | None = None,
+        rank: int | None = None,
+        attributes: dict[str, Any] | None = None,
+    ) -> Any:
+        """The result of an operator; its type is that of the first input that is not boolean, if not given.
+
+        Inputs may be values, tensors, numbers (of that type), lists of integers, or None.
+        """
+        values = [v for v in inputs if isinstance(v, OnnxValue)]
+        like = next((v for v in values if v.dtype is not torch.bool), values[0])
+
+        def write(name: str | None) -> ir.Value:
+            operands = [self.operand(v, like.dtype) for v in inputs]
+            return self.node(kind, operands, [name or self.name(kind.lower())], attributes)[0]
+
+        return OnnxValue(self, write, dtype=dtype or like.dtype, rank=like.rank if rank is None else rank)
+
+    def node(
+        self, kind: str, inputs: Sequence[ir.Value | None], names: Sequence[str | None], attributes: Any = None
+    ) -> Sequence[ir.Value]:
+        """Write a node and return its outputs. One called None gets its name later."""
+        outputs = [ir.Value(name=None if name is None else self.unique(name)) for name in names]
+        name = outputs[0].name or self.unique(self.name(kind.lower()))
+        converted = ir.convenience.convert_attributes(attributes) if attributes else ()
+        self.made.append(ir.Node("", kind, inputs, converted, outputs=outputs, name=name))
+        return outputs
+
+    def operand(self, value: Any, dtype: torch.dtype) -> ir.Value | None:
+        """What a node reads for a value, a tensor, a number or a list of integers."""
+        if value is None:
+            return None
+        if isinstance(value, OnnxValue):
+            return value.node
+        if isinstance(value, torch.Tensor):
+            _, name = self.tensor_names.get(id(value)) or (None, self.name("constant"))
+            return self.constants.get(id(value), lambda: self._stored(value, name), keep=value)
+        tensor = torch.tensor(value, dtype=torch.int64 if isinstance(value, (list, tuple)) else dtype)
+        text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        name = f"{self.layer}.{str(tensor.dtype).removeprefix('torch.')}.{text or 'empty'}"
+        return self.constants.get((tensor.dtype, text, tensor.dim()), lambda: self._stored(tensor, name))
+
+    def _stored(self, tensor: torch.Tensor, name: str) -> Any:
+        return tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name=self.unique(name))
+
+    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        writer = self._innermost(args)
+        if func in SAME_NAME:
+            return writer.op(SAME_NAME[func], *args)
+        return CALLS[func](writer, *args, **kwargs)
+
+    def _innermost(self, args: Sequence[Any]) -> OnnxWriter:
+        """What reads a value of a loop's body belongs there, whatever else it reads."""
+        writer = self
+        for arg in args:
+            if isinstance(arg, OnnxValue):
+                arg_writer = arg.writer
+            elif isinstance(arg, (list, tuple)):
+                arg_writer = writer._innermost(arg)
+            else:
+                continue
+            if arg_writer.depth > writer.depth:
+                writer = arg_writer
+        return writer
+
+    def split(self, value: OnnxValue, sizes: int | Sequence[int], dim: int = 0) -> list[OnnxValue]:
+        """As many equal pieces, or pieces of these sizes. One node, whose outputs are named one by one."""
+        count = sizes if isinstance(sizes, int) else len(sizes)
+        attributes: dict[str, Any] = {"axis": dim % value.rank}
+        if isinstance(sizes, int) and self.opset >= 18:
+            attributes["num_outputs"] = count
+        outputs: list[ir.Value] = []
+
+        def write(k: int, name: str | None) -> ir.Value:
+            if not outputs:
+                lengths = [] if isinstance(sizes, int) else [self.operand(list(sizes), torch.int64)]
+                outputs.extend(self.node("Split", [value.node, *lengths], [None] * count, attributes))
+            outputs[k].name = self.unique(name or self.name(f"split.{k}"))
+            return outputs[k]
+
+        return [
+            OnnxValue(self, lambda name, k=k: write(k, name), dtype=value.dtype, rank=value.rank) for k in range(count)
+        ]
+
+
+def _cast(writer: OnnxWriter, value: OnnxValue, dtype: torch.dtype) -> OnnxValue:
+    if value.dtype is dtype:
+        return value
+    return writer.op("Cast", value, dtype=dtype, attributes={"to": tensor_adapters.from_torch_dtype(dtype)})
+
+
+def _transpose(writer: OnnxWriter, value: OnnxValue, first: int, second: int) -> OnnxValue:
+    order = list(range(value.rank))
+    order[first], order[second] = order[second], order[first]
+    return writer.op("Transpose", value, attributes={"perm": order})
+
+
+def _reshape(writer: OnnxWriter, value: OnnxValue, shape: Sequence[int]) -> Any:
+    """Rows that are to be rows stay as they are: a second Reshape would let ONNX Runtime drop the first."""
+    if value.width is not None and tuple(shape) == (-1, value.width):
+        return value
+    return writer.op("Reshape", value, list(shape), rank=len(shape))
+
+
+def _joined(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
+    rank = next(v.rank for v in values if isinstance(v, OnnxValue))
+    return values[0] if len(values) == 1 else writer.op("Concat", *values, attributes={"axis": dim % rank})
+
+
+def _stacked(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
+    rank = next(v.rank for v in values if isinstance(v, OnnxValue))
+    axes = [dim % (rank + 1)]
+    apart = [torch.unsqueeze(v, dim) if isinstance(v, torch.Tensor) else _unsqueezed(writer, v, axes) for v in values]
+    return _joined(writer, apart, dim)
+
+
+def _unsqueezed(writer: OnnxWriter, value: OnnxValue, axes: list[int]) -> Any:
+    if writer.opset < 13:
+        return writer.op("Unsqueeze", value, rank=value.rank + 1, attributes={"axes": axes})
+    return writer.op("Unsqueeze", value, axes, rank=value.rank + 1)
+
+
+def _summed(writer: OnnxWriter, value: OnnxValue, dims: list[int]) -> Any:
+    if writer.opset < 13:
+        return writer.op("ReduceSum", value, rank=value.rank - 1, attributes={"axes": dims, "keepdims": 0})
+    return writer.op("ReduceSum", value, dims, rank=value.rank - 1, attributes={"keepdims": 0})
+
+
+def _flipped(writer: OnnxWriter, value: OnnxValue, dims: Sequence[int]) -> Any:
+    """By steps of -1, from the last (-1) to before the first."""
+    return writer.op("Slice", value, [-1] * len(dims), [-(2**31)] * len(dims), list(dims), [-1] * len(dims))
+
+
+def _selected(writer: OnnxWriter, value: OnnxValue, dim: int, index: int) -> Any:
+    place = writer.operand(index, torch.int64)
+    assert place is not None
+    return writer.op(
+        "Gather", value, writer.value(place, torch.int64, 0), rank=value.rank - 1, attributes={"axis": dim}
+    )
+
+
+CALLS: dict[Callable, Callable[..., Any]] = {
+    torch.addmm: lambda writer, bias, x, weight: writer.op("Gemm", x, weight, bias),
+    torch.baddbmm: lambda writer, bias, x, weight: writer.op("Add", writer.op("MatMul", x, weight), bias),
+    torch.ge: lambda writer, x, y: writer.op("GreaterOrEqual", x, y, dtype=torch.bool),
+    torch.clamp: lambda writer, x, low, high: writer.op("Clip", x, low, high),
+    functional.leaky_relu: lambda writer, x, negative_slope, **_: writer.op(
+        "LeakyRelu", x, attributes={"alpha": negative_slope}
+    ),
+    functional.elu: lambda writer, x, alpha, **_: writer.op("Elu", x, attributes={"alpha": alpha}),
+    torch.split: OnnxWriter.split,
+    torch.chunk: OnnxWriter.split,
+    torch.cat: _joined,
+    torch.stack: _stacked,
+    torch.sum: _summed,
+    torch.unsqueeze: lambda writer, value, dim: _unsqueezed(writer, value, [dim % (value.rank + 1)]),
+    torch.flip: _flipped,
+    torch.select: _selected,
+    torch.reshape: _reshape,
+    torch.transpose: _transpose,
+    torch.Tensor.to: _cast,
+}
+"""The other functions of the recipe."""

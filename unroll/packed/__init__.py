@@ -1,0 +1,1 @@
+"""Packed sequences with their padding, for graphs."""

@@ -1,0 +1,1 @@
+"""Recurrent states as inputs and outputs of a whole model."""

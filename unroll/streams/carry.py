@@ -1,0 +1,178 @@
+"""Layers whose state is kept between calls of their model: where none is passed to them, it is given and taken outside.
+
+Nothing is traced: the model's own code runs, and a layer that is called without a state finds one in its `Carry`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
+from unroll.modules.subclasses import assign_class
+
+States = tuple[Tensor, ...]
+"""`(h,)` or `(h, c)`"""
+
+
+class Carry:
+    """The states of one layer during one run of its model.
+
+    A call without a state begins a chain, and a call with the very tensors that the last call of a chain returned,
+    as it returned them, goes on with it: so does a cell in a loop over steps. A chain has one state, given to its
+    first call and taken from its last. A call with any other state is left alone.
+
+    Attributes:
+        name: of the layer in the model.
+        place: the same for messages, where the layer is the whole model too.
+        count: chains in a run, once they are known.
+        running: whether a run is under way.
+        given: the state that each chain begins with; None for zeros.
+        chains: the state that each chain has come to.
+        handed: the copy of it that the model got, and may write into.
+        versions: how often each tensor of that copy had been written to by then.
+        foreign: calls with a state of the model's own.
+        packed: whether a chain was called with packed rows.
+    """
+
+    def __init__(self, name: str, place: str) -> None:
+        self.name = name
+        self.place = place
+        self.count: int | None = None
+        self.running = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all of a run."""
+        self.given: list[States] | None = None
+        self.chains: list[States] = []
+        self.handed: list[States] = []
+        self.versions: list[list[int]] = []
+        self.foreign = 0
+        self.packed = False
+
+    def problem(self, finding: str) -> Problem:
+        """A run that differs from the first one."""
+        mend = "give pieces in which it is called as with the example, or change the model"
+        return Problem(self.place, finding, mend)
+
+    def chain_of(self, hx: Any) -> int | None:
+        """The chain that a call with this state belongs to; None if the state is the model's own."""
+        if hx is None:
+            return len(self.chains)
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        for k, last in enumerate(self.handed):
+            if all(a is b for a, b in zip(last, states)) and not self._is_written(k):
+                return k
+        self.foreign += 1
+        return None
+
+    def _is_written(self, chain: int) -> bool:
+        """Whether the model has changed, in place, what it got from a chain."""
+        if torch.compiler.is_dynamo_compiling():  # the example has told
+            return False
+        return [state._version for state in self.handed[chain]] != self.versions[chain]
+
+    def start(self, chain: int | None, hx: Any) -> Any:
+        """What a call is given for its state."""
+        if chain is None or hx is not None:
+            return hx
+        if self.count is not None and chain >= self.count:
+            raise UnrollError(
+                self.problem(f"is called without a state more often than with the example, {self.count} times")
+            )
+        if self.given is None:
+            return None
+        states = self.given[chain]
+        return states[0] if len(states) == 1 else states
+
+    def take(self, chain: int | None, final: Any) -> Any:
+        """Keep what a call left, and return what the model gets."""
+        if chain is None:
+            return final
+        states = (final,) if isinstance(final, Tensor) else tuple(final)
+        handed = tuple(_copied(state) for state in states)
+        self.chains[chain : chain + 1] = [states]
+        self.handed[chain : chain + 1] = [handed]
+        self.versions[chain : chain + 1] = [
+            [] if torch.compiler.is_dynamo_compiling() else [h._version for h in handed]
+        ]
+        return handed[0] if isinstance(final, Tensor) else handed
+
+
+def _copied(state: Tensor) -> Tensor:
+    """A copy, of which torch counts how often it is written to; not so of tensors made in inference mode."""
+    if torch.compiler.is_dynamo_compiling() or not state.is_inference():
+        return state.clone()
+    with torch.inference_mode(False):
+        return state.clone()
+
+
+class _Carrying:
+    """Comes between a layer's own `forward` and that of the unrolled layer."""
+
+    carry: Carry
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        carry = self.carry
+        if not carry.running:
+            return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
+        chain = carry.chain_of(hx)
+        if chain is not None and isinstance(input, PackedSequence):
+            if carry.count is not None:
+                raise UnrollError(packed_problem(carry.place))
+            carry.packed = True
+        results = super().forward(input, carry.start(chain, hx))  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self, UnrolledCell):
+            return carry.take(chain, results)
+        output, final = results
+        return output, carry.take(chain, final)
+
+
+class CarryingLayer(_Carrying, UnrolledLayer):
+    """An unrolled layer whose state is kept between calls of its model."""
+
+
+class CarryingCell(_Carrying, UnrolledCell):
+    """An unrolled cell whose state is kept between calls of its model."""
+
+
+def packed_problem(name: str) -> Problem:
+    """Why packed rows cannot be streamed."""
+    finding = "runs on a PackedSequence, whose rows end at lengths of their own: a piece does not tell which go on"
+    return Problem(name, finding, "give the model padded pieces, and take a row's state where it ends")
+
+
+def carried(layer: Unrolled, name: str) -> Carry:
+    """Let a layer keep its state between calls of its model."""
+    assign_class(layer, carrying(parametrize.type_before_parametrizations(layer)))
+    carry = Carry(name, name or layer.place)
+    object.__setattr__(layer, "carry", carry)
+    return carry
+
+
+@functools.cache
+def carrying(kind: type) -> type:
+    """The class that keeps the state of layers of a class of `Unrolled`, between whose methods and torch's it comes."""
+    if kind in (UnrolledLayer, UnrolledCell):
+        return CarryingLayer if kind is UnrolledLayer else CarryingCell
+    base = CarryingLayer if issubclass(kind, UnrolledLayer) else CarryingCell
+    return types.new_class(kind.__name__, (kind, base), {}, lambda body: body.update(__reduce_ex__=_reduce))
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    kind: Any = parametrize.type_before_parametrizations(self).__bases__[0]
+    return _empty, (kind.__new__(kind),), self.__dict__
+
+
+def _empty(layer: Unrolled) -> Unrolled:
+    """An instance without contents of the class that keeps the state of such layers."""
+    kind: Any = carrying(type(layer))
+    return kind.__new__(kind)

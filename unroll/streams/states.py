@@ -1,0 +1,102 @@
+"""The states of a streaming model: what they are called, what they begin with, and what cannot have any."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from unroll.core.recurrence import Problem, Recurrence, UnrollError
+
+State = dict[str, Tensor]
+"""By name, such as `encoder.lstm.h`"""
+
+ARGUMENT = "state"
+"""What the dictionary of states is called among the arguments of a streaming model"""
+
+NEXT = ".next"
+"""What the name of a state ends with where the state before it has the same name without"""
+
+
+def call_name(layer: str, call: int, state: str) -> str:
+    """The name of a state, for a call of a layer that has several.
+
+    Example:
+        >>> call_name("encoder.lstm", 0, "h"), call_name("encoder.lstm", 1, "c"), call_name("", 0, "h")
+        ('encoder.lstm.h', 'encoder.lstm.1.c', 'h')
+    """
+    return ".".join(part for part in (layer, str(call) if call else "", state) if part)
+
+
+def without_rows(recurrence: Recurrence, rank: int) -> bool:
+    """Whether a state of so many dimensions is that of an unbatched call."""
+    return rank == (1 if recurrence.is_cell else 2)
+
+
+def zeros(example: Mapping[str, Tensor], batch: int | None, unbatched: Container[str] = ()) -> State:
+    """Zeros like those of the example, for another number of rows.
+
+    Args:
+        example: a tensor for each state. Its rows are its last dimension but one.
+        batch: rows of the states that have the fewest; the others have as many times more as in the example. As in
+            the example if it is None.
+        unbatched: names of states that have no rows.
+    """
+    if batch is None:
+        return {name: state.new_zeros(state.shape) for name, state in example.items()}
+    if type(batch) is not int or batch < 0:
+        raise UnrollError(Problem(f"batch={batch!r}", "is no number of rows", "give a whole number from 0 upwards"))
+    rows = {name: 0 if name in unbatched or s.dim() < 2 else s.shape[-2] for name, s in example.items()}
+    least = min(rows.values())
+    problems = []
+    found: State = {}
+    for name, state in example.items():
+        if least == 0 or rows[name] % least:
+            finding = f"has shape {list(state.shape)} in the example, which does not tell what a batch of {batch} makes"
+            problems.append(Problem(name, finding, "leave out batch=, or give an example with a batch"))
+        else:
+            found[name] = state.new_zeros(*state.shape[:-2], rows[name] // least * batch, state.shape[-1])
+    if problems:
+        raise UnrollError(*problems)
+    return found
+
+
+def fixed_rows(batch: int | None, name: str, shape: Sequence[Any]) -> Problem:
+    """Why there is no state with so many rows where sizes are fixed."""
+    mend = "export with dynamic_shapes for another batch"
+    return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", mend)
+
+
+def started(place: str, state: Any, example: Mapping[str, Any]) -> None:
+    """Refuse a state with other names than these."""
+    if not isinstance(state, dict):
+        mend = "give a dictionary of tensors, such as initial_state(batch), or None for zeros"
+        raise UnrollError(Problem(place, f"is {type(state).__name__}", mend))
+    missing = [name for name in example if name not in state]
+    unknown = [name for name in state if name not in example]
+    problems = [Problem(place, f"has no {name}", "give what the last call returned") for name in missing]
+    known = ", ".join(example)
+    problems += [Problem(place, f"has {name}, which is no state", f"the states are: {known}") for name in unknown]
+    if problems:
+        raise UnrollError(*problems)
+
+
+def reads_the_future(name: str) -> Problem:
+    """Why a layer in two directions cannot be streamed."""
+    finding = "is bidirectional: its reverse direction begins at the end of the sequence, which a piece does not have"
+    mend = "use a layer in one direction, or leave it out by where= if it runs over something else than time"
+    return Problem(name, finding, mend)
+
+
+MIXED = (
+    "is called without a state, and also with one of the model's own that no call of it returned as it is",
+    "pass a state at every call or at none, or leave the layer out by where=",
+)
+"""What is wrong with a layer whose state is the model's in some calls alone, and what to do."""
+
+
+def no_state(name: str) -> Problem:
+    """Why a model has nothing to be streamed."""
+    finding = "calls no recurrent layer without a state, so that there is none to be given"
+    return Problem(name, finding, "look at where=; a graph must be streamed before its layers are unrolled")

@@ -1,0 +1,196 @@
+"""Whether a model keeps to what a target offers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.onnx import require
+from unroll.targets.aten_uses import read_aten
+from unroll.targets.tables import Target
+from unroll.targets.tables import target as target_named
+from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
+
+KINDS = {
+    "onnx": "an onnx.ModelProto, an onnx_ir.Model or the path of a file",
+    "aten": "an ExportedProgram or a GraphModule of aten operators",
+}
+WAYS = {
+    "onnx": "write one with unroll.export_onnx(model, args, path)",
+    "aten": "make one with torch.export.export(model, args)",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found; printing it shows a table.
+
+    Attributes:
+        target: the target's name.
+        nodes: how many nodes were judged.
+        rows: one for each thing that the target does not offer.
+        notes: conditions of operators in the model that were not checked.
+    """
+
+    target: str
+    nodes: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.rows
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @property
+    def groups(self) -> dict[tuple[str, str, str], list[str]]:
+        """The places of each operator, finding and mend."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            places = groups.setdefault(row[1:], [])
+            places.append(row.place)
+        return groups
+
+    def check(self) -> Verdict:
+        """Return the verdict if the target offers all of it.
+
+        Raises:
+            UnrollError: naming each operator with what is missing, and where it is used.
+        """
+        if self.rows:
+            problems = [
+                Problem(_places(places), f"{operator} {finding}", mend)
+                for (operator, finding, mend), places in self.groups.items()
+            ]
+            raise UnrollError(*problems)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self) | {"ok": self.ok, "rows": [row._asdict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} nodes"
+        if self.ok:
+            lines = [f"{self.target}: {nodes}, all offered"]
+        else:
+            lines = [f"{self.target}: {nodes}, {len(self.rows)} finding{'s' * (len(self.rows) > 1)}"]
+            groups = self.groups
+            width = max(len(operator) for operator, _, _ in groups)
+            for (operator, finding, _), places in groups.items():
+                lines.append(f"  {operator.ljust(width)}  {finding}: {_places(places)}")
+        return "\n".join([*lines, *(f"  not checked: {note}" for note in self.notes)])
+
+
+def _places(places: list[str]) -> str:
+    shown = ", ".join(places[:3])
+    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
+
+
+def check(model: Any, *, target: str) -> Verdict:
+    """List what a model uses that a target does not offer.
+
+    The targets are tables of published facts, with their sources and versions: see `docs/contracts.md`. Nothing is
+    compiled or run, so a model that passes may still be refused by a target's tools, and what is outside of a table
+    may run elsewhere.
+
+    Args:
+        model: for `tensorrt` and `webnn` an ONNX model (an `onnx.ModelProto`, an `onnx_ir.Model` or the path of a
+            file); for `torch_tensorrt` and `xnnpack` an `ExportedProgram` or a `GraphModule` of aten operators; for
+            `npu` either.
+        target: `tensorrt`, `torch_tensorrt`, `webnn`, `xnnpack`, or `npu` for the rules of an accelerator that runs
+            fixed graphs.
+
+    Returns:
+        What was found, with the names of the nodes; `print(verdict)` shows it, `verdict.check()` raises unless all is
+        offered.
+
+    Raises:
+        UnrollError: for a target that is not known, and a model of a kind that it cannot be asked about.
+
+    Example:
+        >>> program = torch.export.export(nn.Sequential(nn.RNN(3, 5)), (torch.zeros(2, 1, 3),))
+        >>> print(check(program, target="npu"))
+        npu: 2 nodes, 1 finding
+          aten.rnn_tanh.input  is recurrent, and not offered: rnn_tanh
+        >>> check(unroll(program), target="npu").ok
+        True
+    """
+    table = target_named(target)
+    kind = _kind(model)
+    if kind is None or table.kind not in (kind, "any"):
+        wanted = [k for k in KINDS if table.kind in (k, "any")]
+        mend = f"give {', or '.join(KINDS[k] for k in wanted)}: {', or '.join(WAYS[k] for k in wanted)}"
+        raise UnrollError(Problem(f"check(model, target={target!r})", f"got {_described(model)}", mend))
+    rows: list[Row] = []
+    if kind == "onnx":
+        uses, opset = _read_onnx(model)
+        if table.opsets and not table.opsets[0] <= opset <= table.opsets[1]:
+            finding = f"is of version {opset} of the standard, offered are {table.opsets[0]} to {table.opsets[1]}"
+            rows.append(Row("opset", "model", finding, "export it in another version (opset_version=...)"))
+    else:
+        uses = read_aten(model, table)
+    rows += _rows(uses, table)
+    nodes = [use for use in uses if use.operator not in (INPUT, CONSTANT)]
+    count = sum(1 for use in nodes if not use.origin) + len({use.place for use in nodes if use.origin})
+    return Verdict(target, count, tuple(rows), _notes(nodes, table))
+
+
+def _rows(uses: list[Use], table: Target) -> Iterator[Row]:
+    """What the target has against each use, once for all parts of a decomposed operator."""
+    told = set[Row]()
+    for use in uses:
+        for row in judged(use, table):
+            if not use.origin or row not in told:
+                told.add(row)
+                yield row
+
+
+def _kind(model: Any) -> str | None:
+    if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
+        return "onnx"
+    return "aten" if isinstance(model, (ExportedProgram, fx.GraphModule)) else None
+
+
+def _described(model: Any) -> str:
+    if _kind(model) == "onnx":
+        return "an ONNX model"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "a ScriptModule"
+    name = type(model).__name__
+    return (
+        f"{name}, a module that is not exported yet" if isinstance(model, nn.Module) and name != "GraphModule" else name
+    )
+
+
+def _read_onnx(model: Any) -> tuple[list[Use], int]:
+    require("onnx", "onnx_ir")
+    import onnx
+    import onnx_ir as ir
+
+    from unroll.onnx.files import load
+    from unroll.targets.onnx_uses import read_onnx
+
+    if isinstance(model, (str, os.PathLike)):
+        model = load(model)
+    elif isinstance(model, onnx.ModelProto):
+        model = ir.from_proto(model)
+    if not isinstance(model, ir.Model):
+        finding = f"got {type(model).__module__}.{type(model).__name__}"
+        raise UnrollError(Problem("check(model)", finding, f"give {KINDS['onnx']}"))
+    return read_onnx(model)
+
+
+def _notes(uses: list[Use], table: Target) -> tuple[str, ...]:
+    """The conditions that the tables tell of operators in the model, and that cannot be checked on it."""
+    asked = ((operator, table.restriction(operator)) for operator in dict.fromkeys(use.operator for use in uses))
+    return tuple(f"{operator}: {found.note}" for operator, found in asked if found is not None and found.note)

@@ -1,0 +1,154 @@
+"""The targets as tables, a file each in `facts/`: which operators one offers, for which types, on which conditions.
+
+A file says where its facts come from (`source`, `version`). Operators are listed in groups under `[[offered]]`, and
+what one asks beyond the types of its group under `[restrictions.NAME]`, in the words of `Restriction`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from unroll.core.recurrence import Problem, UnrollError
+
+NAMES = ("npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack")
+"""The targets there are."""
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """What a target asks of an operator. Inputs and attributes are called as the operator's own schema calls them."""
+
+    types: tuple[str, ...] = ()
+    """Of tensors that it may take and give, such as `float32`; empty if the source does not say"""
+    rank: Mapping[str, list[int]] = field(default_factory=dict)
+    """Numbers of dimensions that an input may have"""
+    attributes: Mapping[str, list[Any]] = field(default_factory=dict)
+    """Values that an attribute, or every element of it, may have"""
+    absent: tuple[str, ...] = ()
+    """Inputs and attributes that must not be given"""
+    constant: tuple[str, ...] = ()
+    """Inputs that must be known before the model runs"""
+    known: tuple[str, ...] = ()
+    """Arguments that must be numbers, not computed sizes"""
+    last: tuple[str, ...] = ()
+    """Arguments that must name the last dimension of the result"""
+    results: int | None = None
+    """How many of its results may be used"""
+    static: bool = False
+    """Whether all sizes must be fixed"""
+    keeps_type: bool = False
+    """Whether the result must be of the input's type"""
+    note: str = ""
+    """A condition that is told, but not checked"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What runs a model, and what it offers."""
+
+    name: str
+    title: str
+    source: tuple[str, ...]
+    """Repository, path and commit"""
+    version: str
+    kind: str
+    """Which operators its table has: `onnx`, `aten`, or `any` if it has rules alone"""
+    operators: Mapping[str, Restriction]
+    refused: frozenset[str] = frozenset()
+    """Operators that the source says are not offered"""
+    decomposed: tuple[str, ...] = ()
+    """The operators that PyTorch's decompositions are applied to; the core ones if empty"""
+    rewritten: frozenset[str] = frozenset()
+    """Operators that it writes in terms of others by itself, in all their overloads"""
+    opsets: tuple[int, int] | None = None
+    """The oldest and newest version of the ONNX standard"""
+    rank: int | None = None
+    """The most dimensions of any tensor"""
+    tensors: tuple[str, ...] = ()
+    """Types of tensors that a model may be given or hold; any if empty, as where the rest of a model runs elsewhere"""
+    domains: tuple[str, ...] = ()
+    """Where operators may come from: domains of ONNX (empty for the standard), namespaces of PyTorch; any if empty"""
+    static: bool = False
+    """Whether all sizes must be fixed"""
+    control_flow: bool = False
+    """Whether loops and branches are among its operators"""
+    boolean: bool = True
+    """Whether it has boolean tensors"""
+    uniform: bool = False
+    """Whether all inputs of an operator must be of one type"""
+    edge: bool = False
+    """Whether aten operators are called as in ExecuTorch's edge dialect, where views are copies"""
+
+    def restriction(self, operator: str) -> Restriction | None:
+        """What it asks of an operator, or None if it does not offer it."""
+        if operator in self.refused or (self.domains and domain(operator) not in self.domains):
+            return None
+        if self.kind == "any" or (operator.rpartition(".")[0] in self.rewritten and operator not in self.operators):
+            return Restriction()
+        return next((self.operators[name] for name in self._names(operator) if name in self.operators), None)
+
+    def _names(self, operator: str) -> tuple[str, ...]:
+        if not self.edge or operator.count(".") != 2:
+            return (operator,)
+        namespace, name, overload = operator.split(".")
+        name = {"_to_copy": "_to_dim_order_copy"}.get(name, f"{name}_copy")
+        return operator, f"{namespace}.{name}.{overload}"
+
+
+def domain(operator: str) -> str:
+    """Such as `com.microsoft` and `aten`; empty for the ONNX standard."""
+    return operator.rpartition("::")[0] or (operator.partition(".")[0] if "." in operator else "")
+
+
+def target(name: str) -> Target:
+    """A target by its name.
+
+    Raises:
+        UnrollError: if there is none of that name.
+
+    Example:
+        >>> table = target("tensorrt")
+        >>> table.version, table.restriction("Tanh").types
+        ('TensorRT 10.15', ('float32', 'float16', 'bfloat16'))
+    """
+    if name not in NAMES:
+        raise UnrollError(Problem(f"target={name!r}", "is not known", f"choose one of {', '.join(NAMES)}"))
+    return _read(name)
+
+
+@cache
+def _read(name: str) -> Target:
+    text = files("unroll.targets").joinpath("facts", f"{name}.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    types = table.pop("types", "")
+    offered: dict[str, dict[str, Any]] = {}
+    for group in table.pop("offered", ()):
+        for operator in group.pop("names").split():
+            offered[operator] = {"types": types, **group}
+    for operator, asked in table.pop("restrictions", {}).items():
+        offered[operator] |= asked
+    operators = {operator: _restriction(**asked) for operator, asked in offered.items()}
+    lists = {key: table.pop(key, "").split() for key in ("refused", "rewritten", "decomposed")}
+    opsets = tuple(table.pop("opsets")) if "opsets" in table else None
+    return Target(
+        name=name,
+        source=tuple(table.pop("source")),
+        operators=operators,
+        refused=frozenset(lists["refused"]),
+        decomposed=tuple(lists["decomposed"]),
+        rewritten=frozenset(lists["rewritten"]),
+        opsets=opsets,
+        tensors=tuple(table.pop("tensors", "").split()),
+        domains=tuple(table.pop("domains", ())),
+        **table,
+    )
+
+
+def _restriction(types: str, **asked: Any) -> Restriction:
+    lists = {key: tuple(asked.pop(key)) for key in ("absent", "constant", "known", "last") if key in asked}
+    return Restriction(tuple(types.split()), **lists, **asked)

@@ -1,0 +1,304 @@
+"""Calls of recurrent operators in TorchScript: where they stand, what they run, and their replacement."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unroll.core.plan import Plan
+from unroll.core.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
+from unroll.core.values import Value
+from unroll.graphs.lowering import Steps
+from unroll.modules.replace import SCRIPT_KINDS
+from unroll.torchscript.writer import ScriptWriter
+
+LAYER_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
+"""The classes whose submodules give a layer its name"""
+
+OTHER_KINDS = re.compile(r"(aten|quantized)::\w*(lstm|gru|rnn)(?!\w*(prepack|flatten|backward))\w*")
+"""Quantized operators and those of one backend, which are recurrent and refused"""
+
+
+class Unknown:
+    """Stands for what is only known when the graph runs."""
+
+
+class Noted(NamedTuple):
+    """What a call was seen to be given."""
+
+    shape: tuple[int, ...]
+    """of the input"""
+    weights: list[Tensor]
+    """on the meta device"""
+
+
+class ScriptCall:
+    """A node that runs a recurrent operator, in code that several submodules may share."""
+
+    def __init__(self, node: Any, graph: Any, instances: Mapping[str, Any], *, is_called: bool) -> None:
+        self.node = node
+        self.graph = graph
+        self.instances = instances
+        """The submodules by the layer's name in each"""
+        self.is_called = is_called
+        """Whether the model itself calls the method, and not only who takes a submodule out of it"""
+        self.operator = node.kind()
+        self.kind = self.operator.removeprefix("aten::").removesuffix("_cell")
+        self.is_cell = self.operator.endswith("_cell")
+        self.packed = "batch_sizes" in node.schema()
+        self.name = next(iter(instances))
+        self.names = ", ".join(instances)
+
+    def argument(self, name: str) -> Any:
+        return self.node.namedInput(name)
+
+    def weights(self) -> list[Any] | Any:
+        """The graph's values of the weights, or that of a list of them."""
+        if self.is_cell:
+            values = [self.argument(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+            return [value for value in values if not value.node().mustBeNone()]
+        params = self.argument("params")
+        return list(params.node().inputs()) if params.node().kind() == "prim::ListConstruct" else params
+
+    def read(self, noted: list[Noted] | None) -> tuple[Recurrence, list[Tensor]]:
+        """What the operator runs, and its weights.
+
+        Args:
+            noted: what it was given in a run, if there was one.
+        """
+        if self.operator not in SCRIPT_KINDS:
+            mend = "unroll the model before it is traced or quantized, or leave the layer out by where="
+            raise UnrollError(Problem(self.name, f"runs {self.operator}, whose weights are in a form of its own", mend))
+        first, *others = [self._read(name, instance, noted) for name, instance in self.instances.items()]
+        if any(other[0] != first[0] or other[1][0].dtype != first[1][0].dtype for other in others):
+            finding = "share one piece of compiled code but not sizes and dtype"
+            raise UnrollError(Problem(self.names, finding, "freeze the module first (torch.jit.freeze)"))
+        return first
+
+    def _read(self, name: str, instance: Any, noted: list[Noted] | None) -> tuple[Recurrence, list[Tensor]]:
+        problems = []
+        options: dict[str, Any] = {}
+        wanted = () if self.is_cell else ("has_biases", "num_layers", "dropout", "bidirectional")
+        for option in (*wanted, *(() if self.is_cell or self.packed else ("batch_first",))):
+            options[option] = value = known(self.argument(option), instance)
+            if not _is_constant(self.argument(option)):
+                mend = "make it a constant of the graph, by Final[...] or torch.jit.freeze"
+                found = "when it runs" if value is Unknown else "in an attribute that may change"
+                problems.append(Problem(name, f"has its {option} only {found}", mend))
+        values = self.weights()
+        weights = known(values, instance)
+        if weights is Unknown or not all(isinstance(weight, Tensor) for weight in weights):
+            weights = noted[0].weights if noted else []
+        if not weights:
+            mend = "give example inputs, unroll(module, args)"
+            problems.append(Problem(name, "computes its weights, so that their shapes are unknown", mend))
+        if problems:
+            raise UnrollError(*problems)
+        if self.is_cell:
+            options["has_biases"] = len(weights) == 4
+        recurrence = read_call(self.kind, [w.shape for w in weights], **options, is_cell=self.is_cell)
+        expected = sum(map(len, recurrence.weight_names))
+        if len(weights) != expected:
+            finding = f"is given {len(weights)} weights, where its options ask for {expected}"
+            raise UnrollError(Problem(name, finding, "give all weights, and biases to both input and state or none"))
+        return recurrence, weights
+
+    def steps(self, asked: Steps, noted: list[Noted] | None) -> int | None:
+        """The number of time steps to write, or None for a loop over any number."""
+        if self.is_cell or not self.is_called:
+            return None
+        if isinstance(asked, Mapping):
+            wanted = [asked[name] for name in self.instances if name in asked]
+        else:
+            wanted = [] if asked is None else [asked]
+        if self.packed and (wanted or noted is not None):
+            mend = "leave its length open, without args and steps, or leave the layer out by where="
+            raise UnrollError(Problem(self.name, "runs on packed data, whose batch sizes are known when it runs", mend))
+        if noted is not None:
+            axis = 1 if known(self.argument("batch_first"), next(iter(self.instances.values()))) else 0
+            lengths = sorted({call.shape[axis] for call in noted})
+            if len(lengths) != 1:
+                finding = f"runs with {lengths} time steps" if lengths else "does not run with these args"
+                raise UnrollError(Problem(self.name, finding, "leave args out for a loop over any number"))
+            if any(count != lengths[0] for count in wanted):
+                finding = f"has {lengths[0]} time steps with these args, but steps={asked!r} was given"
+                raise UnrollError(Problem(self.name, finding, "leave out one of them"))
+            wanted = lengths
+        elif isinstance(asked, Mapping) and wanted and wanted != wanted[:1] * len(self.instances):
+            mend = "give the same number for each, or freeze the module (torch.jit.freeze)"
+            raise UnrollError(Problem(self.names, "share one piece of compiled code", mend))
+        if not wanted:
+            return None
+        if not isinstance(wanted[0], int) or wanted[0] < 1:
+            raise UnrollError(Problem(self.name, f"steps={wanted[0]!r}", "give a whole number from 1 upwards"))
+        return wanted[0]
+
+    def write(self, recurrence: Recurrence, weights: list[Tensor], steps: int | None, plan: Plan) -> None:
+        """Put explicit operations before the node and hand their results to those that read it.
+
+        Weights that are constants of the graph are laid out here and now; others by the graph, whenever it runs.
+        """
+        node, writer = self.node, ScriptWriter(self.name, self.graph)
+        with self.graph.insert_point_guard(node):
+            train = False if self.is_cell else self.argument("train")
+            if not isinstance(train, bool):
+                train = train.toIValue() if _is_constant(train) else Value(writer, node=train)
+            results = writer.write(
+                recurrence,
+                plan,
+                weights if _is_constant(self.weights()) else self._weight_values(writer, len(weights)),
+                weights[0].dtype,
+                Value(writer, node=node.inputsAt(0)),
+                Value(writer, node=self.argument("hx")),
+                train=train,
+                steps=steps,
+                batch_sizes=Value(writer, node=self.argument("batch_sizes")) if self.packed else None,
+            )
+        for output, result in zip(node.outputs(), results, strict=True):
+            output.replaceAllUsesWith(result.node)
+        node.destroy()
+
+    def _weight_values(self, writer: ScriptWriter, count: int) -> list[Value]:
+        values = self.weights()
+        if isinstance(values, list):
+            return [Value(writer, node=value) for value in values]
+        return writer.items(Value(writer, node=values), count)
+
+    def note(self, function: Any, number: int) -> None:
+        """Have `function(number, input, weights)` called before the node."""
+        writer = ScriptWriter("", self.graph)
+        with self.graph.insert_point_guard(self.node):
+            values = self.weights()
+            whole = not isinstance(values, list)
+            weights: Any = Value(writer, node=values) if whole else [Value(writer, node=value) for value in values]
+            writer.run(function, number, Value(writer, node=self.node.inputsAt(0)), weights)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether the graph has a value, or all of a list of them, as constants."""
+    if isinstance(value, list):
+        return all(map(_is_constant, value))
+    return value.node().kind() == "prim::Constant"
+
+
+def known(value: Any, module: Any) -> Any:
+    """What a graph's value, or each of a list of them, is in a method of this module, as far as the module tells."""
+    if isinstance(value, list):
+        return [known(part, module) for part in value]
+    node = value.node()
+    kind = node.kind()
+    if kind == "prim::Constant":
+        return value.toIValue()
+    if kind == "prim::ListConstruct":
+        return known(list(node.inputs()), module)
+    if kind == "prim::GetAttr":
+        owner = known(node.input(), module)
+        return owner if owner is Unknown else getattr(owner, node.s("name"))
+    return module if kind == "prim::Param" and value.type() == module._c._type() else Unknown
+
+
+def walk(graph: Any) -> Iterator[tuple[Any, Any]]:
+    """All nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
+
+    def within(block: Any) -> Iterator[tuple[Any, Any]]:
+        for node in block.nodes():
+            yield node, graph
+            for inner in node.blocks():
+                yield from within(inner)
+            if node.hasAttribute("Subgraph"):
+                yield from walk(node.g("Subgraph"))
+
+    return within(graph)
+
+
+def methods(root: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Each piece of compiled code under a module once: a submodule that has it, its name and its graph."""
+    seen = set()
+    for module in root.modules():
+        kind = str(module._c._type())
+        if kind not in seen:
+            seen.add(kind)
+            yield from ((module, name, module._c._get_method(name).graph) for name in module._c._method_names())
+
+
+def is_recurrent(node: Any) -> bool:
+    return node.kind() in SCRIPT_KINDS or OTHER_KINDS.fullmatch(node.kind()) is not None
+
+
+def count_recurrent(graph: Any) -> int:
+    return sum(is_recurrent(node) for node, _ in walk(graph))
+
+
+def find_calls(root: Any) -> list[ScriptCall]:
+    """All calls of recurrent operators in the methods of a module and its submodules."""
+    by_kind: dict[str, dict[str, Any]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        by_kind.setdefault(str(module._c._type()), {})[path] = module
+    called = _called(root)
+    found = []
+    seen: dict[str, Counter[str]] = {}
+    for module, method, whole in methods(root):
+        kind = str(module._c._type())
+        is_called = module is root or not called.isdisjoint({(kind, method), ("", method)})
+        for node, graph in walk(whole):
+            if is_recurrent(node):
+                suffix = _suffix(node, module, seen.setdefault(kind, Counter()))
+                paths = {".".join(filter(None, (path, suffix))): m for path, m in by_kind[kind].items()}
+                instances = {name or m.original_name: m for name, m in paths.items()}
+                found.append(ScriptCall(node, graph, instances, is_called=is_called))
+    return found
+
+
+def _called(root: Any) -> set[tuple[str, str]]:
+    """Methods that some method calls, by the name of their type; by none where only an interface is known."""
+    found = set()
+    for _, _, graph in methods(root):
+        for node, _ in walk(graph):
+            if node.kind() == "prim::CallMethod":
+                kind = node.inputsAt(0).type()
+                found.add(("" if kind.is_interface_type() else str(kind), node.s("name")))
+    return found
+
+
+def _suffix(node: Any, module: Any, seen: Counter[str]) -> str:
+    """What a layer is called after the path of the module in whose method it runs."""
+    weights = re.search(r"w_ih|params|weight", node.schema())
+    path = _owner(node.namedInput(weights[0])) if weights else None
+    if path is not None and functools.reduce(getattr, path, module).original_name in LAYER_NAMES:
+        return ".".join(path)
+    kind = node.kind().partition("::")[2]
+    seen[kind] += 1
+    return kind if seen[kind] == 1 else f"{kind}_{seen[kind]}"
+
+
+def _owner(value: Any) -> list[str] | None:
+    """The path, from its method's module, to the module that holds a value or the first of a list."""
+    node = value.node()
+    if node.kind() == "prim::ListConstruct" and node.inputsSize():
+        return _owner(node.inputsAt(0))
+    path = []
+    while node.kind() == "prim::GetAttr":
+        path.append(node.s("name"))
+        node = node.input().node()
+    return path[:0:-1] if path else None
+
+
+def calls_recurrent_function(module: Any, graph: Any) -> bool:
+    """Whether a function that is not a method, called from this graph, holds a recurrent operator.
+
+    Compiles what the graph calls as it is now.
+    """
+    inlined = graph.copy()
+    torch._C._jit_pass_inline(inlined)
+    count = count_recurrent(inlined) - count_recurrent(graph)
+    for call in graph.findAllNodes("prim::CallMethod"):
+        owner = known(call.inputsAt(0), module)
+        if owner is not Unknown:
+            count -= count_recurrent(owner._c._get_method(call.s("name")).inlined_graph)
+    return count > 0

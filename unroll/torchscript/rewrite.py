@@ -1,0 +1,173 @@
+"""The pass on TorchScript: explicit gate operations where recurrent operators were called.
+
+Every method of every submodule is rewritten where it stands, so that control flow, `train()` and `eval()`,
+parameters and the names of submodules stay as they were.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from unroll.core.options import Where, chooses, unknown_names
+from unroll.core.patching import seeded, without_gc
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Problem, UnrollError
+from unroll.graphs.lowering import Steps, unknown_steps
+from unroll.modules.replace import SCRIPT_KINDS
+from unroll.torchscript import writer as scripting
+from unroll.torchscript.calls import (
+    LAYER_NAMES,
+    Noted,
+    ScriptCall,
+    calls_recurrent_function,
+    count_recurrent,
+    find_calls,
+    methods,
+    walk,
+)
+
+
+def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: Plan, steps: Steps = None) -> Any:
+    """A copy of the script module with explicit gate operations in place of recurrent operators.
+
+    The copy is what saving and loading would give, but shares its tensors with the original: parameters, buffers
+    and lists of them. Without `args` and `steps` a loop of TorchScript runs over the time steps, any number of them;
+    otherwise every step is written, or the loop that the plan asks for, and another number is refused when it comes.
+
+    A layer is called by the path of its module; where a module calls an operator itself, or was frozen, by the
+    operator's name after the path, such as `encoder.lstm` or, for the next one, `encoder.lstm_2`.
+
+    Under `torch.autocast` the products are cast and the rest is promoted, operator by operator, so that results may
+    be float32 where torch casts a layer as a whole.
+
+    Raises:
+        UnrollError: with everything that cannot be honoured.
+    """
+    copied = _prepared_copy(module)
+    _share(module, copied)
+    calls = find_calls(copied)
+    picked = _picked(where, calls, copied)
+    noted = None if args is None else _run_and_note(copied, args)
+    stepping = [calls[number] for number in picked if not calls[number].is_cell]
+    jobs, problems = [], unknown_steps(steps, (name for call in stepping for name in call.instances))
+    for number in picked:
+        call, seen = calls[number], None if noted is None else noted.get(number, [])
+        try:
+            jobs.append((call, *call.read(seen), call.steps(steps, seen)))
+        except UnrollError as error:
+            problems += error.problems
+    _refuse(problems)
+    with without_gc():
+        for call, recurrence, weights, count in jobs:
+            call.write(recurrence, weights, count, plan)
+        for graph in {id(call.graph): call.graph for call, *_ in jobs}.values():
+            torch._C._jit_pass_dce_graph(graph)
+            torch._C._jit_pass_constant_pooling(graph)  # pyright: ignore[reportAttributeAccessIssue]
+            torch._C._jit_pass_lint(graph)
+        left = sum(count_recurrent(graph) for _, _, graph in methods(copied))
+    if left != len(calls) - len(picked):
+        raise UnrollError(Problem(module.original_name, "is still recurrent in the copy", "report this model"))
+    return copied
+
+
+def _picked(where: Where, calls: Sequence[ScriptCall], root: Any) -> list[int]:
+    """The numbers of the calls that are to be replaced."""
+    names = [name for call in calls for name in call.instances]
+    done = [name for name, module in root.named_modules() if module.original_name in LAYER_NAMES]
+    problems = unknown_names(where, list(dict.fromkeys([*names, *done])))
+    picked = []
+    for number, call in enumerate(calls):
+        picks = {chooses(where, [name], instance) for name, instance in call.instances.items()}
+        if len(picks) > 1:
+            mend = "choose all of them, or freeze the module (torch.jit.freeze)"
+            problems.append(Problem(call.names, "share one piece of compiled code", mend))
+        if True in picks:
+            picked.append(number)
+    _refuse(problems)
+    return picked
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    """Two methods of one layer, for padded and for packed input, may have the same problem."""
+    if different := list(dict.fromkeys(problems)):
+        raise UnrollError(*different)
+
+
+def _copy(module: Any) -> Any:
+    try:
+        with scripting.quiet():
+            return torch.jit.load(io.BytesIO(module.save_to_buffer()))
+    except Exception as error:
+        finding = f"cannot be saved and loaded ({str(error).strip().splitlines()[0]})"
+        mend = "take out what cannot be saved, such as functions under torch.jit.ignore"
+        raise UnrollError(Problem(module.original_name, finding, mend)) from error
+
+
+def _prepared_copy(module: Any) -> Any:
+    """A copy in which operators stand in methods, none of them in a function that methods call."""
+    copied = _copy(module)
+    calling = {
+        id(graph): (part, graph)
+        for part, _, whole in methods(copied)
+        for node, graph in walk(whole)
+        if node.kind() == "prim::CallFunction"
+    }
+    if not calling:
+        return copied
+    for graph in [graph for part, graph in calling.values() if calls_recurrent_function(part, graph)]:
+        torch._C._jit_pass_inline(graph)
+    return _copy(copied)  # inlining has compiled what is called; nothing that is to change may be compiled yet
+
+
+def _share(module: Any, copied: Any) -> None:
+    """Give the copy the very tensors of the original."""
+    originals = dict(module.named_modules(remove_duplicate=False))
+    for path, ours in copied.named_modules(remove_duplicate=False):
+        theirs = originals[path]
+        for name in ours._concrete_type.get_attributes():
+            value = theirs._c.getattr(name)
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if leaf is not None]
+            if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+                ours._c.setattr(name, value)
+
+
+_noted: ContextVar[dict[int, list[Noted]]] = ContextVar("noted")
+
+
+@torch.jit.ignore()
+def _note(number: int, input: Tensor, weights: list[Tensor]) -> None:
+    kinds = [torch.empty_like(weight, device="meta") for weight in weights]
+    _noted.get().setdefault(number, []).append(Noted(tuple(input.shape), kinds))
+
+
+_note.__annotations__ = get_type_hints(_note)  # TorchScript calls it from compiled code, and does not read strings
+
+
+def _noting(number: int, input: Tensor, weights: list[Tensor]) -> None:
+    _note(number, input, weights)
+
+
+def _run_and_note(module: Any, args: Any) -> dict[int, list[Noted]]:
+    """What each call, by its number, is given whenever it is reached in a run of the module."""
+    copied = _copy(module)
+    for number, call in enumerate(find_calls(copied)):
+        if call.operator in SCRIPT_KINDS:
+            call.note(scripting.compiled(_noting), number)
+    found: dict[int, list[Noted]] = {}
+    token = _noted.set(found)
+    try:
+        with torch.no_grad(), seeded():
+            copied(*(args if isinstance(args, (tuple, list)) else (args,)))
+    except Exception as error:
+        finding = f"the module cannot be run on them ({str(error).strip().splitlines()[-1]})"
+        raise UnrollError(Problem("args", finding, "give arguments that fit it, or steps=")) from error
+    finally:
+        _noted.reset(token)
+    return found
