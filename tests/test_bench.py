@@ -21,10 +21,10 @@ from unroll import Plan, UnrollError
 from unroll.bench.contenders import CONTENDERS, engine_type, obstacle, onnxruntime_run
 from unroll.bench.measuring import Expected, _expected, error_of
 from unroll.bench.processes import Process
-from unroll.bench.report import COLUMNS, advice, as_tables, as_text, is_wrong
-from unroll.bench.results import Measurements, Row
+from unroll.bench.results import COLUMNS, Measurements, Row, advice, as_text, is_wrong
 from unroll.bench.run import benchmark
 from unroll.bench.subjects import Subject, Task, subjects
+from unroll.cli.bench import as_tables
 
 pytest.importorskip("onnx")
 pytest.importorskip("typer")

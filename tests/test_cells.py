@@ -7,8 +7,9 @@ from torch.overrides import TorchFunctionMode
 
 from tests.cases import FEATURES, HIDDEN, PROJECTION, Case
 from tests.checks import assert_same
-from unroll.core.cells import CELLS, Precision, Weights
+from unroll.core.cells import CELLS
 from unroll.core.recurrence import CELL_MODES, read_cell
+from unroll.core.weights import Precision, Weights
 
 LAYOUTS = ("merged", "paired", "split")
 CELL_CASES = [

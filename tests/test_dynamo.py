@@ -13,8 +13,8 @@ import unroll as library
 from tests.cases import DROPOUT, PACKED, Case
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, compare
-from unroll.core import scan as sweeps
-from unroll.graphs.functions import form_of
+from unroll.core import rows
+from unroll.graphs.calls import form_of
 
 F64 = torch.float64
 
@@ -165,13 +165,13 @@ def _kernels(model: nn.Module, *args: torch.Tensor) -> int:
     ids=["by the backend", "module", "sums"],
 )
 def test_no_step_has_a_kernel_of_its_own(model, monkeypatch):
-    monkeypatch.setattr(sweeps, "SEPARATED", 2)
+    monkeypatch.setattr(rows, "STEPS_PER_COPY", 2)
     few, more = (_kernels(model, torch.randn(steps, 2, 3)) for steps in (5, 9))
     assert 0 < more <= few
 
 
 def test_no_step_of_packed_rows_has_a_kernel_of_its_own(monkeypatch):
-    monkeypatch.setattr(sweeps, "SEPARATED", 2)
+    monkeypatch.setattr(rows, "STEPS_PER_COPY", 2)
 
     class Packed(nn.Module):
         def __init__(self):

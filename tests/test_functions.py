@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 from tests.cases import CHOSEN, DROPOUT, Case
 from unroll import UnrollError, compare, unroll
-from unroll.graphs.functions import FUNCTIONS, form_of, layer_name
+from unroll.graphs.calls import form_of, layer_name
+from unroll.graphs.functions import FUNCTIONS
 
 F64 = torch.float64
 

@@ -88,18 +88,18 @@ def folded_gru_bias(monkeypatch):
 
 
 def not_reversed_back(monkeypatch):
-    right = schedule.sweep
+    right = schedule.scan
 
-    def sweep(step, xs, state, *, reverse=False):
+    def scan(step, xs, state, *, reverse=False):
         outputs, state = right(step, xs, state, reverse=reverse)
         return (outputs[::-1] if reverse else outputs), state
 
-    monkeypatch.setattr(schedule, "sweep", sweep)
+    monkeypatch.setattr(schedule, "scan", scan)
 
 
 def not_reversed(monkeypatch):
-    right = schedule.sweep
-    monkeypatch.setattr(schedule, "sweep", lambda step, xs, state, *, reverse=False: right(step, xs, state))
+    right = schedule.scan
+    monkeypatch.setattr(schedule, "scan", lambda step, xs, state, *, reverse=False: right(step, xs, state))
 
 
 def dropped_bias(monkeypatch):

@@ -14,7 +14,8 @@ from torch.export import Dim, ExportedProgram, export
 from tests.cases import CHOSEN, DROPOUT, PLANS, Case, flat, replace
 from unroll import Plan, UnrollError, compare, decompositions, unroll
 from unroll.core.recurrence import CELL_MODES, read_call, read_cell, read_layer
-from unroll.graphs.functions import bind, form_of
+from unroll.graphs.calls import form_of
+from unroll.graphs.functions import bind
 
 # What torch's own exporter and packager say while they work.
 pytestmark = [

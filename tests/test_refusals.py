@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import unroll as library
 from tests.checks import problems
 from unroll import Plan, UnrollError, compare, trace, unroll
-from unroll.graphs.functions import form_of
+from unroll.graphs.calls import form_of
 
 X = torch.randn(4, 3, 6, dtype=torch.float64)
 

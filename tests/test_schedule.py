@@ -6,8 +6,12 @@ import torch
 from tests.cases import ALL_PLANS, CELL_KINDS, GRID, LAYER_KINDS, PLANS, Case, replace
 from tests.checks import assert_same
 from unroll.core import schedule
-from unroll.core.cells import CELLS, Cell, Prepared
+from unroll.core.cells import CELLS, Cell
+from unroll.core.layout import lay_out
 from unroll.core.recurrence import CELL_MODES, Recurrence, read_cell, read_layer
+from unroll.core.scan import scan, scan_packed
+from unroll.core.values import Target
+from unroll.core.weights import StepWeights
 
 # --- all options, in float64 --------------------------------------------------------------------------------------
 
@@ -21,7 +25,7 @@ def scheduled(case: Case, layer, plan):
     recurrence = recurrence_of(case, layer)
     input, *hx = case.args(torch.float64)
     state = None if not hx else hx[0] if isinstance(hx[0], tuple) else (hx[0],)
-    prepared = schedule.prepare(recurrence, recurrence.weights(list(layer.parameters())), plan)
+    prepared = lay_out(recurrence, recurrence.weights(list(layer.parameters())), plan)
     if case.packed:
         sizes = input.batch_sizes.tolist()
         result = schedule.run(
@@ -80,19 +84,19 @@ def digits(t, x, state):
     return (state[0] * 10 + x,)
 
 
-def test_sweep_goes_forth_and_back():
-    assert schedule.sweep(digits, [1, 2, 3], (0,)) == ([1, 12, 123], (123,))
-    assert schedule.sweep(digits, [1, 2, 3], (0,), reverse=True) == ([321, 32, 3], (321,))
+def test_scan_goes_forth_and_back():
+    assert scan(digits, [1, 2, 3], (0,)) == ([1, 12, 123], (123,))
+    assert scan(digits, [1, 2, 3], (0,), reverse=True) == ([321, 32, 3], (321,))
 
 
-def test_sweep_tells_each_step_its_time():
+def test_scan_tells_each_step_its_time():
     seen = []
-    schedule.sweep(lambda t, x, state: (seen.append((t, x)), state)[1], "abc", (0,), reverse=True)
+    scan(lambda t, x, state: (seen.append((t, x)), state)[1], "abc", (0,), reverse=True)
     assert seen == [(2, "c"), (1, "b"), (0, "a")]
 
 
-def test_sweep_counts_steps():
-    outputs, final = schedule.sweep(lambda t, x, state: (state[0] + 1, state[1] - 1), [None] * 5, (0, 0))
+def test_scan_counts_steps():
+    outputs, final = scan(lambda t, x, state: (state[0] + 1, state[1] - 1), [None] * 5, (0, 0))
     assert (outputs, final) == ([1, 2, 3, 4, 5], (5, -5))
 
 
@@ -105,37 +109,37 @@ def listed(outputs):
     return [output[:, 0].tolist() for output in outputs]
 
 
-def test_packed_sweep_goes_forth():
+def test_packed_scan_goes_forth():
     start = (torch.zeros(3, 1, dtype=torch.float64),)
-    outputs, (final,) = schedule.sweep_packed(digits, PACKED_ROWS, start, sizes=SIZES)
+    outputs, (final,) = scan_packed(digits, PACKED_ROWS, start, sizes=SIZES)
     assert listed(outputs) == [[1, 5, 7], [12, 56], [123], [1234]]
     assert final[:, 0].tolist() == [1234, 56, 7]
 
 
-def test_packed_sweep_goes_back_from_the_end_of_each_row():
+def test_packed_scan_goes_back_from_the_end_of_each_row():
     start = (torch.zeros(3, 1, dtype=torch.float64),)
-    outputs, (final,) = schedule.sweep_packed(digits, PACKED_ROWS, start, sizes=SIZES, reverse=True)
+    outputs, (final,) = scan_packed(digits, PACKED_ROWS, start, sizes=SIZES, reverse=True)
     assert listed(outputs) == [[4321, 65, 7], [432, 6], [43], [4]]
     assert final[:, 0].tolist() == [4321, 65, 7]
 
 
-def test_packed_sweep_starts_each_row_from_its_own_state():
+def test_packed_scan_starts_each_row_from_its_own_state():
     start = (torch.tensor([[8.0], [9.0], [1.0]], dtype=torch.float64),)
-    forth = schedule.sweep_packed(digits, PACKED_ROWS, start, sizes=SIZES)
-    back = schedule.sweep_packed(digits, PACKED_ROWS, start, sizes=SIZES, reverse=True)
+    forth = scan_packed(digits, PACKED_ROWS, start, sizes=SIZES)
+    back = scan_packed(digits, PACKED_ROWS, start, sizes=SIZES, reverse=True)
     assert forth[1][0][:, 0].tolist() == [81234, 956, 17]
     assert back[1][0][:, 0].tolist() == [84321, 965, 17]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("sizes", [[4], [2, 2, 2], [3, 1], [4, 4, 2, 2, 1], [1, 1], [5, 4, 3, 2, 1]])
-def test_packed_sweep_counts_the_steps_of_each_row(sizes, reverse):
+def test_packed_scan_counts_the_steps_of_each_row(sizes, reverse):
     def count(t, x, state):
         assert len(x) == len(state[0]) == sizes[t]
         return (state[0] + 1,)
 
     xs = [torch.zeros(size, 1) for size in sizes]
-    _, (final,) = schedule.sweep_packed(count, xs, (torch.zeros(sizes[0], 1),), sizes=sizes, reverse=reverse)
+    _, (final,) = scan_packed(count, xs, (torch.zeros(sizes[0], 1),), sizes=sizes, reverse=reverse)
     assert final[:, 0].tolist() == [sum(size > row for size in sizes) for row in range(sizes[0])]
 
 
@@ -148,7 +152,7 @@ def writer_cell(monkeypatch):
         return (label(rows if state[0] is None else state[0] * 10 + rows, "h"),)
 
     monkeypatch.setitem(CELLS, "TOY", Cell(("only",), (), ("h",), True, step))
-    prepared = Prepared((lambda rows: rows,), (), None, 1)
+    prepared = StepWeights((lambda rows: rows,), (), None, 1)
     return lambda passes, stacks=0, width=1: schedule.Layout([prepared] * passes, [prepared] * stacks, (width,))
 
 
@@ -185,12 +189,12 @@ def test_wavefront_is_layer_after_layer(writer_cell, layers, steps, given):
     state = (torch.arange(2.0 * layers, dtype=torch.float64).reshape(layers, 2, 1),) if given else None
     seen = []
 
-    class Scopes(schedule.Names):
+    class Scopes(Target):
         def enter(self, scope):
             seen.append(scope)
 
     apart = schedule.run(toy, writer_cell(layers), rows, state, steps=steps)
-    together = schedule.run(toy, writer_cell(layers, 1), rows, state, steps=steps, names=Scopes())
+    together = schedule.run(toy, writer_cell(layers, 1), rows, state, steps=steps, target=Scopes())
     assert_same(together.finals, apart.finals)
     assert_same(together.outputs[0].rows(), apart.outputs[0].rows())
     for t in range(steps):
@@ -228,7 +232,7 @@ def test_run_applies_dropout_between_layers_only(writer_cell):
 def test_run_names_each_step(writer_cell):
     said = []
 
-    class Recorder(schedule.Names):
+    class Recorder(Target):
         def enter(self, scope):
             self.scope = scope
 
@@ -237,7 +241,7 @@ def test_run_names_each_step(writer_cell):
             return value
 
     toy = Recurrence("TOY", 1, 1, num_layers=2, bidirectional=True)
-    schedule.run(toy, writer_cell(4), torch.ones(2, 1), None, steps=2, names=Recorder())
+    schedule.run(toy, writer_cell(4), torch.ones(2, 1), None, steps=2, target=Recorder())
     assert {name for name in said if name.endswith("h")} == {
         f"{layer}.t{t}.h" for layer in ("l0", "l0.reverse", "l1", "l1.reverse") for t in (0, 1)
     }
@@ -251,7 +255,7 @@ def test_results_do_not_depend_on_batch_or_length():
     x = case.args(torch.float64)[0]
     for part, expected in ((x[:, 2:3], whole[:, 2:3]), (x[:4], whole[:4])):
         recurrence = read_layer(layer)
-        prepared = schedule.prepare(recurrence, recurrence.weights(list(layer.parameters())), PLANS[0])
+        prepared = lay_out(recurrence, recurrence.weights(list(layer.parameters())), PLANS[0])
         result = schedule.run(recurrence, prepared, schedule.flat_rows(recurrence, part), None, steps=len(part))
         assert_same(schedule.joined_output(recurrence, result.outputs), expected)
 

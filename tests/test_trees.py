@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.checks import assert_same, problems
 from unroll import Plan, Unrolled, compare, compile, export_onnx, streaming, unroll
-from unroll.modules.replace import is_recurrent
+from unroll.modules.find import is_recurrent
 
 F64 = torch.float64
 

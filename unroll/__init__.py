@@ -2,15 +2,17 @@
 
 from unroll.bench.run import benchmark
 from unroll.comparison import Report, compare
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
 from unroll.export.exporting import Export, export_onnx
 from unroll.graphs.dynamo import compile
 from unroll.graphs.programs import decompositions
-from unroll.graphs.rewrite import trace
+from unroll.graphs.tracing import trace
 from unroll.modules.layers import Unrolled
 from unroll.packed.contexts import packing
-from unroll.streams.stateful import Stream, Streaming, streaming
+from unroll.streams.modules import Streaming
+from unroll.streams.stateful import streaming
+from unroll.streams.stream import Stream
 from unroll.targets.checking import check
 from unroll.unrolling import unroll
 

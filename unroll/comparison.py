@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import seeded
-from unroll.core.recurrence import Problem, UnrollError
 
 # Largest difference from the original, relative to the largest value, where there is no float64 result to judge by.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
+
 # How many roundings of the largest value the rewritten may be off where the original happens to have no error. Float32
 # rounds every intermediate result; in narrower types the gates are computed in float32, and only the result is rounded.
 ROUNDINGS = {torch.float64: 4, torch.float32: 4}
+
 
 # How often the original is run with other roundings, where a gradient is beyond its limit.
 SHAKES = 8

@@ -9,15 +9,14 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll.core.options import Rules, Where, read_where
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import Rules, Steps, Where, read_where
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.extras import require
 from unroll.graphs import programs
-from unroll.graphs import rewrite as graphs
-from unroll.graphs.lowering import Steps
-from unroll.modules import replace as trees
-from unroll.onnx import require
-from unroll.torchscript import rewrite as scripts
+from unroll.graphs.rewrite import unroll_graph
+from unroll.modules.replace import replace
+from unroll.torchscript.rewrite import unroll_script
 
 
 def unroll(
@@ -82,14 +81,14 @@ def unroll(
         _refuse_freeze(freeze, "an ExportedProgram", "export what unroll(module, freeze=True) returns")
         return programs.unroll_program(model, where=where, plan=Plan.of(plan))
     if isinstance(model, fx.GraphModule):
-        return graphs.unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps, freeze=freeze)
+        return unroll_graph(model, args, where=where, rules=rules, plan=plan, steps=steps, freeze=freeze)
     if isinstance(model, torch.jit.ScriptModule):
         _refuse("a ScriptModule, which has no Python classes any more", rules=rules)
         _refuse_freeze(freeze, "a ScriptModule", "leave freeze out, and use torch.jit.freeze")
-        return scripts.unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
+        return unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
-        return trees.replace(model, plan, where, rules, freeze=freeze)
+        return replace(model, plan, where, rules, freeze=freeze)
     kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unroll.bench.subjects import Subject, Task, tensors
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
 from unroll.export.exporting import export_onnx
 from unroll.unrolling import unroll
 
@@ -203,7 +203,7 @@ def _exported(task: Task, plan: Plan, folder: Path) -> Path:
 
 def _inputs(task: Task) -> list[Tensor]:
     """The model's tensors in the order in which a file takes them."""
-    from unroll.export.capture import in_order
+    from unroll.export.inputs import in_order
 
     return tensors((task.args, in_order(task.model, task.kwargs)))
 
@@ -307,9 +307,14 @@ def first_line(error: BaseException | None) -> str:
 
 
 INDUCTOR = ("torch._inductor.compile_fx",)
+
+
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
 FUSED = "eager"
 """The contender against which the others are held: the model as PyTorch runs it"""
+
 
 CONTENDERS: dict[str, Contender] = {
     FUSED: Contender("fused layer, eager", _eager, trains=True, keeps=True),

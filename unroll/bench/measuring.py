@@ -20,11 +20,12 @@ from unroll.bench.contenders import CONTENDERS, first_line, obstacle
 from unroll.bench.processes import Failed, Late, Process
 from unroll.bench.results import Row
 from unroll.bench.subjects import DTYPES, Subject, Task, tensors
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
 
 SETTLING = 3
 """Calls of the first turn at least: CUDA graphs are recorded in them."""
+
 
 BUILD = 50
 """Steps that a build counts for, so that the time that is left can be told: about as many turns take as long."""

@@ -12,8 +12,8 @@ from typing import Any
 from unroll.bench.contenders import FUSED
 from unroll.bench.results import Measurements, Row, by_subject, ratio
 from unroll.bench.subjects import SWEPT, Subject
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.onnx import require
+from unroll.core.errors import Problem, UnrollError
+from unroll.extras import require
 
 AXES = {"steps": "time steps", "batch": "batch", "hidden_size": "hidden features"}
 

@@ -15,8 +15,8 @@ from unroll.bench.machine import command, machine
 from unroll.bench.measuring import BUILD, Entry, Method, measure
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import Subject, subjects
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the number of all steps, and what is being done."""

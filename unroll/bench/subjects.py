@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.export.factories import made_by
+from unroll.core.errors import Problem, UnrollError
+from unroll.export.factories import load_factory
 
 LAYER: dict[str, Any] = {
     "input_size": 64,
@@ -30,8 +30,10 @@ LAYER: dict[str, Any] = {
 }
 """The options of a layer and of its input, and what is taken for those that are not given"""
 
+
 SWEPT = ("steps", "batch", "hidden_size")
 """Options that may be several values: every combination is then measured."""
+
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 """Floating types, the finest first"""
@@ -262,7 +264,7 @@ def _input(subject: Subject) -> Tensor:
 
 
 def _own(factory: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
-    model, args, options = made_by(factory)
+    model, args, options = load_factory(factory)
     if not isinstance(model, nn.Module):
         mend = "let it return an nn.Module: a program cannot run as PyTorch itself would run the model"
         raise UnrollError(Problem(factory, f"returns {type(model).__name__}", mend))

@@ -25,8 +25,8 @@ import torch
 
 from unroll.bench.contenders import CONTENDERS, Built, first_line
 from unroll.bench.subjects import Subject, Task
+from unroll.core.errors import UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import UnrollError
 
 WARM_UP = 0.2
 """Of the time of a run: caches are cold after other processes"""

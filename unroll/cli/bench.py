@@ -7,22 +7,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unroll.bench.contenders import CONTENDERS
 from unroll.bench.plots import draw
-from unroll.bench.report import as_tables
+from unroll.bench.results import COLUMNS, Measurements, advice, by_subject, cells, in_order
 from unroll.bench.run import benchmark
 from unroll.bench.subjects import DTYPES, LAYER
 from unroll.cli.printing import console, print_whole
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.onnx import require
+from unroll.core.errors import Problem, UnrollError
+from unroll.extras import require
 
 FACTORY = """package.module:name of a function that returns the model and a tuple of its arguments, or these and
 {"kwargs": ...}; measured is at the sizes of these arguments."""
+
 
 SIZES = "one or several, as in 8,32,128"
 
@@ -126,3 +127,21 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+
+def as_tables(found: Measurements) -> list[Any]:
+    """What rich prints: for each subject a table, lines in which failed contenders say why, and the advice."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    printed: list[Any] = []
+    for subject, rows in by_subject(found.rows).items():
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=escape(str(subject)), title_justify="left")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
+        for row in in_order(rows):
+            if not row.failure:
+                table.add_row(*map(escape, cells(row, rows)))
+        failed = [f"{escape(row.name)}: [dim]{escape(row.failure)}[/dim]" for row in rows if row.failure]
+        printed += [table, *failed, f"[bold]{escape(advice(rows))}[/bold]", ""]
+    return printed

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
-
-try:
-    import typer
-    from rich.markup import escape
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Column, Table
-except ImportError as error:  # pragma: no cover
-    raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.cli.bench import bench_command
-from unroll.cli.printing import console, print_whole
+from unroll.cli.printing import console, plain, print_json, print_layers, show_parts, stdout_for
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import PRESETS, Plan
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.export.exporting import Export, export_onnx
-from unroll.export.factories import made_by, options_of
-from unroll.onnx import require
+from unroll.export.exporting import export_onnx
+from unroll.export.factories import load_factory, options_of
+from unroll.extras import require
 from unroll.packed.contexts import packing
 from unroll.targets import checking
-from unroll.targets.tables import NAMES
+from unroll.targets.tables import NAMES, read_target
 from unroll.unrolling import unroll
+
+try:
+    import typer
+    from rich.markup import escape
+except ImportError as error:  # pragma: no cover
+    raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,24 +40,39 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 refused or failed with the reason, 2 used wrongly.",
 )
 
+
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
 
+
 app.command("bench", short_help="Measure a layer or a model in every form.")(bench_command)
 
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
+
+
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
+
+
 PlanOption = Annotated[
     str, typer.Option(help=f"{', '.join(PRESETS)}, or fields as in gates=paired,time=8. See unroll.Plan.")
 ]
+
+
 TARGET_HELP = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program
 as it is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there
 is one and --plan does not say."""
+
+
 TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
+
+
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
+
 
 JUDGING = ("model", "target", "as_json")
 """What goes with --target"""
+
 
 UNROLLING = ("where", "plan")
 """What else goes with it if the model is to be unrolled"""
@@ -99,8 +110,8 @@ def onnx_command(
     from unroll.onnx import files
     from unroll.onnx.rewrite import all_nodes, is_recurrent, unroll_ir
 
-    target = files.checked_place(target)
-    with _parts() as part:
+    target = files.check_path(target)
+    with show_parts() as part:
         part("read")
         model = files.load(source)
         part("unroll")
@@ -108,13 +119,13 @@ def onnx_command(
         unroll_ir(model, where=where, plan=plan, steps=steps)
         replaced = before - sum(map(is_recurrent, all_nodes(model)))
         part("save")
-        with files.delivered(model, target) as draft:
+        with files.write_then_move(model, target) as draft:
             part("check")
             size = files.size(draft)
             check.check_file(draft, target, source)
     counted = check.operators(model)
     if as_json:
-        _print_json({"path": str(target), "size": size, "replaced": replaced, "operators": dict(counted)})
+        print_json({"path": str(target), "size": size, "replaced": replaced, "operators": dict(counted)})
     else:
         text = f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB"
         text += "" if replaced else "; no recurrent node was replaced"
@@ -132,15 +143,15 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
-    with _stdout_for(as_json):
-        model, args, given = made_by(factory)
+    with stdout_for(as_json):
+        model, args, given = load_factory(factory)
         if args is None and not isinstance(model, ExportedProgram):
             raise UnrollError(_alone(factory))
         options = options_of(factory, given, opset_version=opset, where=where)
-        with _parts() as part:
+        with show_parts() as part:
             export = export_onnx(model, args, target, plan=plan, check=check, progress=part, **options)
     if as_json:
-        _print_json(_plain(export))
+        print_json(plain(export))
     else:
         console().print(str(export), markup=False)
 
@@ -167,14 +178,14 @@ def inspect_command(
     from unroll.onnx.files import load
 
     layout = Plan.of(plan)
-    with _stdout_for(as_json), _parts() as part:
+    with stdout_for(as_json), show_parts() as part:
         part("read")
         try:
             if _is_factory(model):
                 if steps is not None:
                     mend = "leave it out: the example arguments tell"
                     raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", mend))
-                made, args, given = made_by(model)
+                made, args, given = load_factory(model)
                 options = options_of(model, given, where=where)
                 part("unroll")
                 found = inspect_module(made, args, options, where=options.get("where"), plan=layout)
@@ -185,9 +196,9 @@ def inspect_command(
         except UnrollError as error:
             found = Inspection((), error.problems)
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
     else:
-        _print_layers(found)
+        print_layers(found)
     if found.problems:
         raise typer.Exit(1)
 
@@ -200,10 +211,10 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
     """Show what a target has against a model."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    table = checking.target_named(target)
-    with _stdout_for(as_json), _parts() as part, TemporaryDirectory() as folder:
+    table = read_target(target)
+    with stdout_for(as_json), show_parts() as part, TemporaryDirectory() as folder:
         part("read")
-        made, args, options = made_by(model) if _is_factory(model) else (model, None, {})
+        made, args, options = load_factory(model) if _is_factory(model) else (model, None, {})
         if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
             raise UnrollError(_alone(model))
         as_it_is = args is None or isinstance(made, ExportedProgram)
@@ -219,7 +230,7 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
         part("check")
         verdict = checking.check(made, target=target)
     if as_json:
-        _print_json(verdict.as_dict())
+        print_json(verdict.as_dict())
     else:
         console(soft_wrap=True).print(str(verdict), markup=False)
     if not verdict.ok:
@@ -229,7 +240,7 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
 def _exported(model: Any, args: Any, options: dict[str, Any], plan: str, folder: Path | None) -> Any:
     """An ONNX file in the folder, or without one a program, of the model unrolled."""
     require("onnx", "onnx_ir", "onnxscript")
-    from unroll.export.capture import example_args
+    from unroll.core.arguments import as_args
     from unroll.export.translate import named_dims, quiet
 
     if folder is not None:
@@ -238,7 +249,7 @@ def _exported(model: Any, args: Any, options: dict[str, Any], plan: str, folder:
     shapes, kwargs = named_dims(options.get("dynamic_shapes")), dict(options.get("kwargs") or {})
     try:
         with quiet(), packing():
-            return torch.export.export(unrolled, example_args(args), kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(unrolled, as_args(args), kwargs, dynamic_shapes=shapes, strict=False)
     except UnrollError:
         raise
     except Exception as error:
@@ -248,56 +259,3 @@ def _exported(model: Any, args: Any, options: dict[str, Any], plan: str, folder:
 
 def _alone(factory: str) -> Problem:
     return Problem(factory, "returns a model alone", "let it return the model and a tuple of example arguments")
-
-
-def _stdout_for(as_json: bool) -> Any:
-    """While this lasts, what others print does not get among the JSON."""
-    return redirect_stdout(sys.stderr) if as_json else nullcontext()
-
-
-@contextmanager
-def _parts() -> Iterator[Callable[[str], None]]:
-    """A function that shows which part of the work is being done, and for how long, on a terminal."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    errors = console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda part: progress.update(task, description=part)
-
-
-def _plain(export: Export) -> dict[str, Any]:
-    return {
-        "path": str(export.path),
-        "size": export.size,
-        "opset": export.opset,
-        "operators": dict(export.operators),
-        "differences": export.differences if export.report else None,
-        "refused": export.refused,
-        "seconds": dict(export.seconds),
-    }
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _print_layers(found: Any) -> None:
-    out = console()
-    if found.layers:
-        names = ("layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB")
-        columns = [Column(name, no_wrap=True) for name in names]
-        table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for layer in found.layers:
-            values = asdict(layer)
-            sizes = f"{layer.input_size} → {layer.hidden_size}"
-            steps = "any" if layer.steps is None else str(layer.steps)
-            counts = ["?" if values[key] is None else f"{values[key]:,}" for key in ("parameters", "nodes")]
-            size = "?" if layer.size is None else f"{layer.size / 1000:,.1f}"
-            table.add_row(
-                escape(layer.name), layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size
-            )
-        print_whole(out, table)
-    elif not found.problems:
-        out.print("no recurrent layers")
-    for place, finding, mend in found.problems:
-        out.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {mend}')}", soft_wrap=True)

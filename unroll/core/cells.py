@@ -13,117 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 
-Value = Any
-"""A tensor, or anything with `__torch_function__` that stands for one."""
+from unroll.core.weights import Affine, Precision, StepWeights, Tensorlike, Weights
 
-State = tuple[Value, ...]
+State = tuple[Tensorlike, ...]
 """`(h,)` or `(h, c)`, each `[B, size]`; an entry is None while it is still the zeros it began with."""
 
-Label = Callable[[Value, str], Value]
+
+Label = Callable[[Tensorlike, str], Tensorlike]
 """Names a value (`label(value, "forget")`) and returns it."""
-
-
-class Weights(NamedTuple):
-    """The parameters of one layer in one direction, as torch holds them: rows stacked by gate."""
-
-    w_ih: Value
-    """`[gates * H, F]`"""
-    w_hh: Value
-    """`[gates * H, H]`, or `[gates * H, P]` with a projection"""
-    b_ih: Value | None = None
-    """`[gates * H]`"""
-    b_hh: Value | None = None
-    """`[gates * H]`"""
-    w_hr: Value | None = None
-    """`[P, H]`, the projection of an LSTM with `proj_size`"""
-    peephole: Value | None = None
-    """`[3 * H]`, what `c` adds to the input, forget and output gates of an ONNX LSTM, or None"""
-
-
-class Affine(NamedTuple):
-    """The map `x @ weight + bias`; None stands for an `x` of zeros."""
-
-    weight: Value
-    """`[in, out]`, or stacked `[n, in, out]`; if summed, `[out, in]`, or stacked `[n, 1, out, in]`"""
-    bias: Value | None = None
-    """`[out]`, or stacked `[n, 1, out]`, or None"""
-    stacked: bool = False
-    """Whether there are `n` maps, for an `x` of `[n, B, in]`"""
-    summed: bool = False
-    """Whether the product is written as a multiplication and a sum"""
-
-    def __call__(self, x: Value | None) -> Value | None:
-        if x is None:
-            return self.bias
-        return self.times(x) if self.bias is None else self.onto(self.bias, x)
-
-    def times(self, x: Value) -> Value:
-        """`x @ weight`"""
-        if self.summed:
-            return torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
-        return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
-
-    def onto(self, y: Value, x: Value) -> Value:
-        """`y + x @ weight`"""
-        if self.summed:
-            return torch.add(y, self.times(x))
-        return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
-
-
-class Precision(NamedTuple):
-    """For float16 and bfloat16: products and `h` in one type, gates and `c` in a wider one, as in fused kernels."""
-
-    products: torch.dtype
-    gates: torch.dtype
-
-
-class Variant(NamedTuple):
-    """How a step of the ONNX standard departs from torch's."""
-
-    activations: tuple[Callable[[Value], Value], ...] = ()
-    """In the standard's order: f of the sigmoid gates, g of the candidate, h of an LSTM's `c`. Empty for torch's."""
-    clip: float | None = None
-    """What a gate's activation is applied to is first limited to `[-clip, clip]`; `c` is not, as in ONNX Runtime."""
-    coupled: bool = False
-    """An LSTM's forget gate is one minus its input gate (`input_forget`)."""
-
-
-class Prepared(NamedTuple):
-    """The parameters of one layer in one direction, as a step wants them: one product after another."""
-
-    inputs: tuple[Affine, ...]
-    """Applied to all time steps at once; step `t` gets one `x` from each."""
-    hidden: tuple[Affine, ...]
-    """Applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
-    projection: Affine | None
-    """From `H` to `P` features, or None"""
-    hidden_size: int
-    precision: Precision | None = None
-    peephole: tuple[Value, ...] | None = None
-    """`[H]` for each of the input, forget and output gates, or None"""
-    variant: Variant | None = None
-
-    def activations(self, *standard: Callable[[Value], Value]) -> tuple[Callable[[Value], Value], ...]:
-        """The activations of a step, given torch's."""
-        if self.variant is None:
-            return standard
-        chosen, clip = self.variant.activations or standard, self.variant.clip
-        if clip is None:
-            return chosen
-        clipped = ((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen[:2])
-        return *clipped, *chosen[2:]
-
-    def widen(self, value: Value) -> Value:
-        """A result of products, for the gates to work on."""
-        return value if self.precision is None else value.to(self.precision.gates)
-
-    def narrow(self, value: Value) -> Value:
-        """A result of gates, for products to work on."""
-        return value if self.precision is None else value.to(self.precision.products)
 
 
 @dataclass(frozen=True)
@@ -137,7 +37,7 @@ class Cell:
     states: tuple[str, ...]
     folds: bool
     """Whether the candidate's `b_hh` may be added to its `b_ih` (not in a GRU: reset scales it)."""
-    step: Callable[[tuple[Value, ...], State, Prepared, Label], State]
+    step: Callable[[tuple[Tensorlike, ...], State, StepWeights, Label], State]
     """`step(x, state, weights, label) -> state`, for `x` already projected, one `[B, n]` a product."""
     waits: bool = False
     """Whether the candidate's product needs the other gates first, so that it cannot be merged with theirs."""
@@ -167,7 +67,7 @@ class Cell:
         precision: Precision | None = None,
         *,
         summed: bool = False,
-    ) -> Prepared:
+    ) -> StepWeights:
         """Reorder, transpose and add up the parameters once, outside the loop over time.
 
         With `summed`, what a step multiplies by `h` and by its projection is written as multiplications and sums.
@@ -176,12 +76,16 @@ class Cell:
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
         apart = () if self.folds else next(group for group in hidden if self.candidate in group)
 
-        def by_gate(rows: Value) -> dict[str, Value]:
+        def by_gate(rows: Tensorlike) -> dict[str, Tensorlike]:
             parts = torch.chunk(rows, len(self.gates)) if len(self.gates) > 1 else (rows,)
             return dict(zip(self.gates, parts, strict=True))
 
         def maps(
-            rows: Value, groups: tuple[tuple[str, ...], ...], biases: dict[str, Value], *, summed: bool = False
+            rows: Tensorlike,
+            groups: tuple[tuple[str, ...], ...],
+            biases: dict[str, Tensorlike],
+            *,
+            summed: bool = False,
         ) -> tuple[Affine, ...]:
             rows = by_gate(rows)
             return tuple(
@@ -204,7 +108,7 @@ class Cell:
         projection = weights.w_hr
         if projection is not None:
             projection = Affine(projection if summed else torch.transpose(projection, 0, 1), summed=summed)
-        prepared = Prepared(
+        prepared = StepWeights(
             maps(weights.w_ih, self.input_products(layout), x_bias),
             maps(weights.w_hh, hidden, h_bias, summed=summed),
             projection,
@@ -216,40 +120,19 @@ class Cell:
         return prepared._replace(peephole=tuple(torch.chunk(prepared.widen(weights.peephole), 3)))
 
 
-def stack(passes: Sequence[Prepared]) -> Prepared:
-    """The parameters of passes of one kind, for steps on states `[n, B, size]`."""
-
-    def of(maps: Sequence[Affine]) -> Affine:
-        biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
-        weight = torch.stack([m.weight for m in maps])
-        weight = torch.unsqueeze(weight, 1) if maps[0].summed else weight
-        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].summed)
-
-    first = passes[0]
-    projection, peephole = first.projection, first.peephole
-    if projection is not None:
-        projection = of([p.projection for p in passes if p.projection is not None])
-    if peephole is not None:
-        gates = zip(*(p.peephole or () for p in passes), strict=True)
-        peephole = tuple(torch.stack([torch.reshape(weight, (1, -1)) for weight in gate]) for gate in gates)
-    return first._replace(
-        inputs=tuple(map(of, zip(*(p.inputs for p in passes), strict=True))),
-        hidden=tuple(map(of, zip(*(p.hidden for p in passes), strict=True))),
-        projection=projection,
-        peephole=peephole,
-    )
-
-
 def _sigmoid_gates(
-    parts: Sequence[Value], names: tuple[str, ...], label: Label, sigmoid: Callable[[Value], Value] = torch.sigmoid
-) -> list[Value]:
+    parts: Sequence[Tensorlike],
+    names: tuple[str, ...],
+    label: Label,
+    sigmoid: Callable[[Tensorlike], Tensorlike] = torch.sigmoid,
+) -> list[Tensorlike]:
     """The gates `names` out of one pre-activation that holds them all, or out of one each."""
     activated = [sigmoid(part) for part in parts]
     gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), -1)
     return [label(gate, name) for gate, name in zip(gates, names, strict=True)]
 
 
-def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+def _lstm(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
     h, c = state
     size = weights.hidden_size
     sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
@@ -279,12 +162,12 @@ def _lstm(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -
     return label(h, "h"), c
 
 
-def _peek(gate: Value, c: Value | None, weight: Value) -> Value:
+def _peek(gate: Tensorlike, c: Tensorlike | None, weight: Tensorlike) -> Tensorlike:
     """The pre-activation of a gate that looks at `c`."""
     return gate if c is None else torch.add(gate, torch.mul(c, weight))
 
 
-def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
     (h,) = state
     size = weights.hidden_size
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
@@ -304,7 +187,7 @@ def _gru(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) ->
     return _between(label(tanh(n), "new"), z, h, weights, label)
 
 
-def _gru_resetting_first(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+def _gru_resetting_first(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
     (h,) = state
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
     *pre, n = x
@@ -317,15 +200,15 @@ def _gru_resetting_first(x: tuple[Value, ...], state: State, weights: Prepared, 
     return _between(label(tanh(weights.widen(n)), "new"), z, h, weights, label)
 
 
-def _between(n: Value, z: Value, h: Value | None, weights: Prepared, label: Label) -> State:
+def _between(n: Tensorlike, z: Tensorlike, h: Tensorlike | None, weights: StepWeights, label: Label) -> State:
     """The next `h` of a GRU, on the way from its candidate to the last one."""
     h = torch.sub(n, torch.mul(z, n)) if h is None else torch.add(n, torch.mul(z, torch.sub(weights.widen(h), n)))
     return (label(weights.narrow(h), "h"),)
 
 
-def _rnn(activation: Callable[[Value], Value]) -> Callable[..., State]:
+def _rnn(activation: Callable[[Tensorlike], Tensorlike]) -> Callable[..., State]:
     # One rounding before the activation and one after: a wider type between them would change nothing.
-    def step(x: tuple[Value, ...], state: State, weights: Prepared, label: Label) -> State:
+    def step(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
         (h,) = state
         (activate,) = weights.activations(activation)
         pre = x[0] if h is None else weights.hidden[0].onto(x[0], h)
@@ -346,6 +229,7 @@ CELLS = {
     "RNN_RELU": Cell(("hidden",), (), ("h",), True, _rnn(torch.relu)),
 }
 """The cells by torch's name of the mode (`nn.RNNBase.mode`)."""
+
 
 ONNX_CELLS = {
     # As a GRU, but n = tanh(W_in x + b_in + W_hn (r * h) + b_hn): `linear_before_reset` 0, the standard's default

@@ -1,4 +1,4 @@
-"""Which layers are unrolled, `where=`, and what stands in for some of them, `rules=`."""
+"""The options of a rewriting: which layers, `where=`; what stands in for some, `rules=`; how many steps, `steps=`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 """Which layers: a name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
+
 
 Rules = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
 """For classes of the user's own: a function from the layer to a module that stands in for it."""
@@ -93,3 +94,39 @@ def unknown_rules(unused: Iterable[type]) -> list[Problem]:
 
 def _named(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else repr(kind)
+
+
+Steps = int | Mapping[str, int] | None
+"""The number of time steps, for all layers or by the layer's name."""
+
+
+FIXED = "fixed"
+"""For `steps`: a symbolic length is that of the example, where whoever traces guards it."""
+
+
+def unknown_steps(steps: Any, names: Iterable[str]) -> list[Problem]:
+    """A problem for each layer in `steps`, if it is by name, that is not among these."""
+    if not isinstance(steps, Mapping):
+        return []
+    names = list(dict.fromkeys(names))
+    mend = f"the layers with steps are: {', '.join(names) or 'none'}"
+    return [Problem(f"steps[{name!r}]", "names no recurrent layer", mend) for name in steps if name not in names]
+
+
+def choose_steps(place: str, known: Any, asked: Any) -> int | None:
+    """Choose a layer's number of steps; None if nothing tells it.
+
+    Args:
+        place: the layer.
+        known: what its model tells.
+        asked: what was asked for it.
+
+    Raises:
+        UnrollError: if the two differ, or it is no number of steps.
+    """
+    found = known if asked is None else asked
+    if known is not None and found != known:
+        raise UnrollError(Problem(place, f"has {known} time steps", f"leave out steps={asked} or make it {known}"))
+    if found is not None and (type(found) is not int or found < 1):
+        raise UnrollError(Problem(place, f"steps={found!r}", "give a whole number from 1 upwards"))
+    return found

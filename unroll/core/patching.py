@@ -22,13 +22,17 @@ from torch.fx import _symbolic_trace
 
 T = TypeVar("T")
 
+
 ABSENT = object()
 """The value of an attribute that its owner does not have itself"""
+
 
 _LOCK = threading.RLock()
 """Held while an attribute is exchanged, and never while waiting for anything"""
 
+
 _ALONE = threading.RLock()
+
 
 _STACKS: dict[tuple[int, str], tuple[Any, list[list[Any]]]] = {}
 """By owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
@@ -185,6 +189,8 @@ def seeded(seed: int | None = None) -> Iterator[None]:
 
 
 _growing = 0
+
+
 _collects = True
 
 

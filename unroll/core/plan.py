@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 
 Gates = Literal["merged", "paired", "split"]
+
+
 Directions = Literal["separate", "stacked"]
+
+
 Layers = Literal["sequential", "wavefront"]
+
+
 Products = Literal["matrix", "sums"]
 
 
@@ -111,6 +117,7 @@ def _read(text: str) -> Plan:
 
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
+
 
 # What speaks for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
 # docs/benchmark.md; findings those of docs/contracts.md.

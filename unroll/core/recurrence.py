@@ -6,42 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from unroll.core.cells import CELLS, ONNX_CELLS, Cell, Value, Weights
-
-
-class Problem(NamedTuple):
-    """One reason why something cannot be unrolled or run."""
-
-    place: str
-    """Module path, node or argument"""
-    finding: str
-    mend: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.finding}; {self.mend}"
+from unroll.core.cells import CELLS, ONNX_CELLS, Cell
+from unroll.core.weights import Tensorlike, Weights
 
 
-class UnrollError(RuntimeError):
-    """Something that cannot be honoured, with every place where it was met.
+class Frame(NamedTuple):
+    """The sizes of an input around its features."""
 
-    Attributes:
-        problems: the reasons, each with `place`, `finding` and `mend`.
-
-    Example:
-        >>> str(UnrollError(Problem("encoder.rnn", "3 gates found", "give 4")))
-        'encoder.rnn: 3 gates found; give 4'
-    """
-
-    def __init__(self, *problems: Problem) -> None:
-        self.problems = problems  # all that Dynamo can follow; it tells the arguments of what is raised while it traces
-
-    def __str__(self) -> str:
-        lines = [str(problem) for problem in self.problems]
-        return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines])
+    batched: bool
+    """Whether it has a batch"""
+    steps: Any
+    """T; 1 of a cell"""
+    batch: Any
+    """B; 1 of an input without a batch"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +68,46 @@ class Recurrence:
         return self.num_layers * len(self.directions)
 
     @property
+    def time_axis(self) -> int:
+        """The axis of the steps in a layer's input with a batch."""
+        return 1 if self.batch_first else 0
+
+    @property
+    def batch_axis(self) -> int:
+        """The axis of the batch in an input with one."""
+        return 0 if self.is_cell else 1 - self.time_axis
+
+    def rank(self, *, batched: bool = True) -> int:
+        """Return the number of dimensions of an input, and of a state."""
+        return (1 if self.is_cell else 2) + batched
+
+    def frame(self, shape: Sequence[Any]) -> Frame:
+        """Read the sizes of an input of this shape.
+
+        Example:
+            >>> Recurrence("GRU", 3, 5, batch_first=True).frame((2, 7, 3))
+            Frame(batched=True, steps=7, batch=2)
+        """
+        batched = len(shape) == self.rank()
+        steps = 1 if self.is_cell else shape[self.time_axis if batched else 0]
+        return Frame(batched, steps, shape[self.batch_axis] if batched else 1)
+
+    def state_shapes(self, frame: Frame) -> list[tuple[Any, ...]]:
+        """Return the shape of each state for an input with these sizes."""
+        lead = (*(() if self.is_cell else (self.passes,)), *((frame.batch,) if frame.batched else ()))
+        return [(*lead, size) for size in self.state_sizes]
+
+    def output_shape(self, frame: Frame) -> tuple[Any, ...]:
+        """Return the shape of a layer's output for an input with these sizes."""
+        lead = (frame.steps, frame.batch) if frame.batched else (frame.steps,)
+        return (*(lead[::-1] if self.batch_first else lead), len(self.directions) * self.output_size)
+
+    @property
+    def flat_names(self) -> list[str]:
+        """Names of the parameters in torch's order."""
+        return [name for group in self.weight_names for name in group]
+
+    @property
     def weight_names(self) -> list[list[str]]:
         """Names of the parameters in torch's order, a list for each layer and direction."""
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * self.bias + ["weight_hr"] * bool(self.proj_size)
@@ -109,7 +128,7 @@ class Recurrence:
             shapes += [(size, self.hidden_size)] * bool(self.proj_size)
         return shapes
 
-    def weights(self, flat: Sequence[Value]) -> list[Weights]:
+    def weights(self, flat: Sequence[Tensorlike]) -> list[Weights]:
         """Group tensors given in the order of `weight_names` (that of torch's flat weights)."""
         groups, size = [], len(self.weight_names[0])
         for start in range(0, len(flat), size):
@@ -120,6 +139,8 @@ class Recurrence:
 
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+
+
 CELL_MODES: dict[type[nn.Module], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
 
 
@@ -145,6 +166,22 @@ def read_cell(layer: Any, mode: str) -> Recurrence:
     if mode == "RNN":
         mode = f"RNN_{layer.nonlinearity.upper()}"
     return Recurrence(mode, layer.input_size, layer.hidden_size, bias=layer.bias, is_cell=True)
+
+
+def read_module(layer: Any) -> Recurrence:
+    """Read the recurrence of any recurrent layer or cell of torch, or of a subclass of one.
+
+    Example:
+        >>> read_module(nn.RNNCell(3, 5)).mode, read_module(nn.LSTM(3, 5)).mode
+        ('RNN_TANH', 'LSTM')
+    """
+    mode = cell_mode(layer)
+    return read_layer(layer) if mode is None else read_cell(layer, mode)
+
+
+def cell_mode(layer: Any) -> str | None:
+    """Return the mode in `CELL_MODES` of a cell of torch, or of a subclass of one; None for anything else."""
+    return next((mode for kind, mode in CELL_MODES.items() if isinstance(layer, kind)), None)
 
 
 def read_call(
@@ -187,92 +224,7 @@ def read_call(
     )
 
 
-AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
-"""What autocast casts; it leaves float64 and integers alone."""
-
-
-def autocast_dtype(tensor: Any) -> torch.dtype | None:
-    """What autocast computes in on the tensor's device, or None where it is off."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def check_arguments(
-    recurrence: Recurrence,
-    place: str,
-    input: Any,
-    state: Any,
-    *,
-    weight: Any = None,
-    rows: int | None = None,
-) -> None:
-    """Refuse what torch refuses, before anything is computed.
-
-    Args:
-        recurrence: what the layer is.
-        place: its name, for the message.
-        input: anything with `shape` (and `dtype` and `device`, if `weight` is given).
-        state: None, a tensor, or for an LSTM the pair `(h_0, c_0)`.
-        weight: a weight that dtype and device must match; None where they cannot be told.
-        rows: of a packed input, its largest batch size.
-
-    Raises:
-        UnrollError: with every mismatch found.
-    """
-    if not hasattr(input, "shape"):
-        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
-    problems: list[Problem] = []
-    shape = tuple(input.shape)
-
-    def expect(good: bool, argument: str, finding: str, mend: str) -> bool:
-        if not good:
-            problems.append(Problem(f"{place}: {argument}", finding, mend))
-        return good
-
-    features = recurrence.input_size
-    ranks = (2,) if rows is not None else (1, 2) if recurrence.is_cell else (2, 3)
-    wanted = " or ".join(f"{rank}-D" for rank in ranks)
-    known = expect(len(shape) in ranks, "input", f"is {len(shape)}-D, {list(shape)}", f"give a {wanted} tensor")
-    if known:
-        mend = f"its last size must be input_size={features}"
-        known = expect(shape[-1] == features, "input", f"has shape {list(shape)}", mend)
-    batched = rows is not None or len(shape) == ranks[-1]
-    time, batch = (1, 0) if recurrence.batch_first else (0, 1)
-    if known and rows is None and not recurrence.is_cell:
-        length = shape[time if batched else 0]
-        some = not has_static_value(length) or length > 0  # Dynamo cannot branch on a symbolic length everywhere
-        expect(some, "input", f"has no time steps, {list(shape)}", "give a sequence of at least one step")
-
-    checked = [("input", input)]
-    if state is not None:
-        names = tuple(f"{name}_0" for name in recurrence.cell.states)
-        if len(names) == 1:
-            tensors = (state,)
-            whole = hasattr(state, "shape")
-        else:
-            whole = isinstance(state, (tuple, list)) and len(state) == len(names)
-            tensors = tuple(state) if whole else ()
-            whole = whole and all(hasattr(s, "shape") for s in tensors)
-        form = "a tensor" if len(names) == 1 else f"a pair ({', '.join(names)})"
-        if expect(whole, "state", f"is {type(state).__name__}", f"give {form}, or None for zeros"):
-            for name, tensor, size in zip(names, tensors, recurrence.state_sizes, strict=True):
-                checked.append((name, tensor))
-                if known:
-                    lead = () if recurrence.is_cell else (recurrence.passes,)
-                    count = shape[0 if recurrence.is_cell else batch] if rows is None and batched else rows
-                    form = (*lead, count, size) if batched else (*lead, size)
-                    good = tuple(tensor.shape) == form
-                    expect(good, name, f"has shape {list(tensor.shape)}", f"it must be {list(form)}")
-
-    if weight is not None:
-        for name, tensor in checked:
-            mend = f"give {weight.device}, or move the module"
-            expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", mend)
-            cast = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
-            good = tensor.dtype == weight.dtype or cast
-            mend = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
-            expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", mend)
-    if problems:
-        raise UnrollError(*problems)
+def scope(recurrence: Recurrence, k: int) -> str:
+    """What pass number `k` is called: `l1`, `l1.reverse`."""
+    layer, direction = divmod(k, len(recurrence.directions))
+    return f"l{layer}.reverse" if recurrence.directions[direction] else f"l{layer}"

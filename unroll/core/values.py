@@ -6,14 +6,41 @@ of its graph, which adds a node and returns the stand-in of its result.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
-from unroll.core.scan import Names, separated
+from unroll.core.rows import Divide, split_rows
+from unroll.core.weights import Tensorlike
+
+Loop = Callable[..., tuple[Any, tuple[Any, ...]]]
+
+
+class Target:
+    """What the recipe computes on or writes into. This one is for tensors: it has no use for names.
+
+    Attributes:
+        divide: how rows that steps read themselves, not as what a product is added to, become pieces: `split_rows`,
+            or `copy_apart` for Inductor on a CPU.
+        loop: for a loop that the target runs itself, called like `scan` with the rows of all time steps in place of
+            pieces; what it returns as output has all rows too. It looks after a mask by itself. None where every step
+            is written.
+    """
+
+    def __init__(self, divide: Divide = split_rows, loop: Loop | None = None) -> None:
+        self.divide = divide
+        self.loop = loop
+
+    def enter(self, scope: str) -> None:
+        """Have what follows belong to `scope`, such as `l1.reverse.t7`."""
+
+    def __call__(self, value: Tensorlike, name: str) -> Tensorlike:
+        """Call `value` by `name` in the current scope, and return it."""
+        return value
+
+
+TENSORS = Target()
 
 
 class Value:
@@ -57,10 +84,11 @@ def _first(args: Any) -> Value:
     raise TypeError("no value of a graph among the arguments")
 
 
-class Writer(Names):
+class Writer(Target):
     """Adds nodes to a graph, each named by the layer, the scope in it and what it is."""
 
     def __init__(self, layer: str) -> None:
+        super().__init__()
         self.layer = layer
         self.scope = ""
 
@@ -77,58 +105,3 @@ class Writer(Names):
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """The value of a torch function, or the list of its values."""
         raise NotImplementedError
-
-
-# What the nodes written for a call take over from it.
-KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
-
-
-class GraphWriter(Writer):
-    """Writes nodes into an FX graph, at its current point of insertion."""
-
-    def __init__(self, layer: str, graph: fx.Graph, meta: Mapping[str, Any]) -> None:
-        super().__init__(layer)
-        self.graph = graph
-        self.meta = {key: meta[key] for key in KEPT_META if key in meta}
-        self.made: list[fx.Node] = []
-
-    def node(
-        self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None
-    ) -> fx.Node:
-        name = name or self.name(target.rpartition(".")[2] if isinstance(target, str) else target.__name__)
-        node = self.graph.create_node(op, target, args, kwargs, name=name.replace(".", "_"))
-        node.meta.update(self.meta)
-        self.made.append(node)
-        return node
-
-    def value(self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None) -> Value:
-        return Value(self, lambda name: self.node(op, target, nodes_of(args), kwargs, name))
-
-    def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func is torch.Tensor.to:
-            return self.value("call_method", "to", args)
-        if func is torch.chunk and len(args) == 2:
-            # Rows of any number, also a symbolic one, which chunk itself would have to know.
-            stacked = self.value("call_function", torch.unflatten, (args[0], 0, (args[1], -1)))
-            return self.items(self.value("call_function", torch.unbind, (stacked,)), args[1])
-        result = self.value("call_function", func, args, kwargs)
-        if func not in (torch.chunk, torch.split, separated):
-            return result
-        return self.items(result, len(args[1]) if func is torch.split else args[1])
-
-    def items(self, values: Value, count: int) -> list[Value]:
-        """The values of a node that returns a tuple."""
-        return [self.value("call_function", operator.getitem, (values, i)) for i in range(count)]
-
-    def index(self, value: Value, index: tuple[Any, ...]) -> Value:
-        """`value[index]`"""
-        return self.value("call_function", operator.getitem, (value, index))
-
-
-def nodes_of(args: Any) -> Any:
-    """Arguments with the nodes of their values."""
-    if isinstance(args, Value):
-        return args.node
-    if isinstance(args, (tuple, list)):
-        return type(args)([nodes_of(arg) for arg in args])
-    return args

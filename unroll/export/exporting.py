@@ -14,10 +14,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.comparison import Report
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where, read_where
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.onnx import require
+from unroll.extras import require
 
 
 @dataclass(frozen=True)
@@ -117,19 +117,21 @@ def export_onnx(
         (20, ['y', 'h'], False)
     """
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
+    from unroll.core.arguments import as_args
     from unroll.core.patching import seeded
     from unroll.export import verify as checks
-    from unroll.export.capture import capture, example_args, in_order
-    from unroll.export.states import completed, name_states
+    from unroll.export.capture import capture
+    from unroll.export.inputs import in_order
+    from unroll.export.states import add_state_inputs, name_states
     from unroll.export.translate import named_dims, quiet, translate
     from unroll.onnx import files
     from unroll.onnx.rewrite import from_torch, unroll_ir
 
-    path, plan, where = files.checked_place(path), plan if plan is None else Plan.of(plan), read_where(where)
+    path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
-    args, kwargs, dynamic_shapes = completed(model, example_args(args), in_order(model, kwargs), dynamic_shapes)
+    args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
     with quiet():
         clock("capture")
@@ -145,7 +147,7 @@ def export_onnx(
         original, given = model, kwargs
     report, refused = None, 0
     clock("save")
-    with files.delivered(written, path) as draft:
+    with files.write_then_move(written, path) as draft:
         size = files.size(draft)
         if check:
             clock("check")

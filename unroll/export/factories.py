@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 
 OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "opset_version", "where", "rules")
 """The keyword arguments of `export_onnx` that a factory may give."""
 
 
-def made_by(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]:
+def load_factory(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]:
     """The model, its arguments if there are any, and options, that a `package.module:name` gives.
 
     Raises:

@@ -12,14 +12,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.core.cells import ONNX_CELLS
-from unroll.core.options import Rules, Where
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import Rules, Steps, Where
 from unroll.core.plan import Plan
-from unroll.core.recurrence import CELL_MODES, Problem, Recurrence, UnrollError, read_cell, read_layer
+from unroll.core.recurrence import Recurrence, read_module
 from unroll.export.capture import capture
 from unroll.export.translate import named_dims, quiet, translate
-from unroll.modules import replace as trees
-from unroll.onnx.calls import Site, Steps
-from unroll.onnx.rewrite import PLAN, from_torch, read_sites, write_sites
+from unroll.modules.find import find
+from unroll.onnx.calls import Call
+from unroll.onnx.rewrite import PLAN, from_torch, read_calls, write_calls
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def inspect_model(
     plan = PLAN if plan is None else Plan.of(plan)
     copy = model.clone()
     try:
-        sites, problems = read_sites(copy, where, steps)
+        sites, problems = read_calls(copy, where, steps)
         layers = [_read(site) for site in sites]
         if not problems:
-            write_sites(copy, sites, plan)
+            write_calls(copy, sites, plan)
             nodes = list(copy.graph.all_nodes())
             layers = [_counted(layer, nodes) for layer in layers]
     except UnrollError as error:
@@ -109,15 +110,13 @@ def inspect_module(
 def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
     """What the modules tell of themselves, if they can be unrolled; a program has none."""
     try:
-        found = trees.find(model, where, rules) if isinstance(model, nn.Module) else []
+        found = find(model, where, rules) if isinstance(model, nn.Module) else []
     except UnrollError:
         return ()
     layers = []
     for entry in found:
-        mode = next((mode for kind, mode in CELL_MODES.items() if isinstance(entry.layer, kind)), None)
-        recurrence = read_cell(entry.layer, mode) if mode else read_layer(entry.layer)
         parameters = sum(p.numel() for p in entry.layer.parameters())
-        layers.append(_described(recurrence, entry.names[0], None, parameters))
+        layers.append(_described(read_module(entry.layer), entry.names[0], None, parameters))
     return tuple(layers)
 
 
@@ -135,7 +134,7 @@ def _described(recurrence: Recurrence, name: str, steps: int | None, parameters:
     )
 
 
-def _read(site: Site) -> Layer:
+def _read(site: Call) -> Layer:
     """What a node tells."""
     shapes = [site.shape(value) for value in site.parameters if value is not None]
     known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]

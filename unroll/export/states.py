@@ -1,13 +1,11 @@
-"""Streaming models as ONNX files: the names of their states, and runs in ONNX Runtime.
-
-A state `lstm.h` is the input `lstm.h` and the output `lstm.h.next`.
+"""The states of a streaming model on its way to a file: a state `lstm.h` is the input `lstm.h` and the output
+`lstm.h.next`.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -16,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.streams.graphs import example_state
-from unroll.streams.stateful import Streaming
-from unroll.streams.states import ARGUMENT, NEXT, State, fixed_rows, started, zeros
+from unroll.streams.modules import Streaming
+from unroll.streams.states import ARGUMENT, NEXT, zero_states
 
 
-def completed(
+def add_state_inputs(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Example inputs and dynamic shapes of a streaming model, with those of its states if they were left out.
@@ -47,7 +45,7 @@ def completed(
         states = {name: _open_rows(state) for name, state in example.items()}
         mapping = isinstance(dynamic_shapes, Mapping)
         dynamic_shapes = {**dynamic_shapes, ARGUMENT: states} if mapping else (*dynamic_shapes, states)
-    return (*args, zeros(example, None)), kwargs, dynamic_shapes
+    return (*args, zero_states(example, None)), kwargs, dynamic_shapes
 
 
 def _names_state(dynamic_shapes: Any) -> bool:
@@ -108,89 +106,3 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
                 value.name = f"{value.name}.inside"
     for name, value in named.items():
         value.name = name
-
-
-def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., State | None]]:
-    """What runs one piece in ONNX Runtime, and what gives the first state: None if the first piece tells its sizes.
-
-    Args:
-        model: the path of a file, or an `onnxruntime.InferenceSession`.
-    """
-    if isinstance(model, (str, os.PathLike)):
-        from unroll.export.verify import session
-
-        model = session(model, model)
-    runtime = model
-    outputs = [value.name for value in runtime.get_outputs()]
-    states = [value for value in runtime.get_inputs() if f"{value.name}{NEXT}" in outputs]
-    inputs = [value.name for value in runtime.get_inputs() if value not in states]
-    if not states:
-        finding = f"has no input x with an output x{NEXT}"
-        raise UnrollError(Problem("Stream(file)", finding, "write it by export_onnx(streaming(model, args), ...)"))
-    names = [value.name for value in states]
-    results = [name for name in outputs if name.removesuffix(NEXT) not in names]
-
-    def run(*args: Any, state: State | None, **kwargs: Any) -> tuple[Any, State]:
-        if state is not None:
-            started(ARGUMENT, state, dict.fromkeys(names))
-        given = dict(zip((name for name in inputs if name not in kwargs), args)) | kwargs
-        if len(args) + len(kwargs) != len(inputs) or given.keys() != set(inputs):
-            finding = f"{len(args)} arguments and {', '.join(kwargs) or 'none'} by name were given"
-            raise UnrollError(Problem("Stream", finding, f"give {', '.join(inputs)}"))
-        tensors = {name: torch.as_tensor(value) for name, value in given.items()}
-        tensors |= _zeros(states, _open_sizes(runtime, tensors)) if state is None else state
-        feed = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        try:
-            arrays = runtime.run(outputs, feed)
-        except Exception as error:
-            wanted = ", ".join(f"{value.name} {value.shape}" for value in runtime.get_inputs())
-            finding = f"fails in ONNX Runtime ({str(error).splitlines()[0]})"
-            raise UnrollError(Problem("Stream", finding, f"the file takes {wanted}")) from error
-        found = dict(zip(outputs, map(torch.from_numpy, arrays)))
-        output = tuple(found[name] for name in results)
-        return output[0] if len(output) == 1 else output, {name: found[f"{name}{NEXT}"] for name in names}
-
-    return run, lambda batch=None: _first(states, batch)
-
-
-TYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16}
-
-
-def _first(states: list[Any], batch: int | None) -> State | None:
-    """Zeros for this many rows; None for as many as the first piece has, if the file leaves that open."""
-    sizes = {size for value in states for size in value.shape if not isinstance(size, int)}
-    if batch is None:
-        return None if sizes else _zeros(states, {})
-    problems = [
-        fixed_rows(batch, value.name, value.shape)
-        for value in states
-        if all(isinstance(size, int) for size in value.shape) and (len(value.shape) < 2 or value.shape[-2] != batch)
-    ]
-    if problems:
-        raise UnrollError(*problems)
-    return _zeros(states, dict.fromkeys(sizes, batch) if len(sizes) == 1 else {})
-
-
-def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
-    """What a piece tells of the sizes that a file leaves open, by their names in it."""
-    return {
-        size: found
-        for value in runtime.get_inputs()
-        if value.name in given
-        for size, found in zip(value.shape, given[value.name].shape)
-        if isinstance(size, str)
-    }
-
-
-def _zeros(states: list[Any], sizes: Mapping[Any, int]) -> State:
-    """Zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
-    shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in states}
-    mend = "set the state yourself, a dictionary of tensors"
-    problems = [
-        Problem(value.name, f"has shape {value.shape}, of which the batch is not told", mend)
-        for value in states
-        if not all(isinstance(size, int) for size in shapes[value.name])
-    ]
-    if problems:
-        raise UnrollError(*problems)
-    return {value.name: torch.zeros(shapes[value.name], dtype=TYPES[value.type]) for value in states}

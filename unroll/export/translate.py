@@ -15,8 +15,8 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import alone, patched, without_warnings
-from unroll.core.recurrence import Problem, UnrollError
 
 # What torch says of its own workings while it exports.
 NOISE = (

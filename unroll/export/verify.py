@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.comparison import Report, Row, compare
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.export.capture import lengths_among
+from unroll.core.errors import Problem, UnrollError
+from unroll.export.inputs import fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
+from unroll.onnx.runtime import first_line, session
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest difference from the original, relative to the largest value, by the least exact type in the model."""
@@ -69,9 +70,9 @@ def check_file(
         return
     before = None if source is None else _fault(source)
     if source is not None and before is not None:
-        finding = f"is itself not valid ONNX ({_first_line(before)})"
+        finding = f"is itself not valid ONNX ({first_line(before)})"
         raise UnrollError(Problem(os.fspath(source), finding, "mend it first")) from before
-    finding = f"is not valid ONNX ({_first_line(error)})"
+    finding = f"is not valid ONNX ({first_line(error)})"
     raise UnrollError(Problem(os.fspath(name), finding, "report this model")) from error
 
 
@@ -82,43 +83,6 @@ def _fault(path: str | os.PathLike[str]) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
-    """An ONNX Runtime session on the CPU, for one thread, with a file that is called `name` in messages."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    try:
-        # ONNX Runtime 1.31 crashes in that optimization, of convolutions, where a float16 file has an open batch.
-        return onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
-        )
-    except Exception as error:
-        if not os.path.exists(path):
-            finding, mend = "cannot be read (No such file or directory)", "give the path of an ONNX file"
-        else:
-            finding, mend = f"is refused by ONNX Runtime ({_first_line(error)})", _mend(str(error))
-        raise UnrollError(Problem(os.fspath(name), finding, mend)) from error
-
-
-# What to do, by what the reason of ONNX Runtime holds.
-MENDS = {
-    "NOT_IMPLEMENTED": "export in float32, or pass check=False for another runtime",
-    "under development": "ask for an older opset_version, or pass check=False for another runtime",
-    "Unsupported model IR version": "install a newer ONNX Runtime, or write the file for an older version",
-    "INVALID_PROTOBUF": "give the path of an ONNX file",
-    "ShapeInferenceError": "torch's exporter wrote that node if it is no step of a layer: change the operation",
-}
-
-
-def _mend(reason: str) -> str:
-    return next((mend for part, mend in MENDS.items() if part in reason), "report this model")
 
 
 def check_values(
@@ -170,7 +134,7 @@ def check_values(
         try:
             return [torch.from_numpy(array) for array in runner.run(None, feed)]
         except Exception as error:
-            finding = f"fails in ONNX Runtime ({_first_line(error)})"
+            finding = f"fails in ONNX Runtime ({first_line(error)})"
             raise UnrollError(Problem(os.fspath(name), finding, "report this model")) from error
 
     spec = pytree.tree_structure(inputs[0])
@@ -193,66 +157,3 @@ def _renamed(row: Row, names: Sequence[str]) -> str:
     index = number.removesuffix("]")
     known = bracket and index.isdigit() and int(index) < len(names)
     return before.removesuffix("output") + names[int(index)] if known else row.place
-
-
-def fresh_inputs(
-    program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Random inputs like the given ones: once of their sizes, and with dynamic sizes longer and shorter."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
-    examples = [values.get(name) for name in program.graph_signature.user_inputs]
-    dims = [size for e in examples if isinstance(e, Tensor) for size in e.shape if isinstance(size, torch.SymInt)]
-    symbols: list[Any] = sorted({s for size in dims for s in size.node.expr.free_symbols}, key=str)
-    hints = {s: size.node.shape_env.backed_var_to_val[s] for size in dims for s in size.node.expr.free_symbols}
-    variants = [hints]
-    if symbols:
-        limits = {s: program.range_constraints.get(s) for s in symbols}
-        for change in (lambda n, k: n + 3 + k, lambda n, k: max(n // 2, 1)):
-            sizes = {s: _within(change(int(hints[s]), k), limits[s]) for k, s in enumerate(symbols)}
-            variants.append(sizes)
-    generator = torch.Generator().manual_seed(0)
-    packed = lengths_among(program)
-    for sizes in variants:
-
-        def size(n: Any, sizes: dict[Any, int] = sizes) -> int:
-            return int(n) if isinstance(n, int) else int(n.node.expr.subs(sizes))
-
-        drawn = []
-        for name, leaf, example in zip(program.graph_signature.user_inputs, leaves, examples, strict=False):
-            if isinstance(leaf, Tensor) and isinstance(example, Tensor):
-                shape = [size(n) for n in example.shape]
-                if name in packed:
-                    steps, falling = packed[str(name)]
-                    leaf = _lengths(leaf, shape, size(steps), falling, generator)
-                else:
-                    leaf = _drawn(leaf, shape, generator).to(leaf.device)
-            drawn.append(leaf)
-        yield pytree.tree_unflatten(drawn, spec)
-
-
-def _within(size: int, limits: Any) -> int:
-    if limits is None:
-        return size
-    if limits.upper < size:
-        return int(limits.upper)
-    return int(limits.lower) if limits.lower > size else size
-
-
-def _lengths(like: Tensor, shape: list[int], steps: int, falling: bool, generator: torch.Generator) -> Tensor:
-    """Random lengths up to `steps`, of which the first is the longest that there may be."""
-    lengths = torch.randint(1, steps + 1, shape, generator=generator)
-    lengths[:1] = steps
-    return (lengths.sort(descending=True).values if falling else lengths).to(like)
-
-
-def _drawn(like: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
-    """Random values as those of `like`: normal with its mean and spread, or picked among its integers."""
-    like = like.detach().cpu()
-    if like.is_floating_point():
-        mean, spread = (like.double().mean(), like.double().std(correction=0)) if like.numel() else (0.0, 1.0)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (mean + (spread if spread else 1.0) * noise).to(like.dtype)
-    if like.is_complex() or not like.numel():
-        return torch.zeros(shape, dtype=like.dtype)
-    return like.flatten()[torch.randint(like.numel(), shape, generator=generator)]

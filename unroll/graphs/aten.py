@@ -13,9 +13,11 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from unroll.core.values import GraphWriter, Value
+from unroll.core.values import Value
+from unroll.graphs.writer import GraphWriter
 
 aten = torch.ops.aten
+
 
 OPERATORS: dict[Any, Any] = {
     torch.add: aten.add.Tensor,
@@ -49,7 +51,7 @@ OPERATORS: dict[Any, Any] = {
 """The functions of the recipe that are one operator"""
 
 
-class Metadata:
+class MetadataCache:
     """Runs operators on fake tensors, once for each operator and kind of operands, and remembers the result.
 
     A kind is shape, strides, dtype and device. All values of one kind share one fake tensor, so that
@@ -114,7 +116,7 @@ def _key(operands: Any) -> Any:
 class AtenWriter(GraphWriter):
     """Writes nodes of aten operators."""
 
-    def __init__(self, layer: str, graph: fx.Graph, meta: Mapping[str, Any], metadata: Metadata) -> None:
+    def __init__(self, layer: str, graph: fx.Graph, meta: Mapping[str, Any], metadata: MetadataCache) -> None:
         super().__init__(layer, graph, meta)
         self.metadata = metadata
 
@@ -162,7 +164,7 @@ class AtenWriter(GraphWriter):
         return value
 
 
-def writer_for(call: fx.Node, metadata: Metadata) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
+def writer_for(call: fx.Node, metadata: MetadataCache) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
     """The writer for the dialect that a call is written in."""
     described = all(isinstance(node.meta.get("val"), FakeTensor) for node in call.all_input_nodes)
     if described and isinstance(call.target, torch._ops.OpOverload):

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from unroll.core.options import Where, read_where, unknown_names
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import FIXED, Where, read_where, unknown_names
 from unroll.core.patching import alone, without_gc
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError, read_layer
-from unroll.core.scan import divided, separated
-from unroll.graphs.lowering import FIXED, known_values
-from unroll.graphs.rewrite import find_calls, graph_parts, rewrite
-from unroll.modules.layers import UnrolledLayer
-from unroll.modules.replace import is_recurrent, replace
-from unroll.packed.contexts import PACKS, PADS, keeping_rows
+from unroll.core.recurrence import read_layer
+from unroll.core.rows import copy_apart, split_rows
+from unroll.graphs.calls import graph_parts, tensor_metadata
+from unroll.graphs.rewrite import find_calls, rewrite
+from unroll.modules.find import is_recurrent
+from unroll.modules.replace import replace
+from unroll.modules.running import run_packed
+from unroll.packed.contexts import keep_padding
+from unroll.packed.functions import PACKS, PADS
 from unroll.packed.guard import check_graph
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
@@ -55,12 +58,14 @@ def unroll_backend(
         raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
     plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
-    found = [(part, find_calls(part, where, plan, known_values(part), FIXED)) for part in parts]
+    found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
     on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
-    divide = separated if on_cpu else divided
+    divide = copy_apart if on_cpu else split_rows
     with without_gc():
         for part, calls in found:
-            rewrite(part.graph, calls, asserts=False, divide=divide)  # Dynamo guards every shape
+            for call in calls:
+                call.writer.divide = divide
+            rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
             part.recompile()
     following = lookup_backend(given.get("backend", "inductor"))
     if "options" not in given:
@@ -167,19 +172,19 @@ def _permission(plan: Plan, where: Where) -> Iterator[None]:
         if where is not None:
             finding = "is given a packed sequence, of which where= cannot choose"
             raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
-        return UnrolledLayer._forward_packed(_Borrowed(layer, plan), input, hx)  # pyright: ignore[reportArgumentType]
+        return run_packed(_Original(layer, plan), input, hx)
 
-    with config.patch(allow_rnn=True, specialize_float=True), keeping_rows(on_packed, dynamo=True):
+    with config.patch(allow_rnn=True, specialize_float=True), keep_padding(on_packed, dynamo=True):
         yield
 
 
-class _Borrowed:
-    """A layer of torch's with what an `UnrolledLayer` has for packed sequences."""
+class _Original:
+    """A layer of torch's with what `run_packed` asks of a layer."""
 
-    _run, _layout = UnrolledLayer._run, UnrolledLayer._layout
     frozen = None
 
     def __init__(self, layer: Any, plan: Plan) -> None:
         self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
-        self.recurrence, self.all_weights = read_layer(layer), layer.all_weights
-        self.like = self.all_weights[0][0]
+        self.recurrence = read_layer(layer)
+        self.flat_weights = [weight for group in layer.all_weights for weight in group]
+        self.like = self.flat_weights[0]

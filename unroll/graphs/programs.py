@@ -14,13 +14,17 @@ from torch.export import ExportedProgram, ModuleCallEntry
 from torch.nn import functional
 
 from unroll.core import schedule
+from unroll.core.arguments import as_result, as_states
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.layout import lay_out
 from unroll.core.options import Where, unknown_names
 from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.graphs.functions import FUNCTIONS, bind, form_of, layer_name, read_given
-from unroll.graphs.lowering import Call, known_values
-from unroll.graphs.rewrite import find_calls, graph_parts, rewrite
+from unroll.core.recurrence import Frame
+from unroll.graphs.calls import form_of, graph_parts, layer_name, tensor_metadata
+from unroll.graphs.functions import FUNCTIONS, bind, read_given
+from unroll.graphs.lowering import Lowering
+from unroll.graphs.rewrite import find_calls, rewrite
 
 
 def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> ExportedProgram:
@@ -33,10 +37,10 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     parts = graph_parts(module)
     names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     problems: list[Problem] = unknown_names(where, names)
-    found: list[tuple[fx.GraphModule, list[Call]]] = []
+    found: list[tuple[fx.GraphModule, list[Lowering]]] = []
     for part in parts:
         try:
-            found.append((part, find_calls(part, where, plan, known_values(part), None)))
+            found.append((part, find_calls(part, where, plan, tensor_metadata(part), None)))
         except UnrollError as error:
             problems += error.problems
     if callable(where) and names and not any(calls for _, calls in found):
@@ -57,17 +61,32 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
                 for entry in calls_graph:
                     if entry.signature is not None:
                         entry.signature.replace_all_uses_with(old, new)
-        return ExportedProgram(
-            root=module,
-            graph=module.graph,
-            graph_signature=signature,
-            state_dict=program.state_dict,
-            range_constraints=dict(program.range_constraints),
-            module_call_graph=calls_graph,
-            example_inputs=program.example_inputs,
-            constants=program.constants,
-            verifiers=program.verifiers,
-        )
+        return rebuilt(program, module, signature, calls_graph, program.example_inputs)
+
+
+def rebuilt(
+    program: ExportedProgram, module: fx.GraphModule, signature: Any, entries: list[ModuleCallEntry], inputs: Any
+) -> ExportedProgram:
+    """Make a program of another graph module, with the tensors and the sizes of this one.
+
+    Args:
+        program: what the rest is taken from.
+        module: its graph module.
+        signature: of its graph.
+        entries: of its module call graph.
+        inputs: its example inputs.
+    """
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=entries,
+        example_inputs=inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
@@ -124,21 +143,19 @@ def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> 
     weights = [weight for weight in given["params"] if weight is not None]
     recurrence = read_given(kind, form, given, [weight.shape for weight in weights[:2]])
     input, state = given["input"], given["hx"]
-    state = tuple(state) if isinstance(state, (tuple, list)) else (state,)
     sizes = given["batch_sizes"].tolist() if form == "packed" else None
-    batched = sizes is not None or input.dim() == (2 if recurrence.is_cell else 3)
-    time = 1 if batched and recurrence.batch_first else 0
+    batched, steps, _ = Frame(True, len(sizes), None) if sizes else recurrence.frame(input.shape)
     result = schedule.run(
         recurrence,
-        schedule.prepare(recurrence, recurrence.weights(weights), plan, input.dtype),
+        lay_out(recurrence, recurrence.weights(weights), plan, input.dtype),
         input if sizes else schedule.flat_rows(recurrence, input, batched=batched),
-        state,
-        steps=len(sizes) if sizes else 1 if recurrence.is_cell else input.shape[time],
+        as_states(state),
+        steps=steps,
         sizes=sizes,
         dropout=partial(functional.dropout, p=given["dropout"]) if given["train"] and given["dropout"] else None,
     )
     states = schedule.joined_states(recurrence, result.finals, batched=batched)
     if recurrence.is_cell:
-        return tuple(states) if len(states) > 1 else states[0]
+        return as_result(states)
     rows = schedule.joined_rows(result.outputs)
     return rows if sizes else schedule.joined_output(recurrence, result.outputs, batched=batched), *states

@@ -1,39 +1,26 @@
-"""The drop-in modules that stand where recurrent layers stood, and their swap into a module tree."""
+"""The drop-in modules that stand where recurrent layers stood."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core import schedule
-from unroll.core.passes import Layout
+from unroll.core.arguments import as_result, as_states, check_arguments
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.layout import Frozen
 from unroll.core.patching import Local
 from unroll.core.plan import Plan
-from unroll.core.recurrence import (
-    AUTOCAST,
-    Problem,
-    Recurrence,
-    UnrollError,
-    autocast_dtype,
-    check_arguments,
-    read_cell,
-    read_layer,
-)
-from unroll.core.scan import divided, separated
-from unroll.modules import loops
-from unroll.packed.contexts import Sizes, known_sizes, original_order, sorted_state
-from unroll.packed.guard import released, watched
-
-if TYPE_CHECKING:
-    from unroll.core.layout import Frozen
+from unroll.core.recurrence import Recurrence, read_cell, read_layer
+from unroll.modules.running import own, run_packed, run_rows
+from unroll.torchscript import kernels
+from unroll.torchscript.kernels import Scriptable, make_scriptable
 
 # What the weights of a layer were laid out for, besides their own names.
 SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
@@ -42,10 +29,6 @@ SETTLED |= {"proj_size"}
 
 STAND_IN: Local[Callable[[Any, Any, Any], Any]] = Local("stand_in")
 """In a thread that captures models with layers as single nodes: what `layer(input, hx)` is there"""
-
-
-def _stand_in() -> Callable[[Any, Any, Any], Any] | None:
-    return None if torch.compiler.is_dynamo_compiling() else STAND_IN.value
 
 
 class Unrolled(nn.Module):
@@ -58,12 +41,14 @@ class Unrolled(nn.Module):
         plan: how the steps are laid out.
         place: the layer's name in the model, for messages.
         frozen: where its weights are after `unroll(model, freeze=True)`; None for a layer with parameters.
+        carry: where its state is kept between calls of a model that `unroll.streaming` made; None in others.
     """
 
     plan: Plan
     place: str
     hidden_size: int
     frozen: Frozen | None = None
+    carry: Any = None
 
     @property
     def recurrence(self) -> Recurrence:
@@ -76,7 +61,7 @@ class Unrolled(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.frozen is not None and name in SETTLED.union(*self.recurrence.weight_names):
-            self._refuse_if_frozen(f"cannot be given another {name}")
+            self.refuse_if_frozen(f"cannot be given another {name}")
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
@@ -85,7 +70,7 @@ class Unrolled(nn.Module):
             name for name in super().__dir__() if self.frozen is None or name not in ("all_weights", "_flat_weights")
         ]
 
-    def _refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
+    def refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
         if self.frozen is not None:
             mend = "use the model that unroll gives without freeze, and freeze that again"
             raise UnrollError(Problem(self.place, f"is frozen and {finding}", mend))
@@ -93,7 +78,7 @@ class Unrolled(nn.Module):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The weights, a list for each layer and direction, in torch's order."""
-        self._refuse_if_frozen()
+        self.refuse_if_frozen()
         names = self.recurrence.weight_names
         try:
             return [[getattr(self, name) for name in group] for group in names]
@@ -104,97 +89,33 @@ class Unrolled(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from torch's distribution for recurrent layers."""
-        self._refuse_if_frozen()
+        self.refuse_if_frozen()
         bound = 1 / math.sqrt(self.hidden_size)
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
+    @property
+    def flat_weights(self) -> list[Tensor]:
+        """The weights in one list, in torch's order."""
+        return [weight for group in self.all_weights for weight in group]
+
     def __prepare_scriptable__(self) -> Unrolled:
-        """The form that `torch.jit.script` compiles; it asks for it by this name."""
-        from unroll.torchscript.kernels import prepare
-
-        self._refuse_if_frozen("cannot be scripted")
-        return prepare(self)
-
-    def _trace(self, input: Any, hx: Any) -> Any:
-        from unroll.torchscript.kernels import trace
-
-        self._refuse_if_frozen("cannot be traced by torch.jit.trace")
-        return trace(self, input, hx)
-
-    def _layout(self, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
-        """The weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
-        if self.frozen is not None:
-            return self.frozen.read(self, cast, dtype)
-        recurrence, weights = self.recurrence, [weight for group in self.all_weights for weight in group]
-        cast_weights = [weight.to(cast) for weight in weights] if cast else weights
-        return schedule.prepare(recurrence, recurrence.weights(cast_weights), self.plan, dtype)
-
-    def _run(
-        self,
-        rows: Tensor,
-        state: tuple[Tensor, ...] | None,
-        steps: Any,
-        batch: Any,
-        sizes: list[int] | None = None,
-        padded: Sizes | None = None,
-    ) -> schedule.Result:
-        """All steps over `rows`, `[T * B, F]`, of packed rows with their sizes."""
-        recurrence = self.recurrence
-        promoting = False
-        cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
-        if cast:
-            promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
-            if not promoting:
-                rows = rows.to(cast)
-                state = state and tuple(s.to(cast) for s in state)
-        loop = None
-        if self.plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
-            if promoting:
-                finding = "runs in blocks under autocast, where the type of its state changes after the first step"
-                raise UnrollError(Problem(self.place, finding, "convert the model, or leave Plan(time='explicit')"))
-            weights = [] if self.frozen is not None else [w for group in self.all_weights for w in group]
-            trained = loops.is_trained(self.place, [rows, *(state or ()), *weights])
-            loop = None if trained else loops.over_blocks(steps, self.plan.block, padded.mask if padded else None)
-        # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
-        # steps, or where the only step has to give the weights that meet them a gradient.
-        looped = loop is not None  # what Dynamo can tell of a function in every version
-        if state is None and (promoting or sizes or padded or looped or (steps == 1 and torch.is_grad_enabled())):
-            state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
-        drop = self.training and recurrence.dropout
-        return schedule.run(
-            recurrence,
-            self._layout(cast, None if promoting else rows.dtype),
-            rows,
-            state,
-            steps=steps,
-            sizes=sizes,
-            mask=padded.mask if padded else None,
-            dropout=partial(functional.dropout, p=drop) if drop else None,
-            loop=loop,
-            divide=separated if _is_compiled_for_cpu(rows) else divided,
-        )
+        """Return the form that `torch.jit.script` compiles; it asks for it by this name."""
+        self.refuse_if_frozen("cannot be scripted")
+        if self.carry is not None:
+            finding = "keeps its state between calls of its model, which TorchScript cannot"
+            raise UnrollError(Problem(self.place, finding, "use torch.export, or torch.jit.trace"))
+        return make_scriptable(self, (UnrolledLayer, UnrolledCell, *SCRIPTABLE.values()), SCRIPTABLE)
 
 
-def _is_traced() -> bool:
-    """Whether `torch.jit.trace` records; the ONNX exporter built on it wants plain operators."""
-    return torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
-
-
-def _is_compiled_for_cpu(rows: Tensor) -> bool:
-    """Whether Dynamo, not for an export, captures what runs now."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
-
-
-def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
-    """Whether torch, under autocast, runs this layer in the lower precision throughout.
-
-    So do cuDNN and, for a padded LSTM without projection, oneDNN. Elsewhere only the products are cast.
-    """
-    if rows.device.type == "cpu":
-        plain = not (recurrence.is_cell or recurrence.proj_size or packed)
-        return recurrence.mode == "LSTM" and plain and rows.numel() > 0
-    return True
+def _instead(layer: Unrolled) -> Callable[[Any, Any, Any], Any] | None:
+    """Return what is to be done with a layer, its input and state in place of its steps, if anything is."""
+    if not torch.compiler.is_dynamo_compiling() and STAND_IN.value is not None:
+        return STAND_IN.value
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():  # that exporter wants plain operators
+        layer.refuse_if_frozen("cannot be traced by torch.jit.trace")
+        return kernels.trace
+    return None
 
 
 class UnrolledLayer(Unrolled):
@@ -224,51 +145,39 @@ class UnrolledLayer(Unrolled):
     @property
     def _flat_weights(self) -> list[Tensor]:
         """Torch's name for the weights in one list; models that drop or tie weights reach for it."""
-        return [weight for group in self.all_weights for weight in group]
+        return self.flat_weights
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
-        self._refuse_if_frozen()
-        names = [name for group in self.recurrence.weight_names for name in group]
-        for name, weight in zip(names, weights, strict=True):
+        self.refuse_if_frozen()
+        for name, weight in zip(self.recurrence.flat_names, weights, strict=True):
             setattr(self, name, weight)
 
     def flatten_parameters(self) -> None:
-        """Does nothing: there is no fused kernel that wants the parameters in one piece of memory."""
+        """Do nothing: there is no fused kernel that wants the parameters in one piece of memory."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
-        if stand_in := _stand_in():
-            return stand_in(self, input, hx)
-        if _is_traced():
-            return self._trace(input, hx)
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        recurrence = self.recurrence
-        check_arguments(recurrence, self.place, input, hx, weight=self.like)
-        batched = input.dim() == 3
-        steps = input.shape[1 if batched and recurrence.batch_first else 0]
-        batch = input.shape[0 if recurrence.batch_first else 1] if batched else 1
-        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), steps, batch)
-        output = schedule.joined_output(recurrence, result.outputs, batched=batched)
-        states = schedule.joined_states(recurrence, result.finals, batched=batched)
-        return _own(output, steps), _untuple([_own(state) for state in states])
+        if self.carry is not None and self.carry.running:
+            return self.carry.run(partial(_run_layer, self), input, hx)
+        return _run_layer(self, input, hx)
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-        recurrence = self.recurrence
-        padded: Any = input.batch_sizes if isinstance(input.batch_sizes, Sizes) else None
-        sizes: Any = None if padded else known_sizes(input, self.place)
-        steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
-        data = released(input.data) if padded else input.data
-        check_arguments(recurrence, self.place, data, hx, weight=self.like, rows=batch)
-        result = self._run(data, sorted_state(input, hx), steps, batch, sizes, padded)
-        states = original_order(input, schedule.joined_states(recurrence, result.finals))
-        rows = schedule.joined_rows(result.outputs)
-        if padded:
-            rows, _ = watched(padded.filled(rows)), watched(data)
-        else:
-            rows = _own(rows, steps)
-        # Not `_replace`, which Dynamo gets wrong after a graph break.
-        return PackedSequence(rows, *input[1:]), _untuple([_own(state) for state in states])
+
+# Not methods: a subclass of the user's may have some of any name.
+
+
+def _run_layer(layer: UnrolledLayer, input: Any, hx: Any) -> tuple[Any, Any]:
+    if instead := _instead(layer):
+        return instead(layer, input, hx)
+    if isinstance(input, PackedSequence):
+        return run_packed(layer, input, hx)
+    recurrence = layer.recurrence
+    check_arguments(recurrence, layer.place, input, hx, weight=layer.like)
+    batched, steps, batch = recurrence.frame(input.shape)
+    rows = schedule.flat_rows(recurrence, input, batched=batched)
+    result = run_rows(layer, rows, as_states(hx), steps, batch)
+    output = schedule.joined_output(recurrence, result.outputs, batched=batched)
+    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    return own(output, steps), as_result([own(state) for state in states])
 
 
 class UnrolledCell(Unrolled):
@@ -295,29 +204,65 @@ class UnrolledCell(Unrolled):
         return read_cell(self, self.mode)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if stand_in := _stand_in():
-            return stand_in(self, input, hx)
-        if _is_traced():
-            return self._trace(input, hx)
-        recurrence = self.recurrence
-        check_arguments(recurrence, self.place, input, hx, weight=self.like)
-        batched = input.dim() == 2
-        batch = input.shape[0] if batched else 1
-        result = self._run(schedule.flat_rows(recurrence, input, batched=batched), _tuple(hx), 1, batch)
-        return _untuple(schedule.joined_states(recurrence, result.finals, batched=batched))
+        if self.carry is not None and self.carry.running:
+            return self.carry.run(partial(_run_cell, self), input, hx)
+        return _run_cell(self, input, hx)
 
 
-def _tuple(hx: Any) -> tuple[Tensor, ...] | None:
-    return hx if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+def _run_cell(cell: UnrolledCell, input: Any, hx: Any) -> Any:
+    if instead := _instead(cell):
+        return instead(cell, input, hx)
+    recurrence = cell.recurrence
+    check_arguments(recurrence, cell.place, input, hx, weight=cell.like)
+    batched, steps, batch = recurrence.frame(input.shape)
+    rows = schedule.flat_rows(recurrence, input, batched=batched)
+    result = run_rows(cell, rows, as_states(hx), steps, batch)
+    return as_result(schedule.joined_states(recurrence, result.finals, batched=batched))
 
 
-def _untuple(states: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    return states[0] if len(states) == 1 else tuple(states)
+class ScriptableLSTM(Scriptable, UnrolledLayer):
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if torch.jit.is_scripting():
+            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
+            return results[0], (results[1], results[2])
+        else:
+            return super().forward(input, hx)
 
 
-def _own(result: Tensor, steps: Any = 1) -> Tensor:
-    """The result in memory of its own, as torch's: it may be detached or written to in place.
+class ScriptableLayer(Scriptable, UnrolledLayer):
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, hx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            results = self._compiled(input, [] if hx is None else [hx])
+            return results[0], results[1]
+        else:
+            return super().forward(input, hx)
 
-    The output of several steps is so already, as the pieces were joined.
-    """
-    return result.clone() if has_static_value(steps) and steps == 1 else result
+
+class ScriptableLSTMCell(Scriptable, UnrolledCell):
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
+            return results[0], results[1]
+        else:
+            return super().forward(input, hx)
+
+
+class ScriptableCell(Scriptable, UnrolledCell):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._compiled(input, [] if hx is None else [hx])[0]
+        else:
+            return super().forward(input, hx)
+
+
+SCRIPTABLE: dict[tuple[bool, int], type[Unrolled]] = {
+    (False, 2): ScriptableLSTM,
+    (False, 1): ScriptableLayer,
+    (True, 2): ScriptableLSTMCell,
+    (True, 1): ScriptableCell,
+}
+"""By whether it is a cell, and by the number of states"""

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.torch_version import TorchVersion
 
 from unroll.core.cells import State
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.core.scan import Step, masked, sweep
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.scan import Step, masked, scan
 
 VERSION = TorchVersion(torch.__version__)
 
@@ -83,7 +83,7 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
                 return new if len(x) == len(xs) + (mask is not None) else masked(x[-1] < steps, new, state)
 
             each = zip(*(piece.unbind(0) for piece in pieces), strict=True)
-            outputs, state = sweep(masked_step, list(each), state, reverse=reverse)
+            outputs, state = scan(masked_step, list(each), state, reverse=reverse)
             return tuple(s.clone() for s in state), torch.stack(outputs)  # results of a loop may not share memory
 
         if has_static_value(steps):  # Dynamo takes a symbolic number for an int

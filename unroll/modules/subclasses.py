@@ -14,20 +14,23 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from unroll.core.recurrence import CELL_MODES, LAYERS, Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.recurrence import CELL_MODES, LAYERS
 from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
 
 TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
+
 
 # What a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
 HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
 
+
 # Names that a method can only need to reach the fused kernel past `super()`.
 KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}
 
 
-def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
+def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
     """The class that stands in for a recurrent layer's.
 
     Raises:
@@ -44,7 +47,7 @@ def counterpart(name: str, layer: nn.Module) -> type[Unrolled]:
         rule = f"unroll(model, rules={{{kind.__name__}: function from the layer to a module}})"
         mend = f"give a rule, {rule}, or leave it out by where="
         raise UnrollError(Problem(place, f"{called} {objection}", mend))
-    return rebased(kind)
+    return rebase(kind)
 
 
 def _objection(kind: type) -> str | None:
@@ -100,7 +103,7 @@ def assign_class(layer: Any, kind: type) -> None:
 
 
 @functools.cache
-def rebased(kind: type) -> type:
+def rebase(kind: type) -> type:
     """The class as it would be with `Unrolled` layers for bases in place of torch's."""
     if not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
         return kind
@@ -111,7 +114,7 @@ def rebased(kind: type) -> type:
         name: _rebound(value, cell) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
     }
     namespace |= {"__reduce_ex__": _reduce, "_origin": kind}
-    new = types.new_class(kind.__name__, tuple(map(rebased, kind.__bases__)), {}, lambda body: body.update(namespace))
+    new = types.new_class(kind.__name__, tuple(map(rebase, kind.__bases__)), {}, lambda body: body.update(namespace))
     cell.cell_contents = new
     return new
 
@@ -133,5 +136,5 @@ def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
 
 def _empty(origin: type) -> Unrolled:
     """An instance without contents of the class that stands in for `origin`, for unpickling."""
-    kind: Any = rebased(origin)
+    kind: Any = rebase(origin)
     return kind.__new__(kind)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from unroll.core.cells import Value
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.weights import Tensorlike
 
 
 class Activation(NamedTuple):
@@ -19,7 +19,7 @@ class Activation(NamedTuple):
     A parameter is None if the function takes none, and NaN if it must be given.
     """
 
-    function: Callable[[Value, float, float], Value]
+    function: Callable[[Tensorlike, float, float], Tensorlike]
     alpha: float | None = None
     beta: float | None = None
 
@@ -49,7 +49,7 @@ ACTIVATIONS = {
 
 def read_activations(
     place: str, names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]
-) -> list[Callable[[Value], Value]]:
+) -> list[Callable[[Tensorlike], Tensorlike]]:
     """The functions that a node's attributes name.
 
     Functions that take an alpha take the next of `alphas`, or their default when none is left; betas likewise.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from unroll.onnx.calls import Site, TorchSite, known_tensor
+from unroll.onnx.calls import Call
+from unroll.onnx.constants import known_tensor
+from unroll.onnx.layers import LayerCall
 
 
 class Batches:
@@ -33,7 +35,7 @@ class Batches:
         """Whether the sizes that are known of a value are checked in a run."""
         return self.fixed or value in self.graph.inputs or known_tensor(value) is not None
 
-    def uncounted(self, site: Site) -> list[ir.Value]:
+    def uncounted(self, site: Call) -> list[ir.Value]:
         """The states and lengths of a site whose rows must be counted when the model runs.
 
         Sites are to be asked about in the order in which they run.
@@ -42,13 +44,13 @@ class Batches:
             return []
         shape = site.shape(site.given)
         count = shape[site.batch] if shape else None
-        if isinstance(site, TorchSite):
+        if isinstance(site, LayerCall):
             return [] if count is not None else [value for value in site.rows if not self._fit(site, value)]
         if count is None or not self.trusts(site.given):
             return site.rows
         return [value for value in site.rows if None in (site.shape(value) or [None]) or not self.trusts(value)]
 
-    def _fit(self, site: TorchSite, value: ir.Value) -> bool:
+    def _fit(self, site: LayerCall, value: ir.Value) -> bool:
         """Whether a value is known to have as many rows as the sequence of its site; after the site it is."""
         used = self._open_inputs(site.given), self._open_inputs(value)
         if any(used[0] | used[1] <= group for group in self.fitting):

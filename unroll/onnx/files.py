@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 
 LARGEST = 1_800_000_000
 """Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""
@@ -47,7 +47,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGES
     ir.save(model, path)
 
 
-def checked_place(path: str | os.PathLike[str]) -> Path:
+def check_path(path: str | os.PathLike[str]) -> Path:
     """The path, if a file can be written there.
 
     Raises:
@@ -62,7 +62,7 @@ def checked_place(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def delivered(model: ir.Model, path: Path, *, largest: int = LARGEST) -> Iterator[Path]:
+def write_then_move(model: ir.Model, path: Path, *, largest: int = LARGEST) -> Iterator[Path]:
     """Write a model to a draft, and move it to `path` when the block that checks it has ended without an error."""
     with ExitStack() as stack:
         with _writing(path):

@@ -10,51 +10,22 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from unroll.core.cells import State, Value
+from unroll.core.cells import State
 from unroll.core.recurrence import Recurrence
-from unroll.core.scan import masked, sweep
-from unroll.onnx.writer import OnnxWriter
+from unroll.core.scan import masked, scan
+from unroll.core.weights import Tensorlike
+from unroll.onnx.writer import OnnxWriter, reshape_to, zeros
 
 Loop = Callable[..., tuple[Any, State]]
 
 
-def zeros(writer: OnnxWriter, batch: Value, size: int, dtype: torch.dtype) -> Value:
-    """`[B, size]`, for `B` of shape `[1]`."""
-    zero = writer.operand(0.0, dtype)
-    assert zero is not None
-    made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
-    made.width = size
-    return made
-
-
-def shape_of(writer: OnnxWriter, *sizes: Value | int) -> Value:
-    """A shape made of sizes known now and of others known when the model runs."""
-    return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
-
-
-def reshaped(writer: OnnxWriter, value: Value, *sizes: Value | int) -> Value:
-    """A value with these sizes, of which any may be zero."""
-    return shaped(writer, value, shape_of(writer, *sizes), rank=len(sizes))
-
-
-def shaped(writer: OnnxWriter, value: Value, shape: Value, rank: int) -> Value:
-    """A value with a shape from `shape_of`."""
-    attributes = {"allowzero": 1} if writer.opset >= 14 else None
-    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
-
-
-def piece(writer: OnnxWriter, value: Value, count: Value, axis: int) -> Value:
-    """The value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
-    return writer.op("Split", value, count, attributes={"axis": axis})
-
-
-def scan(
+def over_blocks(
     writer: OnnxWriter,
     recurrence: Recurrence,
-    lead: tuple[Value, Value],
+    lead: tuple[Tensorlike, Tensorlike],
     widths: Sequence[int],
     dtypes: Sequence[torch.dtype],
-    mask: Value | None = None,
+    mask: Tensorlike | None = None,
     *,
     steps: int | None = None,
     block: int = 1,
@@ -85,7 +56,9 @@ def scan(
         blocks = _Blocks.of(writer, lead, block, reverse)
         if filling:
             rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
-        sequences = [reshaped(writer, x, blocks.count, blocks.rows, size) for x, size in zip(rows, sizes, strict=True)]
+        sequences = [
+            reshape_to(writer, x, blocks.count, blocks.rows, size) for x, size in zip(rows, sizes, strict=True)
+        ]
         starts = tuple(
             zeros(writer, lead[1], size, dtype) if s is None else s
             for s, size, dtype in zip(state, recurrence.state_sizes, dtypes, strict=True)
@@ -94,7 +67,7 @@ def scan(
         body = writer.inner()
         inputs: list[ir.Value] = []
 
-        def entry(name: str, like: Value, width: int) -> Value:
+        def entry(name: str, like: Tensorlike, width: int) -> Tensorlike:
             """An input of the body, `[B, width]` or a block of these."""
             dtype = tensor_adapters.from_torch_dtype(like.dtype)
             value = ir.Value(
@@ -111,12 +84,12 @@ def scan(
         pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
         states: list[State] = [()] * block
 
-        def noted(t: int, x: tuple[Value, ...], state: State) -> State:
+        def noted(t: int, x: tuple[Tensorlike, ...], state: State) -> State:
             new: State = step(t, x[: len(xs)], state)
             states[t] = new if mask is None else masked(x[-1], new, state)
             return states[t]
 
-        _, after = sweep(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
+        _, after = scan(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
         put_out = list(zip(*states, strict=True))[: len(starts) if filling else 1]
         joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
         joined = [body(value, f"outputs.{name}") for value, name in zip(joined, recurrence.cell.states, strict=False)]
@@ -153,19 +126,19 @@ class _Blocks(NamedTuple):
 
     writer: OnnxWriter
     reverse: bool
-    count: Value
+    count: Tensorlike
     """How many blocks there are, of shape `[1]` as all here"""
-    rows: Value
+    rows: Tensorlike
     """Of a block"""
-    batch: Value
+    batch: Tensorlike
     """Rows of a step"""
-    total: Value
+    total: Tensorlike
     """Rows of all steps"""
-    missing: Value
+    missing: Tensorlike
     """Rows that fill the last block"""
 
     @classmethod
-    def of(cls, writer: OnnxWriter, lead: tuple[Value, Value], block: int, reverse: bool) -> _Blocks:
+    def of(cls, writer: OnnxWriter, lead: tuple[Tensorlike, Tensorlike], block: int, reverse: bool) -> _Blocks:
         steps, batch = lead
         op = partial(writer.op, rank=1)
         if block == 1:
@@ -175,21 +148,21 @@ class _Blocks(NamedTuple):
         total = op("Mul", steps, batch)
         return cls(writer, reverse, count, rows, batch, total, op("Sub", op("Mul", count, rows), total))
 
-    def filled(self, x: Value, size: int) -> Value:
+    def filled(self, x: Tensorlike, size: int) -> Tensorlike:
         """Rows `[total, size]` with those that are missing."""
         more = zeros(self.writer, self.missing, size, x.dtype)
         return torch.cat([more, x] if self.reverse else [x, more])
 
-    def all_steps(self, filled: Value) -> Value:
+    def all_steps(self, filled: Tensorlike) -> Tensorlike:
         """Without the rows that were filled in."""
         return self._between(filled, self.missing if self.reverse else [0], self.total)
 
-    def last_step(self, filled: Value) -> Value:
+    def last_step(self, filled: Tensorlike) -> Tensorlike:
         """The rows of the step that comes last before those that were filled in."""
         begin = self.missing if self.reverse else self.writer.op("Sub", self.total, self.batch, rank=1)
         return self._between(filled, begin, self.batch)
 
-    def _between(self, rows: Value, begin: Any, count: Value) -> Value:
+    def _between(self, rows: Tensorlike, begin: Any, count: Tensorlike) -> Tensorlike:
         return self.writer.op("Slice", rows, begin, self.writer.op("Add", count, begin, rank=1), [0])
 
 

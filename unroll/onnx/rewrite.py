@@ -11,20 +11,22 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from unroll.core.options import Where, chooses
-from unroll.core.passes import Layout
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.layout import Layout
+from unroll.core.options import Steps, Where, chooses, unknown_steps
 from unroll.core.patching import without_gc
 from unroll.core.plan import PRESETS, Plan
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.graphs.lowering import unknown_steps
-from unroll.onnx import loops
 from unroll.onnx.batches import Batches
-from unroll.onnx.calls import DOMAIN, LAYER, Site, Steps, TorchSite
+from unroll.onnx.calls import Call
 from unroll.onnx.files import load
-from unroll.onnx.standard import STANDARD, StandardSite
+from unroll.onnx.layers import DOMAIN, LAYER, LayerCall
+from unroll.onnx.lowering import Lowering
+from unroll.onnx.standard import STANDARD, StandardCall
+from unroll.onnx.surgery import drop_unread, drop_unread_initializers, hand_over, without_unread
 from unroll.onnx.writer import Constants, OnnxWriter
 
 OLDEST_OPSET = 13
+
 
 PLAN = PRESETS["onnxruntime"]
 """For callers that ask for none"""
@@ -68,21 +70,21 @@ def is_recurrent(node: ir.Node) -> bool:
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
     asked = None if plan is None else Plan.of(plan)
-    sites, problems = read_sites(model, where, steps)
+    sites, problems = read_calls(model, where, steps)
     for site in sites:
         if site.plan is not None and asked not in (None, site.plan):
             mend = f"leave plan out, or make it {str(site.plan)!r}; or give a layer that is not frozen"
             problems.append(Problem(f"{site.name}: plan={str(asked)!r}", f"was frozen with {str(site.plan)!r}", mend))
     if problems:
         raise UnrollError(*problems)
-    write_sites(model, sites, asked or PLAN)
+    write_calls(model, sites, asked or PLAN)
     left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
     return model
 
 
-def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Site], list[Problem]]:
+def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Call], list[Problem]]:
     """The recurrent nodes that `where` picks, read and checked, and everything that cannot be honoured.
 
     Functions that hold such nodes are written out in the model.
@@ -112,13 +114,13 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     batches = Batches(model.graph, fixed)
     sites, used = [], set[str]()
     for node in chosen:
-        kind = TorchSite if node.domain == DOMAIN else StandardSite
+        kind = LayerCall if node.domain == DOMAIN else StandardCall
         try:
             site = kind(node, _label(node), steps)
         except UnrollError as error:
             problems += error.problems
             continue
-        if isinstance(site, StandardSite) and site.steps is not None:
+        if isinstance(site, StandardCall) and site.steps is not None:
             site.guard(batches.trusts(site.given))
         site.uncounted = batches.uncounted(site)
         number, label = 1, site.name
@@ -130,7 +132,7 @@ def read_sites(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     return sites, problems
 
 
-def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
+def write_calls(model: ir.Model, sites: Iterable[Call], plan: Plan) -> None:
     """Put plain operators in the place of nodes of a model."""
     taken, opset = set(_names(model)), model.opset_imports[""]
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
@@ -138,7 +140,7 @@ def write_sites(model: ir.Model, sites: Iterable[Site], plan: Plan) -> None:
         for site in sites:
             _replace(site, OnnxWriter(site.name, constants, opset, taken), site.plan or plan, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):
-            _drop_unread_initializers(graph)
+            drop_unread_initializers(graph)
     model.opset_imports.pop(DOMAIN, None)
 
 
@@ -209,74 +211,21 @@ def _inline(model: ir.Model) -> None:
     common.RemoveUnusedFunctionsPass()(model)
 
 
-def _replace(site: Site, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
+def _replace(site: Call, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
     """Put plain operators in the place of a node."""
     node = site.node
     graph = node.graph
     assert graph is not None
     read = list(node.inputs)
-    results = site.write(writer, plan, prepared)
+    results = Lowering(site, writer).write(plan, prepared)
     for old, result in zip(node.outputs, results, strict=False):
         if old.uses() or old.is_graph_output():
-            _hand_over(old, result.node, writer)
-    kept = _without_unread(writer.made)
+            hand_over(old, result.node, writer)
+    kept = without_unread(writer.made)
     for made in kept:
         for value in made.outputs:
             if value.name is None:
                 value.name = writer.unique(f"{writer.layer}.unread")
     graph.insert_before(node, kept)
     graph.remove(node, safe=True)
-    _drop_unread(read)
-
-
-def _hand_over(old: ir.Value, new: ir.Value, writer: OnnxWriter) -> None:
-    """Let a new value be read wherever the old one was, under its name if it leaves the graph."""
-    name = old.name
-    if old.is_graph_output():
-        if new.is_graph_output() or new.producer() not in writer.made:
-            (new,) = writer.node("Identity", [new], [writer.name("copy")])
-        old.name = None
-        new.name = name
-    new.type, new.shape = old.type, old.shape
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _without_unread(made: list[ir.Node]) -> list[ir.Node]:
-    """The nodes that something reads, of nodes in the order in which they were made."""
-    kept = []
-    for node in reversed(made):
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
-            if node.op_type == "Scan":
-                loops.drop_unread_outputs(node)
-            kept.append(node)
-        else:
-            _detach(node)
-    return kept[::-1]
-
-
-def _detach(node: ir.Node) -> None:
-    """Let a node, and those in graphs that it holds, read nothing any more."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                _detach(inner)
-    for k in range(len(node.inputs)):
-        node.replace_input_with(k, None)
-
-
-def _drop_unread(values: Iterable[ir.Value | None]) -> None:
-    """Remove the nodes that computed values which nothing reads any more."""
-    pending = [value for value in values if value is not None]
-    while pending:
-        producer = pending.pop().producer()
-        if producer is None or producer.graph is None:
-            continue
-        if not any(value.uses() or value.is_graph_output() for value in producer.outputs):
-            pending += [value for value in producer.inputs if value is not None]
-            producer.graph.remove(producer, safe=True)
-
-
-def _drop_unread_initializers(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
-            graph.initializers.pop(name)
+    drop_unread(read)

@@ -9,15 +9,17 @@ import onnx_ir as ir
 import torch
 
 from unroll.core import schedule
-from unroll.core.cells import Value, Variant, Weights
-from unroll.core.recurrence import Problem, Recurrence, UnrollError
-from unroll.onnx import loops
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import Steps
+from unroll.core.recurrence import Recurrence
+from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.activations import read_activations
-from unroll.onnx.calls import Site, Steps
-from unroll.onnx.writer import OnnxWriter
+from unroll.onnx.calls import Call
+from unroll.onnx.writer import OnnxWriter, reshape_to
 
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""
+
 
 GATES = {
     "LSTM": ("input", "output", "forget", "cell"),
@@ -25,6 +27,7 @@ GATES = {
     "RNN": ("hidden",),
 }
 """In the order in which the standard stacks them."""
+
 
 ACTIVATED = {
     "LSTM": ["Sigmoid", "Tanh", "Tanh"],
@@ -46,7 +49,7 @@ def _listed(sizes: Sequence[int | str | None]) -> str:
     return f"[{', '.join('?' if size is None else str(size) for size in sizes)}]"
 
 
-class StandardSite(Site):
+class StandardCall(Call):
     """An `LSTM`, `GRU` or `RNN` node of the ONNX standard."""
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
@@ -165,9 +168,9 @@ class StandardSite(Site):
     def parameters(self) -> list[ir.Value | None]:
         return [self.input(k) for k in (1, 2, 3, 7)]
 
-    def _state(self, writer: OnnxWriter) -> tuple[Value | None, ...]:
+    def initial(self, writer: OnnxWriter) -> tuple[Tensorlike | None, ...]:
         # [B, D, H] where the layout puts the batch first
-        state = super()._state(writer)
+        state = super().initial(writer)
         swap = self.recurrence.batch_first
         return tuple(torch.transpose(s, 0, 1) if swap and s is not None else s for s in state)
 
@@ -201,13 +204,15 @@ class StandardSite(Site):
             found.append(Weights(ordered(w_ih, order), ordered(w_hh, order), b_ih, b_hh, peephole=peephole))
         return found
 
-    def results(self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Value, Value]) -> list[Value]:
+    def results(
+        self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Tensorlike, Tensorlike]
+    ) -> list[Tensorlike]:
         recurrence = self.recurrence
         size, swap = recurrence.hidden_size, recurrence.batch_first
         if self.steps is not None:
             y = [torch.reshape(output.rows(), (self.steps, 1, -1, size)) for output in result.outputs]
         else:
-            y = [loops.reshaped(writer, output.rows(), lead[0], 1, lead[1], size) for output in result.outputs]
+            y = [reshape_to(writer, output.rows(), lead[0], 1, lead[1], size) for output in result.outputs]
         y = torch.cat(y, 1) if len(y) > 1 else y[0]
         if swap:
             y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})

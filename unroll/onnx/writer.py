@@ -11,6 +11,7 @@ from onnx_ir import tensor_adapters
 from torch.nn import functional
 
 from unroll.core.values import Value, Writer
+from unroll.core.weights import Tensorlike
 
 SAME_NAME = {
     torch.add: "Add",
@@ -285,3 +286,33 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.Tensor.to: _cast,
 }
 """The other functions of the recipe."""
+
+
+def zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) -> Tensorlike:
+    """`[B, size]`, for `B` of shape `[1]`."""
+    zero = writer.operand(0.0, dtype)
+    assert zero is not None
+    made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
+    made.width = size
+    return made
+
+
+def shape_of(writer: OnnxWriter, *sizes: Tensorlike | int) -> Tensorlike:
+    """A shape made of sizes known now and of others known when the model runs."""
+    return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
+
+
+def reshape_to(writer: OnnxWriter, value: Tensorlike, *sizes: Tensorlike | int) -> Tensorlike:
+    """A value with these sizes, of which any may be zero."""
+    return reshape_by(writer, value, shape_of(writer, *sizes), rank=len(sizes))
+
+
+def reshape_by(writer: OnnxWriter, value: Tensorlike, shape: Tensorlike, rank: int) -> Tensorlike:
+    """A value with a shape from `shape_of`."""
+    attributes = {"allowzero": 1} if writer.opset >= 14 else None
+    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
+
+
+def require_count(writer: OnnxWriter, value: Tensorlike, count: Tensorlike, axis: int) -> Tensorlike:
+    """The value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
+    return writer.op("Split", value, count, attributes={"axis": axis})

@@ -20,30 +20,35 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from unroll.core import patching
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import Local, alone, patched
-from unroll.core.recurrence import Problem, UnrollError
 from unroll.packed.row_rules import NEW, Seen, mixes_rows
 
 PLACE = "packed.data"
+
+
 MEND = "do it before packing or after padding, or rewrite the FX graph, where rows stay packed"
+
 
 _PADDED = WeakTensorKeyDictionary()
 """Tensors with rows of padding among their rows"""
 
-WATCHED: Local[bool] = Local("watched")
+
+GUARDED: Local[bool] = Local("watched")
 """Set in a thread whose exports are watched"""
+
 
 CAPTURED: Local[bool] = Local("captured")
 """Set in a thread while a graph is made of what runs in it as plain Python"""
 
 
-def watched(rows: Tensor) -> Tensor:
+def mark(rows: Tensor) -> Tensor:
     """These rows, to be watched: some are padding."""
     _PADDED[rows] = True
     return rows
 
 
-def released(rows: Tensor) -> Tensor:
+def unmark(rows: Tensor) -> Tensor:
     """These rows, for what knows of the padding; where they have other uses, `watched` must follow."""
     _PADDED.pop(rows, None)
     return rows
@@ -57,7 +62,7 @@ def _leak() -> UnrollError:
     return UnrollError(Problem(PLACE, "leaves the model, with rows of padding among its rows", MEND))
 
 
-class Watch(TorchFunctionMode):
+class PaddingGuard(TorchFunctionMode):
     """Follows padded rows through what runs as plain Python."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +80,7 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and name not in NEW:
-                watched(tensor)
+                mark(tensor)
         return result
 
 
@@ -99,24 +104,24 @@ def _name(function: Any) -> str:
 
 
 @contextmanager
-def watching() -> Iterator[None]:
+def guard_export() -> Iterator[None]:
     """While this lasts, models are watched that `torch.export` runs as plain Python."""
     from torch.export import _trace
 
     export = patching.original(_trace, "_export")
 
     def checked(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) -> Any:
-        if WATCHED.value is None:
+        if GUARDED.value is None:
             return export(model, *args, strict=strict, **kwargs)
-        with alone(), nullcontext() if strict else watched_run(model):
+        with alone(), nullcontext() if strict else guard_run(model):
             return export(model, *args, strict=strict, **kwargs)
 
-    with WATCHED.set(True), patched(_trace, _export=checked):
+    with GUARDED.set(True), patched(_trace, _export=checked):
         yield
 
 
 @contextmanager
-def watched_run(model: nn.Module) -> Iterator[None]:
+def guard_run(model: nn.Module) -> Iterator[None]:
     """While this lasts, a graph is made of what the model runs as plain Python, which is watched; it returns no padded
     rows.
     """
@@ -129,7 +134,7 @@ def watched_run(model: nn.Module) -> Iterator[None]:
             raise _leak()
         return results
 
-    with CAPTURED.set(True), patched(model, forward=checked), Watch():
+    with CAPTURED.set(True), patched(model, forward=checked), PaddingGuard():
         yield
 
 
@@ -138,7 +143,7 @@ def _tensors(results: Any) -> list[Any]:
 
 
 @contextmanager
-def watching_graphs() -> Iterator[None]:
+def guard_dynamo() -> Iterator[None]:
     """While this lasts, graphs that Dynamo makes are watched."""
     from torch._dynamo.output_graph import OutputGraph
 
@@ -165,15 +170,15 @@ def check_graph(module: fx.GraphModule) -> None:
         if node.op == "output":
             if found.intersection(node.all_input_nodes):
                 raise _leak()
-        elif node.target is watched:
+        elif node.target is mark:
             found.add(node)
-        elif node.target is not released and found.intersection(node.all_input_nodes):
+        elif node.target is not unmark and found.intersection(node.all_input_nodes):
             if _mixes(node, found):
                 raise _refused(_target(node))
             given = pytree.tree_leaves(node.meta.get("example_value"))
             if _target(node) not in NEW and any(isinstance(value, Tensor) for value in given):
                 found.add(node)
-    marks = [node for node in graph.nodes if node.target in (watched, released)]
+    marks = [node for node in graph.nodes if node.target in (mark, unmark)]
     for node in marks:
         node.replace_all_uses_with(node.args[0])
     for node in reversed(marks):

@@ -35,6 +35,7 @@ ELEMENTWISE = _names(
 )
 """With scalars, with each other, and with tensors that have no rows"""
 
+
 READS = _names(
     """
     size shape dim ndim ndimension dtype device layout is_floating_point is_complex is_contiguous is_cuda is_cpu
@@ -44,6 +45,7 @@ READS = _names(
     """
 )
 """What they return is no tensor"""
+
 
 NEW = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 """What they return is like their argument in dtype and device alone, and has none of its rows"""
@@ -88,6 +90,7 @@ DIMENSIONS = {
     "flatten": Along(1, "start_dim", default=0),
     "unflatten": Along(1),
 }
+
 
 INPUT_FIRST = {
     "linear": 2,

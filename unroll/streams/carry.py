@@ -5,18 +5,17 @@ Nothing is traced: the model's own code runs, and a layer that is called without
 
 from __future__ import annotations
 
-import functools
-import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
-from unroll.modules.subclasses import assign_class
+from unroll.core.arguments import as_result, as_states
+from unroll.core.errors import Problem, UnrollError
+from unroll.modules.layers import Unrolled
+from unroll.streams.states import packed_problem
 
 States = tuple[Tensor, ...]
 """`(h,)` or `(h, c)`"""
@@ -32,6 +31,7 @@ class Carry:
     Attributes:
         name: of the layer in the model.
         place: the same for messages, where the layer is the whole model too.
+        is_cell: whether it is a cell, which returns its state alone.
         count: chains in a run, once they are known.
         running: whether a run is under way.
         given: the state that each chain begins with; None for zeros.
@@ -42,9 +42,10 @@ class Carry:
         packed: whether a chain was called with packed rows.
     """
 
-    def __init__(self, name: str, place: str) -> None:
+    def __init__(self, name: str, place: str, *, is_cell: bool) -> None:
         self.name = name
         self.place = place
+        self.is_cell = is_cell
         self.count: int | None = None
         self.running = False
         self.clear()
@@ -59,7 +60,7 @@ class Carry:
         self.packed = False
 
     def problem(self, finding: str) -> Problem:
-        """A run that differs from the first one."""
+        """Say that a run differs from the first one."""
         mend = "give pieces in which it is called as with the example, or change the model"
         return Problem(self.place, finding, mend)
 
@@ -67,7 +68,7 @@ class Carry:
         """The chain that a call with this state belongs to; None if the state is the model's own."""
         if hx is None:
             return len(self.chains)
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        states: Any = as_states(hx)
         for k, last in enumerate(self.handed):
             if all(a is b for a, b in zip(last, states)) and not self._is_written(k):
                 return k
@@ -80,8 +81,21 @@ class Carry:
             return False
         return [state._version for state in self.handed[chain]] != self.versions[chain]
 
+    def run(self, forward: Callable[[Any, Any], Any], input: Any, hx: Any) -> Any:
+        """Call a layer during a run of its model: `forward(input, hx)`, with the state of its chain."""
+        chain = self.chain_of(hx)
+        if chain is not None and isinstance(input, PackedSequence):
+            if self.count is not None:
+                raise UnrollError(packed_problem(self.place))
+            self.packed = True
+        results = forward(input, self.start(chain, hx))
+        if self.is_cell:
+            return self.take(chain, results)
+        output, final = results
+        return output, self.take(chain, final)
+
     def start(self, chain: int | None, hx: Any) -> Any:
-        """What a call is given for its state."""
+        """Return what a call is given for its state."""
         if chain is None or hx is not None:
             return hx
         if self.count is not None and chain >= self.count:
@@ -90,21 +104,20 @@ class Carry:
             )
         if self.given is None:
             return None
-        states = self.given[chain]
-        return states[0] if len(states) == 1 else states
+        return as_result(self.given[chain])
 
     def take(self, chain: int | None, final: Any) -> Any:
         """Keep what a call left, and return what the model gets."""
         if chain is None:
             return final
-        states = (final,) if isinstance(final, Tensor) else tuple(final)
+        states: Any = as_states(final)
         handed = tuple(_copied(state) for state in states)
         self.chains[chain : chain + 1] = [states]
         self.handed[chain : chain + 1] = [handed]
         self.versions[chain : chain + 1] = [
             [] if torch.compiler.is_dynamo_compiling() else [h._version for h in handed]
         ]
-        return handed[0] if isinstance(final, Tensor) else handed
+        return as_result(handed)
 
 
 def _copied(state: Tensor) -> Tensor:
@@ -115,64 +128,8 @@ def _copied(state: Tensor) -> Tensor:
         return state.clone()
 
 
-class _Carrying:
-    """Comes between a layer's own `forward` and that of the unrolled layer."""
-
-    carry: Carry
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        carry = self.carry
-        if not carry.running:
-            return super().forward(input, hx)  # pyright: ignore[reportAttributeAccessIssue]
-        chain = carry.chain_of(hx)
-        if chain is not None and isinstance(input, PackedSequence):
-            if carry.count is not None:
-                raise UnrollError(packed_problem(carry.place))
-            carry.packed = True
-        results = super().forward(input, carry.start(chain, hx))  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(self, UnrolledCell):
-            return carry.take(chain, results)
-        output, final = results
-        return output, carry.take(chain, final)
-
-
-class CarryingLayer(_Carrying, UnrolledLayer):
-    """An unrolled layer whose state is kept between calls of its model."""
-
-
-class CarryingCell(_Carrying, UnrolledCell):
-    """An unrolled cell whose state is kept between calls of its model."""
-
-
-def packed_problem(name: str) -> Problem:
-    """Why packed rows cannot be streamed."""
-    finding = "runs on a PackedSequence, whose rows end at lengths of their own: a piece does not tell which go on"
-    return Problem(name, finding, "give the model padded pieces, and take a row's state where it ends")
-
-
-def carried(layer: Unrolled, name: str) -> Carry:
+def attach_carry(layer: Unrolled, name: str) -> Carry:
     """Let a layer keep its state between calls of its model."""
-    assign_class(layer, carrying(parametrize.type_before_parametrizations(layer)))
-    carry = Carry(name, name or layer.place)
+    carry = Carry(name, name or layer.place, is_cell=layer.recurrence.is_cell)
     object.__setattr__(layer, "carry", carry)
     return carry
-
-
-@functools.cache
-def carrying(kind: type) -> type:
-    """The class that keeps the state of layers of a class of `Unrolled`, between whose methods and torch's it comes."""
-    if kind in (UnrolledLayer, UnrolledCell):
-        return CarryingLayer if kind is UnrolledLayer else CarryingCell
-    base = CarryingLayer if issubclass(kind, UnrolledLayer) else CarryingCell
-    return types.new_class(kind.__name__, (kind, base), {}, lambda body: body.update(__reduce_ex__=_reduce))
-
-
-def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    kind: Any = parametrize.type_before_parametrizations(self).__bases__[0]
-    return _empty, (kind.__new__(kind),), self.__dict__
-
-
-def _empty(layer: Unrolled) -> Unrolled:
-    """An instance without contents of the class that keeps the state of such layers."""
-    kind: Any = carrying(type(layer))
-    return kind.__new__(kind)

@@ -18,12 +18,12 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Where
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.graphs.lowering import known_values
-from unroll.graphs.programs import copied_entry, copied_graph
-from unroll.streams.chains import CallOfFunction, Chain, Known, find_chains
-from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zeros
+from unroll.graphs.calls import FunctionCall, Metadata, tensor_metadata
+from unroll.graphs.programs import copied_entry, copied_graph, rebuilt
+from unroll.streams.chains import Chain, find_chains
+from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zero_states
 
 
 def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) -> fx.GraphModule:
@@ -59,7 +59,7 @@ def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) ->
 def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
     """A copy of the program with a further keyword argument `state`, that returns output and state."""
     module = copied_graph(program.graph_module)
-    graph, known = module.graph, known_values(module)
+    graph, known = module.graph, tensor_metadata(module)
     chains = find_chains(module, where, known)
     example = _examples(chains, known)
     signature = copy.deepcopy(program.graph_signature)
@@ -70,7 +70,7 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
     if ARGUMENT in kwargs or ARGUMENT in (call.forward_arg_names or ()):
         raise UnrollError(Problem(ARGUMENT, "is an argument of the program already", "call it by another name"))
 
-    inputs: dict[str, fx.Node] = {}
+    nodes: dict[str, fx.Node] = {}
     last = graph.find_nodes(op="placeholder")[-1]
     values = _values(chains)
     for name in example:
@@ -78,9 +78,9 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
             last = graph.placeholder(f"{ARGUMENT}_{_identifier(name)}")
         with values[name].fake_mode:
             last.meta["val"] = torch.empty_like(values[name])
-        inputs[name] = last
+        nodes[name] = last
         signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=last.name), None))
-    finals = _rewire(chains, inputs)
+    finals = _rewire(chains, nodes)
     output = graph.output_node()
     results: Any = output.args[0]
     output.args = ((*results, *finals.values()),)
@@ -97,17 +97,8 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
     )
     given, named = program.example_inputs or ((), {})
     state = {name: value.new_zeros(value.shape) for name, value in example.items()}
-    return ExportedProgram(
-        root=module,
-        graph=graph,
-        graph_signature=signature,
-        state_dict=program.state_dict,
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=[replace(first, signature=call), *rest],
-        example_inputs=(given, {**named, ARGUMENT: state}) if program.example_inputs else None,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
+    inputs = (given, {**named, ARGUMENT: state}) if program.example_inputs else None
+    return rebuilt(program, module, signature, [replace(first, signature=call), *rest], inputs)
 
 
 def example_state(model: Any) -> State | None:
@@ -129,10 +120,10 @@ def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = N
     """
     if isinstance(model, fx.GraphModule):
         told = _told(model)
-        return zeros(told["states"], batch, told["unbatched"])
+        return zero_states(told["states"], batch, told["unbatched"])
     example = example_state(model)
     assert example is not None
-    found = zeros(example, batch)
+    found = zero_states(example, batch)
     sizes = _sizes(model)
     problems = [
         fixed_rows(batch, name, sizes[name])
@@ -161,7 +152,7 @@ def _sizes(program: ExportedProgram) -> dict[str, list[Any]]:
 
 def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], list[Problem]]:
     """What the metadata tells and a run on fake tensors like the arguments besides, and why that stopped if it did."""
-    known, problems = known_values(module), []
+    known, problems = tensor_metadata(module), []
     if args:
         trial = copied_graph(module)
         try:
@@ -169,7 +160,7 @@ def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node,
         except Exception as error:
             finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
             problems.append(Problem("args", finding, "give arguments that fit the graph"))
-        told = known_values(trial)
+        told = tensor_metadata(trial)
         known |= {node: told[there] for node, there in zip(module.graph.nodes, trial.graph.nodes) if there in told}
     return known, problems
 
@@ -183,7 +174,7 @@ def _states(chains: Mapping[str, Chain]) -> dict[str, tuple[Chain, int]]:
     }
 
 
-def _examples(chains: Mapping[str, Chain], known: Known, problems: Sequence[Problem] = ()) -> State:
+def _examples(chains: Mapping[str, Chain], known: Metadata, problems: Sequence[Problem] = ()) -> State:
     """A tensor like each state, by its name. The problems are why it may not be known."""
     found = {name: chain.first.example(k, known) for name, (chain, k) in _states(chains).items()}
     unknown = dict.fromkeys(chain.first.place for name, (chain, _) in _states(chains).items() if found[name] is None)
@@ -198,7 +189,7 @@ def _values(chains: Mapping[str, Chain]) -> dict[str, Any]:
     return {
         name: chain.first.zeros[k].meta["val"]
         for name, (chain, k) in _states(chains).items()
-        if isinstance(chain.first, CallOfFunction)
+        if isinstance(chain.first, FunctionCall)
     }
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from unroll.core.recurrence import Problem, Recurrence, UnrollError
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.recurrence import Recurrence
 
 State = dict[str, Tensor]
 """By name, such as `encoder.lstm.h`"""
 
+
 ARGUMENT = "state"
 """What the dictionary of states is called among the arguments of a streaming model"""
+
 
 NEXT = ".next"
 """What the name of a state ends with where the state before it has the same name without"""
@@ -34,7 +37,7 @@ def without_rows(recurrence: Recurrence, rank: int) -> bool:
     return rank == (1 if recurrence.is_cell else 2)
 
 
-def zeros(example: Mapping[str, Tensor], batch: int | None, unbatched: Container[str] = ()) -> State:
+def zero_states(example: Mapping[str, Tensor], batch: int | None, unbatched: Container[str] = ()) -> State:
     """Zeros like those of the example, for another number of rows.
 
     Args:
@@ -68,7 +71,7 @@ def fixed_rows(batch: int | None, name: str, shape: Sequence[Any]) -> Problem:
     return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", mend)
 
 
-def started(place: str, state: Any, example: Mapping[str, Any]) -> None:
+def check_state_names(place: str, state: Any, example: Mapping[str, Any]) -> None:
     """Refuse a state with other names than these."""
     if not isinstance(state, dict):
         mend = "give a dictionary of tensors, such as initial_state(batch), or None for zeros"
@@ -89,7 +92,7 @@ def reads_the_future(name: str) -> Problem:
     return Problem(name, finding, mend)
 
 
-MIXED = (
+MIXED_STATES = (
     "is called without a state, and also with one of the model's own that no call of it returned as it is",
     "pass a state at every call or at none, or leave the layer out by where=",
 )
@@ -100,3 +103,9 @@ def no_state(name: str) -> Problem:
     """Why a model has nothing to be streamed."""
     finding = "calls no recurrent layer without a state, so that there is none to be given"
     return Problem(name, finding, "look at where=; a graph must be streamed before its layers are unrolled")
+
+
+def packed_problem(name: str) -> Problem:
+    """Why packed rows cannot be streamed."""
+    finding = "runs on a PackedSequence, whose rows end at lengths of their own: a piece does not tell which go on"
+    return Problem(name, finding, "give the model padded pieces, and take a row's state where it ends")

@@ -18,14 +18,16 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.targets.tables import Target
 from unroll.targets.uses import CONSTANT, INPUT, RECURRENT, Operand, Unknown, Use
 
 CONTROL_FLOW = {"cond", "while_loop", "scan", "map_impl", "associative_scan"}
 
+
 SIZES = (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat, int)
 """What a node of Python's own may give: a piece of a result, or arithmetic on sizes"""
+
 
 Operands = Mapping[fx.Node, Operand]
 

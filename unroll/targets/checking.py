@@ -11,17 +11,19 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.onnx import require
+from unroll.core.errors import Problem, UnrollError
+from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.tables import Target
-from unroll.targets.tables import target as target_named
+from unroll.targets.tables import read_target as target_named
 from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
 
 KINDS = {
     "onnx": "an onnx.ModelProto, an onnx_ir.Model or the path of a file",
     "aten": "an ExportedProgram or a GraphModule of aten operators",
 }
+
+
 WAYS = {
     "onnx": "write one with unroll.export_onnx(model, args, path)",
     "aten": "make one with torch.export.export(model, args)",

@@ -9,10 +9,12 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.targets.uses import CONSTANT, INPUT, Operand, Use
 
 CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
+
+
 RANDOM = {"RandomNormal", "RandomUniform"}
 """What takes nothing, and is computed anew in each run"""
 

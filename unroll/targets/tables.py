@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from unroll.core.recurrence import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError
 
 NAMES = ("npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack")
 """The targets there are."""
@@ -105,7 +105,7 @@ def domain(operator: str) -> str:
     return operator.rpartition("::")[0] or (operator.partition(".")[0] if "." in operator else "")
 
 
-def target(name: str) -> Target:
+def read_target(name: str) -> Target:
     """A target by its name.
 
     Raises:

@@ -11,6 +11,7 @@ from unroll.targets.tables import Restriction, Target, domain
 RECURRENT = ("LSTM", "GRU", "RNN", "aten.lstm", "aten.gru", "aten.rnn")
 """What names of recurrent operators begin with"""
 
+
 INPUT, CONSTANT = "input", "constant"
 """What stands for the operator where a value is given to the model, or held by it"""
 

@@ -1,35 +1,27 @@
-"""Calls of recurrent operators in TorchScript: where they stand, what they run, and their replacement."""
+"""Calls of recurrent operators in TorchScript: where they stand, and what they run."""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unroll.core.plan import Plan
-from unroll.core.recurrence import CELL_MODES, LAYERS, Problem, Recurrence, UnrollError, read_call
-from unroll.core.values import Value
-from unroll.graphs.lowering import Steps
-from unroll.modules.replace import SCRIPT_KINDS
-from unroll.torchscript.writer import ScriptWriter
-
-LAYER_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
-"""The classes whose submodules give a layer its name"""
-
-OTHER_KINDS = re.compile(r"(aten|quantized)::\w*(lstm|gru|rnn)(?!\w*(prepack|flatten|backward))\w*")
-"""Quantized operators and those of one backend, which are recurrent and refused"""
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import Steps
+from unroll.core.recurrence import Recurrence, read_call
+from unroll.torchscript.operators import LAYER_NAMES, SCRIPT_KINDS, count_recurrent, is_recurrent, methods, walk
 
 
 class Unknown:
     """Stands for what is only known when the graph runs."""
 
 
-class Noted(NamedTuple):
+class Observed(NamedTuple):
     """What a call was seen to be given."""
 
     shape: tuple[int, ...]
@@ -66,7 +58,7 @@ class ScriptCall:
         params = self.argument("params")
         return list(params.node().inputs()) if params.node().kind() == "prim::ListConstruct" else params
 
-    def read(self, noted: list[Noted] | None) -> tuple[Recurrence, list[Tensor]]:
+    def read(self, noted: list[Observed] | None) -> tuple[Recurrence, list[Tensor]]:
         """What the operator runs, and its weights.
 
         Args:
@@ -81,13 +73,13 @@ class ScriptCall:
             raise UnrollError(Problem(self.names, finding, "freeze the module first (torch.jit.freeze)"))
         return first
 
-    def _read(self, name: str, instance: Any, noted: list[Noted] | None) -> tuple[Recurrence, list[Tensor]]:
+    def _read(self, name: str, instance: Any, noted: list[Observed] | None) -> tuple[Recurrence, list[Tensor]]:
         problems = []
         options: dict[str, Any] = {}
         wanted = () if self.is_cell else ("has_biases", "num_layers", "dropout", "bidirectional")
         for option in (*wanted, *(() if self.is_cell or self.packed else ("batch_first",))):
             options[option] = value = known(self.argument(option), instance)
-            if not _is_constant(self.argument(option)):
+            if not is_constant(self.argument(option)):
                 mend = "make it a constant of the graph, by Final[...] or torch.jit.freeze"
                 found = "when it runs" if value is Unknown else "in an attribute that may change"
                 problems.append(Problem(name, f"has its {option} only {found}", mend))
@@ -109,7 +101,7 @@ class ScriptCall:
             raise UnrollError(Problem(name, finding, "give all weights, and biases to both input and state or none"))
         return recurrence, weights
 
-    def steps(self, asked: Steps, noted: list[Noted] | None) -> int | None:
+    def steps(self, asked: Steps, noted: list[Observed] | None) -> int | None:
         """The number of time steps to write, or None for a loop over any number."""
         if self.is_cell or not self.is_called:
             return None
@@ -139,51 +131,11 @@ class ScriptCall:
             raise UnrollError(Problem(self.name, f"steps={wanted[0]!r}", "give a whole number from 1 upwards"))
         return wanted[0]
 
-    def write(self, recurrence: Recurrence, weights: list[Tensor], steps: int | None, plan: Plan) -> None:
-        """Put explicit operations before the node and hand their results to those that read it.
 
-        Weights that are constants of the graph are laid out here and now; others by the graph, whenever it runs.
-        """
-        node, writer = self.node, ScriptWriter(self.name, self.graph)
-        with self.graph.insert_point_guard(node):
-            train = False if self.is_cell else self.argument("train")
-            if not isinstance(train, bool):
-                train = train.toIValue() if _is_constant(train) else Value(writer, node=train)
-            results = writer.write(
-                recurrence,
-                plan,
-                weights if _is_constant(self.weights()) else self._weight_values(writer, len(weights)),
-                weights[0].dtype,
-                Value(writer, node=node.inputsAt(0)),
-                Value(writer, node=self.argument("hx")),
-                train=train,
-                steps=steps,
-                batch_sizes=Value(writer, node=self.argument("batch_sizes")) if self.packed else None,
-            )
-        for output, result in zip(node.outputs(), results, strict=True):
-            output.replaceAllUsesWith(result.node)
-        node.destroy()
-
-    def _weight_values(self, writer: ScriptWriter, count: int) -> list[Value]:
-        values = self.weights()
-        if isinstance(values, list):
-            return [Value(writer, node=value) for value in values]
-        return writer.items(Value(writer, node=values), count)
-
-    def note(self, function: Any, number: int) -> None:
-        """Have `function(number, input, weights)` called before the node."""
-        writer = ScriptWriter("", self.graph)
-        with self.graph.insert_point_guard(self.node):
-            values = self.weights()
-            whole = not isinstance(values, list)
-            weights: Any = Value(writer, node=values) if whole else [Value(writer, node=value) for value in values]
-            writer.run(function, number, Value(writer, node=self.node.inputsAt(0)), weights)
-
-
-def _is_constant(value: Any) -> bool:
+def is_constant(value: Any) -> bool:
     """Whether the graph has a value, or all of a list of them, as constants."""
     if isinstance(value, list):
-        return all(map(_is_constant, value))
+        return all(map(is_constant, value))
     return value.node().kind() == "prim::Constant"
 
 
@@ -201,38 +153,6 @@ def known(value: Any, module: Any) -> Any:
         owner = known(node.input(), module)
         return owner if owner is Unknown else getattr(owner, node.s("name"))
     return module if kind == "prim::Param" and value.type() == module._c._type() else Unknown
-
-
-def walk(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """All nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
-
-    def within(block: Any) -> Iterator[tuple[Any, Any]]:
-        for node in block.nodes():
-            yield node, graph
-            for inner in node.blocks():
-                yield from within(inner)
-            if node.hasAttribute("Subgraph"):
-                yield from walk(node.g("Subgraph"))
-
-    return within(graph)
-
-
-def methods(root: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Each piece of compiled code under a module once: a submodule that has it, its name and its graph."""
-    seen = set()
-    for module in root.modules():
-        kind = str(module._c._type())
-        if kind not in seen:
-            seen.add(kind)
-            yield from ((module, name, module._c._get_method(name).graph) for name in module._c._method_names())
-
-
-def is_recurrent(node: Any) -> bool:
-    return node.kind() in SCRIPT_KINDS or OTHER_KINDS.fullmatch(node.kind()) is not None
-
-
-def count_recurrent(graph: Any) -> int:
-    return sum(is_recurrent(node) for node, _ in walk(graph))
 
 
 def find_calls(root: Any) -> list[ScriptCall]:

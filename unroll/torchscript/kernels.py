@@ -1,58 +1,61 @@
-"""Unrolled layers in the form that `torch.jit.script` compiles: a loop over any number of time steps.
-
-`torch.jit.script` asks a module for this form by `__prepare_scriptable__`. The module stays the object it is and
-runs in Python as before; only its class gets a `forward` that TorchScript can read, and calls a kernel in which
-the recipe has written the steps.
-"""
+"""Kernels: compiled functions in which the recipe has written the steps of a layer, for traced and scripted layers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.jit import _state
 from torch.nn.utils.rnn import PackedSequence
 
+from unroll.core.arguments import as_result, as_states, check_arguments
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, Recurrence, UnrollError, check_arguments
+from unroll.core.recurrence import Frame, Recurrence
 from unroll.core.values import Value
-from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
+from unroll.torchscript.lowering import write_recurrence
 from unroll.torchscript.writer import TENSOR, ScriptWriter
 
 
-def prepare(layer: Any) -> Any:
-    """The layer, ready for `torch.jit.script`.
+def make_scriptable(layer: Any, plain: Sequence[type], kinds: Mapping[tuple[bool, int], type]) -> Any:
+    """Make a layer ready for `torch.jit.script`, and return it.
+
+    The module stays the object that it is and runs in Python as before; only its class gets a `forward` that
+    TorchScript can read.
+
+    Args:
+        layer: an unrolled layer or cell.
+        plain: the classes that have no methods of a user's own.
+        kinds: `Scriptable` classes, by whether it is a cell, and by the number of states.
 
     Raises:
         UnrollError: for a layer of which TorchScript would compile something else than it runs.
     """
     problems = []
-    names = [name for group in layer.recurrence.weight_names for name in group]
-    if computed := [name for name in names if name not in layer._parameters]:
+    if computed := [name for name in layer.recurrence.flat_names if name not in layer._parameters]:
         mend = "remove the parametrization, or use torch.jit.trace"
         problems.append(Problem(layer.place, f"computes {', '.join(computed)} at every call", mend))
-    elif type(layer) not in (UnrolledLayer, UnrolledCell, *SCRIPTABLE.values()):
+    elif type(layer) not in plain:
         finding = f"{type(layer).__name__} has methods of its own, which call super()"
         problems.append(Problem(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace"))
     if problems:
         raise UnrollError(*problems)
     recurrence = layer.recurrence
     layer.__dict__.pop("__overloads__", None)  # left by torch.jit.script where the original was scripted before
-    layer.__class__ = SCRIPTABLE[recurrence.is_cell, len(recurrence.state_sizes)]
-    layer._kernel, layer._kernel_weights = _kernel(layer), _flat(layer)
-    layer._kernel_rank = 2 if recurrence.is_cell else 3
-    layer._batch_axis = 0 if recurrence.is_cell or recurrence.batch_first else 1
+    layer.__class__ = kinds[recurrence.is_cell, len(recurrence.state_sizes)]
+    layer._kernel, layer._kernel_weights = kernel_of(layer), layer.flat_weights
+    layer._kernel_rank, layer._batch_axis = recurrence.rank(), recurrence.batch_axis
     layer._state_lead = [] if recurrence.is_cell else [recurrence.passes]
     layer._state_sizes = list(recurrence.state_sizes)
     return layer
 
 
-def _kernel(layer: Any, **options: Any) -> Any:
-    with untraced():
+def kernel_of(layer: Any, **options: Any) -> Any:
+    with pause_tracing():
         return kernel(layer.recurrence, layer.plan, layer.place, layer.all_weights[0][0].dtype, **options)
 
 
@@ -81,7 +84,8 @@ def kernel(
     inputs = {name: graph.addInput(name).setType(kind) for name, kind in kinds.items()}
     writer = ScriptWriter(place, graph)
     values = {name: Value(writer, node=value) for name, value in inputs.items()}
-    results = writer.write(
+    results = write_recurrence(
+        writer,
         recurrence,
         plan,
         writer.items(values["weights"], sum(map(len, recurrence.weight_names))),
@@ -104,53 +108,46 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
     if isinstance(input, PackedSequence):
         return _trace_packed(layer, input, hx)
     recurrence = layer.recurrence
-    axis = 0 if recurrence.is_cell or recurrence.batch_first else 1
-    with untraced():
-        check_arguments(recurrence, layer.place, input, hx, weight=layer.all_weights[0][0])
-        batched = input.dim() == (2 if recurrence.is_cell else 3)
-        looping = recurrence.is_cell or layer.plan.block is not None
-        steps = None if looping else input.shape[1 - axis if batched else 0]
+    axis = recurrence.batch_axis
+    with pause_tracing():
+        check_arguments(recurrence, layer.place, input, hx, weight=layer.like)
+        batched, steps, _ = recurrence.frame(input.shape)
+        steps = None if recurrence.is_cell or layer.plan.block is not None else steps
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
     state = state if batched or hx is None else [s.unsqueeze(-2) for s in state]
-    results = _kernel(layer, steps=steps, train=layer.training)(input, state, _flat(layer))
+    results = kernel_of(layer, steps=steps, train=layer.training)(input, state, layer.flat_weights)
     if not batched:
         results = [results[0].squeeze(axis), *(s.squeeze(-2) for s in results[1:])]
     output, *finals = results
-    if recurrence.is_cell:
-        return (output, *finals) if finals else output
-    return output, tuple(finals) if len(finals) > 1 else finals[0]
+    return as_result([output, *finals]) if recurrence.is_cell else (output, as_result(finals))
 
 
 def _trace_packed(layer: Any, input: PackedSequence, hx: Any) -> Any:
     """Recorded as a loop, since how many rows there are in each step may change."""
     recurrence = layer.recurrence
-    with untraced():
+    with pause_tracing():
         rows = int(input.batch_sizes[0])
-        check_arguments(recurrence, layer.place, input.data, hx, weight=layer.all_weights[0][0], rows=rows)
+        check_arguments(recurrence, layer.place, input.data, hx, weight=layer.like, rows=rows)
     state = _initial(recurrence, input.data, input.batch_sizes[0], hx)
     if hx is not None and input.sorted_indices is not None:
         state = [s.index_select(1, input.sorted_indices) for s in state]
-    run = _kernel(layer, packed=True, train=layer.training)
-    output, *finals = run(input.data, state, _flat(layer), input.batch_sizes)
+    run = kernel_of(layer, packed=True, train=layer.training)
+    output, *finals = run(input.data, state, layer.flat_weights, input.batch_sizes)
     if input.unsorted_indices is not None:
         finals = [s.index_select(1, input.unsorted_indices) for s in finals]
-    return input._replace(data=output), tuple(finals) if len(finals) > 1 else finals[0]
-
-
-def _flat(layer: Any) -> list[Tensor]:
-    return [weight for group in layer.all_weights for weight in group]
+    return input._replace(data=output), as_result(finals)
 
 
 def _initial(recurrence: Recurrence, input: Tensor, batch: Any, hx: Any) -> list[Tensor]:
-    if hx is not None:
-        return [hx] if isinstance(hx, Tensor) else list(hx)
-    lead = [] if recurrence.is_cell else [recurrence.passes]
-    return [input.new_zeros(*lead, batch, size) for size in recurrence.state_sizes]
+    given = as_states(hx)
+    if given is not None:
+        return list(given)
+    return [input.new_zeros(shape) for shape in recurrence.state_shapes(Frame(True, None, batch))]
 
 
 @contextmanager
-def untraced() -> Iterator[None]:
+def pause_tracing() -> Iterator[None]:
     """Python may look at shapes here: `torch.jit.trace` does not follow."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
@@ -160,10 +157,11 @@ def untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class Scriptable(Unrolled):
-    """What the classes below have in common. The attributes are for TorchScript alone, and not copied or pickled."""
+class Scriptable(nn.Module):
+    """What TorchScript compiles of a layer. The attributes are for TorchScript alone, and not copied or pickled."""
 
     if TYPE_CHECKING:
+        place: str
         _kernel: Callable[..., list[Tensor]]
         _kernel_weights: list[Tensor]
         _kernel_rank: int
@@ -173,7 +171,7 @@ class Scriptable(Unrolled):
 
     # TorchScript reads types here, and no strings; it infers those of everything but an empty list.
     __annotations__ = {"_state_lead": list[int]}
-    __jit_unused_properties__ = ("all_weights", "like", "recurrence", "_flat_weights")
+    __jit_unused_properties__ = ("all_weights", "flat_weights", "like", "recurrence", "_flat_weights")
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("_kernel", "_kernel_weights", "_kernel_rank", "_batch_axis", "_state_lead", "_state_sizes")
@@ -195,51 +193,3 @@ class Scriptable(Unrolled):
         if batched:
             return results
         return [results[0].squeeze(self._batch_axis)] + [result.squeeze(-2) for result in results[1:]]
-
-
-class ScriptableLSTM(Scriptable, UnrolledLayer):
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
-            return results[0], (results[1], results[2])
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableLayer(Scriptable, UnrolledLayer):
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor, hx: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx])
-            return results[0], results[1]
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableLSTMCell(Scriptable, UnrolledCell):
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
-            return results[0], results[1]
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableCell(Scriptable, UnrolledCell):
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._compiled(input, [] if hx is None else [hx])[0]
-        else:
-            return super().forward(input, hx)
-
-
-SCRIPTABLE: dict[tuple[bool, int], type[Unrolled]] = {
-    (False, 2): ScriptableLSTM,
-    (False, 1): ScriptableLayer,
-    (True, 2): ScriptableLSTMCell,
-    (True, 1): ScriptableCell,
-}
-"""By whether it is a cell, and by the number of states"""

@@ -15,23 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unroll.core.options import Where, chooses, unknown_names
+from unroll.core.arguments import as_args
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import seeded, without_gc
 from unroll.core.plan import Plan
-from unroll.core.recurrence import Problem, UnrollError
-from unroll.graphs.lowering import Steps, unknown_steps
-from unroll.modules.replace import SCRIPT_KINDS
-from unroll.torchscript import writer as scripting
-from unroll.torchscript.calls import (
-    LAYER_NAMES,
-    Noted,
-    ScriptCall,
-    calls_recurrent_function,
-    count_recurrent,
-    find_calls,
-    methods,
-    walk,
-)
+from unroll.torchscript.calls import Observed, ScriptCall, calls_recurrent_function, find_calls
+from unroll.torchscript.checks import compiled, quiet
+from unroll.torchscript.lowering import lower, observe
+from unroll.torchscript.operators import LAYER_NAMES, SCRIPT_KINDS, count_recurrent, methods, walk
 
 
 def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: Plan, steps: Steps = None) -> Any:
@@ -54,7 +46,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     _share(module, copied)
     calls = find_calls(copied)
     picked = _picked(where, calls, copied)
-    noted = None if args is None else _run_and_note(copied, args)
+    noted = None if args is None else _run_and_observe(copied, args)
     stepping = [calls[number] for number in picked if not calls[number].is_cell]
     jobs, problems = [], unknown_steps(steps, (name for call in stepping for name in call.instances))
     for number in picked:
@@ -66,7 +58,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     _refuse(problems)
     with without_gc():
         for call, recurrence, weights, count in jobs:
-            call.write(recurrence, weights, count, plan)
+            lower(call, recurrence, weights, count, plan)
         for graph in {id(call.graph): call.graph for call, *_ in jobs}.values():
             torch._C._jit_pass_dce_graph(graph)
             torch._C._jit_pass_constant_pooling(graph)  # pyright: ignore[reportAttributeAccessIssue]
@@ -102,7 +94,7 @@ def _refuse(problems: Iterable[Problem]) -> None:
 
 def _copy(module: Any) -> Any:
     try:
-        with scripting.quiet():
+        with quiet():
             return torch.jit.load(io.BytesIO(module.save_to_buffer()))
     except Exception as error:
         finding = f"cannot be saved and loaded ({str(error).strip().splitlines()[0]})"
@@ -138,36 +130,38 @@ def _share(module: Any, copied: Any) -> None:
                 ours._c.setattr(name, value)
 
 
-_noted: ContextVar[dict[int, list[Noted]]] = ContextVar("noted")
+_observed: ContextVar[dict[int, list[Observed]]] = ContextVar("noted")
 
 
 @torch.jit.ignore()
-def _note(number: int, input: Tensor, weights: list[Tensor]) -> None:
+def _observe(number: int, input: Tensor, weights: list[Tensor]) -> None:
     kinds = [torch.empty_like(weight, device="meta") for weight in weights]
-    _noted.get().setdefault(number, []).append(Noted(tuple(input.shape), kinds))
+    _observed.get().setdefault(number, []).append(Observed(tuple(input.shape), kinds))
 
 
-_note.__annotations__ = get_type_hints(_note)  # TorchScript calls it from compiled code, and does not read strings
+_observe.__annotations__ = get_type_hints(
+    _observe
+)  # TorchScript calls it from compiled code, and does not read strings
 
 
-def _noting(number: int, input: Tensor, weights: list[Tensor]) -> None:
-    _note(number, input, weights)
+def _observing(number: int, input: Tensor, weights: list[Tensor]) -> None:
+    _observe(number, input, weights)
 
 
-def _run_and_note(module: Any, args: Any) -> dict[int, list[Noted]]:
+def _run_and_observe(module: Any, args: Any) -> dict[int, list[Observed]]:
     """What each call, by its number, is given whenever it is reached in a run of the module."""
     copied = _copy(module)
     for number, call in enumerate(find_calls(copied)):
         if call.operator in SCRIPT_KINDS:
-            call.note(scripting.compiled(_noting), number)
-    found: dict[int, list[Noted]] = {}
-    token = _noted.set(found)
+            observe(call, compiled(_observing), number)
+    found: dict[int, list[Observed]] = {}
+    token = _observed.set(found)
     try:
         with torch.no_grad(), seeded():
-            copied(*(args if isinstance(args, (tuple, list)) else (args,)))
+            copied(*as_args(args))
     except Exception as error:
         finding = f"the module cannot be run on them ({str(error).strip().splitlines()[-1]})"
         raise UnrollError(Problem("args", finding, "give arguments that fit it, or steps=")) from error
     finally:
-        _noted.reset(token)
+        _observed.reset(token)
     return found

@@ -1,0 +1,136 @@
+"""The weights of a layer: as torch holds them, and laid out for the products of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Tensorlike = Any
+"""A tensor, or anything with `__torch_function__` that stands for one."""
+
+
+class Weights(NamedTuple):
+    """The parameters of one layer in one direction, as torch holds them: rows stacked by gate."""
+
+    w_ih: Tensorlike
+    """`[gates * H, F]`"""
+    w_hh: Tensorlike
+    """`[gates * H, H]`, or `[gates * H, P]` with a projection"""
+    b_ih: Tensorlike | None = None
+    """`[gates * H]`"""
+    b_hh: Tensorlike | None = None
+    """`[gates * H]`"""
+    w_hr: Tensorlike | None = None
+    """`[P, H]`, the projection of an LSTM with `proj_size`"""
+    peephole: Tensorlike | None = None
+    """`[3 * H]`, what `c` adds to the input, forget and output gates of an ONNX LSTM, or None"""
+
+
+class Affine(NamedTuple):
+    """The map `x @ weight + bias`; None stands for an `x` of zeros."""
+
+    weight: Tensorlike
+    """`[in, out]`, or stacked `[n, in, out]`; if summed, `[out, in]`, or stacked `[n, 1, out, in]`"""
+    bias: Tensorlike | None = None
+    """`[out]`, or stacked `[n, 1, out]`, or None"""
+    stacked: bool = False
+    """Whether there are `n` maps, for an `x` of `[n, B, in]`"""
+    summed: bool = False
+    """Whether the product is written as a multiplication and a sum"""
+
+    def __call__(self, x: Tensorlike | None) -> Tensorlike | None:
+        if x is None:
+            return self.bias
+        return self.times(x) if self.bias is None else self.onto(self.bias, x)
+
+    def times(self, x: Tensorlike) -> Tensorlike:
+        """`x @ weight`"""
+        if self.summed:
+            return torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
+        return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
+
+    def onto(self, y: Tensorlike, x: Tensorlike) -> Tensorlike:
+        """`y + x @ weight`"""
+        if self.summed:
+            return torch.add(y, self.times(x))
+        return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
+
+
+class Precision(NamedTuple):
+    """For float16 and bfloat16: products and `h` in one type, gates and `c` in a wider one, as in fused kernels."""
+
+    products: torch.dtype
+    gates: torch.dtype
+
+
+class Variant(NamedTuple):
+    """How a step of the ONNX standard departs from torch's."""
+
+    activations: tuple[Callable[[Tensorlike], Tensorlike], ...] = ()
+    """In the standard's order: f of the sigmoid gates, g of the candidate, h of an LSTM's `c`. Empty for torch's."""
+    clip: float | None = None
+    """What a gate's activation is applied to is first limited to `[-clip, clip]`; `c` is not, as in ONNX Runtime."""
+    coupled: bool = False
+    """An LSTM's forget gate is one minus its input gate (`input_forget`)."""
+
+
+class StepWeights(NamedTuple):
+    """The parameters of one layer in one direction, as a step wants them: one product after another."""
+
+    inputs: tuple[Affine, ...]
+    """Applied to all time steps at once; step `t` gets one `x` from each."""
+    hidden: tuple[Affine, ...]
+    """Applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
+    projection: Affine | None
+    """From `H` to `P` features, or None"""
+    hidden_size: int
+    precision: Precision | None = None
+    peephole: tuple[Tensorlike, ...] | None = None
+    """`[H]` for each of the input, forget and output gates, or None"""
+    variant: Variant | None = None
+
+    def activations(
+        self, *standard: Callable[[Tensorlike], Tensorlike]
+    ) -> tuple[Callable[[Tensorlike], Tensorlike], ...]:
+        """The activations of a step, given torch's."""
+        if self.variant is None:
+            return standard
+        chosen, clip = self.variant.activations or standard, self.variant.clip
+        if clip is None:
+            return chosen
+        clipped = ((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen[:2])
+        return *clipped, *chosen[2:]
+
+    def widen(self, value: Tensorlike) -> Tensorlike:
+        """A result of products, for the gates to work on."""
+        return value if self.precision is None else value.to(self.precision.gates)
+
+    def narrow(self, value: Tensorlike) -> Tensorlike:
+        """A result of gates, for products to work on."""
+        return value if self.precision is None else value.to(self.precision.products)
+
+
+def stack(passes: Sequence[StepWeights]) -> StepWeights:
+    """The parameters of passes of one kind, for steps on states `[n, B, size]`."""
+
+    def of(maps: Sequence[Affine]) -> Affine:
+        biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
+        weight = torch.stack([m.weight for m in maps])
+        weight = torch.unsqueeze(weight, 1) if maps[0].summed else weight
+        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].summed)
+
+    first = passes[0]
+    projection, peephole = first.projection, first.peephole
+    if projection is not None:
+        projection = of([p.projection for p in passes if p.projection is not None])
+    if peephole is not None:
+        gates = zip(*(p.peephole or () for p in passes), strict=True)
+        peephole = tuple(torch.stack([torch.reshape(weight, (1, -1)) for weight in gate]) for gate in gates)
+    return first._replace(
+        inputs=tuple(map(of, zip(*(p.inputs for p in passes), strict=True))),
+        hidden=tuple(map(of, zip(*(p.hidden for p in passes), strict=True))),
+        projection=projection,
+        peephole=peephole,
+    )

@@ -1,0 +1,131 @@
+"""Inputs of a model: examples in order, and random ones like them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from unroll.onnx.layers import DOMAIN
+
+
+def fresh_inputs(
+    program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Random inputs like the given ones: once of their sizes, and with dynamic sizes longer and shorter."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    examples = [values.get(name) for name in program.graph_signature.user_inputs]
+    dims = [size for e in examples if isinstance(e, Tensor) for size in e.shape if isinstance(size, torch.SymInt)]
+    symbols: list[Any] = sorted({s for size in dims for s in size.node.expr.free_symbols}, key=str)
+    hints = {s: size.node.shape_env.backed_var_to_val[s] for size in dims for s in size.node.expr.free_symbols}
+    variants = [hints]
+    if symbols:
+        limits = {s: program.range_constraints.get(s) for s in symbols}
+        for change in (lambda n, k: n + 3 + k, lambda n, k: max(n // 2, 1)):
+            sizes = {s: _within(change(int(hints[s]), k), limits[s]) for k, s in enumerate(symbols)}
+            variants.append(sizes)
+    generator = torch.Generator().manual_seed(0)
+    packed = lengths_among(program)
+    for sizes in variants:
+
+        def size(n: Any, sizes: dict[Any, int] = sizes) -> int:
+            return int(n) if isinstance(n, int) else int(n.node.expr.subs(sizes))
+
+        drawn = []
+        for name, leaf, example in zip(program.graph_signature.user_inputs, leaves, examples, strict=False):
+            if isinstance(leaf, Tensor) and isinstance(example, Tensor):
+                shape = [size(n) for n in example.shape]
+                if name in packed:
+                    steps, falling = packed[str(name)]
+                    leaf = _lengths(leaf, shape, size(steps), falling, generator)
+                else:
+                    leaf = _drawn(leaf, shape, generator).to(leaf.device)
+            drawn.append(leaf)
+        yield pytree.tree_unflatten(drawn, spec)
+
+
+def _within(size: int, limits: Any) -> int:
+    if limits is None:
+        return size
+    if limits.upper < size:
+        return int(limits.upper)
+    return int(limits.lower) if limits.lower > size else size
+
+
+def _lengths(like: Tensor, shape: list[int], steps: int, falling: bool, generator: torch.Generator) -> Tensor:
+    """Random lengths up to `steps`, of which the first is the longest that there may be."""
+    lengths = torch.randint(1, steps + 1, shape, generator=generator)
+    lengths[:1] = steps
+    return (lengths.sort(descending=True).values if falling else lengths).to(like)
+
+
+def _drawn(like: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
+    """Random values as those of `like`: normal with its mean and spread, or picked among its integers."""
+    like = like.detach().cpu()
+    if like.is_floating_point():
+        mean, spread = (like.double().mean(), like.double().std(correction=0)) if like.numel() else (0.0, 1.0)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (mean + (spread if spread else 1.0) * noise).to(like.dtype)
+    if like.is_complex() or not like.numel():
+        return torch.zeros(shape, dtype=like.dtype)
+    return like.flatten()[torch.randint(like.numel(), shape, generator=generator)]
+
+
+def in_order(model: nn.Module | ExportedProgram, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments as the model's forward names them, which is the order of a file's inputs."""
+    given = dict(kwargs or {})
+    if not given or isinstance(model, (ExportedProgram, torch.jit.ScriptModule)):
+        return given
+    names = [name for name in inspect.signature(model.forward).parameters if name in given]
+    return {name: given[name] for name in [*names, *given]}
+
+
+class Lengths(NamedTuple):
+    """What lengths of packed sequences may be."""
+
+    steps: Any
+    """The largest, a number or a symbolic one"""
+    falling: bool
+    """Whether they must be sorted"""
+
+
+def lengths_among(program: ExportedProgram) -> dict[str, Lengths]:
+    """The inputs of a captured program that are lengths of packed sequences, by name."""
+    found: dict[str, Lengths] = {}
+    for node in program.graph.find_nodes(
+        op="call_function", target=torch.ops.onnx_symbolic._symbolic_multi_out.default
+    ):
+        operands: Any = node.args[0]
+        if node.kwargs["domain"] != DOMAIN or not _is_padded(node):
+            continue
+        before = _before(operands[-1])
+        vectors = [n for n in before if n.op == "placeholder" and n.meta["val"].dim() == 1]
+        if len(vectors) == 1:
+            falling = not any("sort" in str(n.target) for n in before)
+            found[vectors[0].name] = Lengths(operands[0].meta["val"].shape[0], falling)
+    return found
+
+
+def _is_padded(node: fx.Node) -> bool:
+    keys: Any = node.kwargs["attr_keys"]
+    values: Any = node.kwargs["attr_ints"]
+    positions: Any = node.kwargs["attr_pos"]
+    return bool(values[positions[keys.index("padded")][0]])
+
+
+def _before(node: fx.Node) -> set[fx.Node]:
+    """Everything that a node's value is computed from, that is a tensor."""
+    found: set[fx.Node] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node not in found and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            found.add(node)
+            left += node.all_input_nodes
+    return found

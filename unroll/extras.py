@@ -1,0 +1,22 @@
+"""Optional packages, which the extras of the distribution install."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from unroll.core.errors import Problem, UnrollError
+
+
+def require(*packages: str, extra: str = "onnx") -> None:
+    """Refuse to go on without packages of an extra.
+
+    Raises:
+        UnrollError: naming the packages and the extra.
+
+    Example:
+        >>> require("torch")
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        mend = f"pip install 'torch-unroll[{extra}]'"
+        raise UnrollError(Problem("unroll", f"needs {', '.join(missing)} for this", mend))

@@ -1,0 +1,71 @@
+"""Symbolic tracing with recurrent layers as single nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn.utils import rnn
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.patching import alone, patched
+from unroll.modules.find import is_recurrent
+from unroll.modules.layers import Unrolled
+
+
+def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
+    """Trace a model symbolically, with recurrent layers and (un)packing of sequences as single nodes.
+
+    Args:
+        model: what `torch.fx.symbolic_trace` takes.
+        concrete_args: arguments to fix, as for `torch.fx.symbolic_trace`.
+
+    Raises:
+        UnrollError: if the model's control flow cannot be traced.
+
+    Example:
+        >>> [node.op for node in trace(nn.Sequential(nn.GRU(3, 5))).graph.nodes]
+        ['placeholder', 'call_module', 'output']
+    """
+    if is_recurrent(model):
+        mend = "trace a module that holds it, such as nn.Sequential(layer)"
+        raise UnrollError(Problem(type(model).__name__, "is itself a recurrent layer, with nothing around it", mend))
+    try:
+        tracer = _Tracer()
+        with alone(), _packed_by_node(tracer):
+            graph = tracer.trace(model, concrete_args)
+        for node in graph.nodes:  # torch would declare these by dotted names, on which every later trace stumbles
+            if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
+                node.meta.pop("is_wrapped", None)
+    except (TraceError, TypeError) as error:
+        mend = "use unroll(module), which needs no trace, or the graph of torch.export"
+        raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", mend)) from error
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+@contextmanager
+def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
+    """While this lasts, a `PackedSequence` made of values of the graph is a node."""
+    made = PackedSequence.__new__
+
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        proxies = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, fx.Proxy)]
+        if any(proxy.tracer is tracer for proxy in proxies):
+            return tracer.create_proxy("call_function", PackedSequence, args, kwargs)
+        return made(cls, *args, **kwargs)
+
+    with patched(PackedSequence, __new__=staticmethod(new)):
+        yield
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence))
+        self._autowrap_search.append(rnn)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_recurrent(m) or isinstance(m, Unrolled) or super().is_leaf_module(m, module_qualified_name)

@@ -1,0 +1,65 @@
+"""Weights of a layer, laid out once in buffers in place of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.layout import Frozen
+from unroll.modules.layers import Unrolled
+from unroll.modules.subclasses import assign_class
+
+
+def freeze_layer(layer: Any) -> None:
+    """Lay out the weights of an `Unrolled` layer once for all, in buffers, and take its parameters away.
+
+    Parametrizations of the weights are computed as they are after `eval()`, and taken away too.
+
+    Raises:
+        UnrollError: if something else than the layer holds the weights.
+    """
+    if layer.frozen is not None:
+        return
+    recurrence = layer.recurrence
+    names = [name for group in recurrence.weight_names for name in group]
+    parametrizations = layer.parametrizations if parametrize.is_parametrized(layer) else {}
+    foreign = [n for n in names if n not in layer._parameters and n not in layer._buffers and n not in parametrizations]
+    if foreign:
+        mend = "make it a parameter (remove_weight_norm, prune.remove), or leave the layer out by where="
+        raise UnrollError(Problem(layer.place, f"{', '.join(foreign)} is set from outside before each call", mend))
+
+    for name in parametrizations:
+        layer.parametrizations[name].eval()  # power iterations would go on, in tensors that the original shares
+    weights = [weight for group in layer.all_weights for weight in group]
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> str:
+        kept[name] = tensor
+        return name
+
+    frozen = Frozen.of(recurrence, weights, layer.plan, keep)
+    for name in names:
+        layer._parameters.pop(name, None)
+        layer._buffers.pop(name, None)
+        if name in parametrizations:
+            del layer.parametrizations[name]
+    if parametrizations:
+        assign_class(layer, parametrize.type_before_parametrizations(layer))
+    for name, tensor in kept.items():
+        layer.register_buffer(name, tensor)
+    layer.frozen = frozen
+
+
+def freeze_layers(layers: Iterable[Unrolled]) -> None:
+    problems: list[Problem] = []
+    for layer in layers:
+        try:
+            freeze_layer(layer)
+        except UnrollError as error:
+            problems += error.problems
+    if problems:
+        raise UnrollError(*dict.fromkeys(problems))

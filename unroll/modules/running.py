@@ -1,0 +1,145 @@
+"""Runs a layer on tensors: its weights laid out, its steps over rows, its results as torch's layers give them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll.core import schedule
+from unroll.core.arguments import AUTOCAST, as_result, autocast_dtype, check_arguments
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.layout import Frozen, Layout, lay_out
+from unroll.core.plan import Plan
+from unroll.core.recurrence import Recurrence
+from unroll.core.rows import copy_apart, split_rows
+from unroll.core.values import Target
+from unroll.modules import loops
+from unroll.packed.guard import mark, unmark
+from unroll.packed.sequences import PaddedSizes, known_sizes, restore_order, sort_states
+
+
+class Layer(Protocol):
+    """What is asked of a layer to run it."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def training(self) -> bool: ...
+    @property
+    def recurrence(self) -> Recurrence: ...
+    @property
+    def frozen(self) -> Frozen | None: ...
+    @property
+    def flat_weights(self) -> list[Tensor]:
+        """The weights in torch's order; not asked of a frozen layer."""
+        ...
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and on the device of the weights."""
+        ...
+
+
+def run_rows(
+    layer: Layer,
+    rows: Tensor,
+    state: tuple[Tensor, ...] | None,
+    steps: Any,
+    batch: Any,
+    sizes: list[int] | None = None,
+    padded: PaddedSizes | None = None,
+) -> schedule.Result:
+    """Run all steps of a layer over `rows`, `[T * B, F]`, of packed rows with their sizes."""
+    recurrence = layer.recurrence
+    promoting = False
+    cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
+    if cast:
+        promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
+        if not promoting:
+            rows = rows.to(cast)
+            state = state and tuple(s.to(cast) for s in state)
+    loop = None
+    if layer.plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
+        if promoting:
+            finding = "runs in blocks under autocast, where the type of its state changes after the first step"
+            raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
+        weights = [] if layer.frozen is not None else layer.flat_weights
+        trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
+        loop = None if trained else loops.over_blocks(steps, layer.plan.block, padded.mask if padded else None)
+    # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
+    # steps, or where the only step has to give the weights that meet them a gradient.
+    looped = loop is not None  # what Dynamo can tell of a function in every version
+    if state is None and (promoting or sizes or padded or looped or (steps == 1 and torch.is_grad_enabled())):
+        state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
+    drop = layer.training and recurrence.dropout
+    return schedule.run(
+        recurrence,
+        lay_out_weights(layer, cast, None if promoting else rows.dtype),
+        rows,
+        state,
+        steps=steps,
+        sizes=sizes,
+        mask=padded.mask if padded else None,
+        dropout=partial(functional.dropout, p=drop) if drop else None,
+        target=Target(copy_apart if _is_compiled_for_cpu(rows) else split_rows, loop),
+    )
+
+
+def lay_out_weights(layer: Layer, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
+    """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
+    if layer.frozen is not None:
+        return layer.frozen.read(layer, cast, dtype)
+    recurrence, weights = layer.recurrence, layer.flat_weights
+    cast_weights = [weight.to(cast) for weight in weights] if cast else weights
+    return lay_out(recurrence, recurrence.weights(cast_weights), layer.plan, dtype)
+
+
+def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    """Run a layer on a packed sequence, with its padding or without."""
+    recurrence = layer.recurrence
+    padded: Any = input.batch_sizes if isinstance(input.batch_sizes, PaddedSizes) else None
+    sizes: Any = None if padded else known_sizes(input, layer.place)
+    steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
+    data = unmark(input.data) if padded else input.data
+    check_arguments(recurrence, layer.place, data, hx, weight=layer.like, rows=batch)
+    result = run_rows(layer, data, sort_states(input, hx), steps, batch, sizes, padded)
+    states = restore_order(input, schedule.joined_states(recurrence, result.finals))
+    rows = schedule.joined_rows(result.outputs)
+    if padded:
+        rows, _ = mark(padded.filled(rows)), mark(data)
+    else:
+        rows = own(rows, steps)
+    # Not `_replace`, which Dynamo gets wrong after a graph break.
+    return PackedSequence(rows, *input[1:]), as_result([own(state) for state in states])
+
+
+def own(result: Tensor, steps: Any = 1) -> Tensor:
+    """Return the result in memory of its own, as torch's: it may be detached or written to in place.
+
+    The output of several steps is so already, as the pieces were joined.
+    """
+    return result.clone() if has_static_value(steps) and steps == 1 else result
+
+
+def _is_compiled_for_cpu(rows: Tensor) -> bool:
+    """Whether Dynamo, not for an export, captures what runs now."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
+
+
+def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
+    """Whether torch, under autocast, runs this layer in the lower precision throughout.
+
+    So do cuDNN and, for a padded LSTM without projection, oneDNN. Elsewhere only the products are cast.
+    """
+    if rows.device.type == "cpu":
+        plain = not (recurrence.is_cell or recurrence.proj_size or packed)
+        return recurrence.mode == "LSTM" and plain and rows.numel() > 0
+    return True

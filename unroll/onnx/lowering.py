@@ -1,0 +1,158 @@
+"""Plain operators in the place of a recurrent node."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from unroll.core import schedule
+from unroll.core.layout import Layout
+from unroll.core.plan import Plan
+from unroll.core.scan import Rows
+from unroll.core.weights import Tensorlike
+from unroll.onnx import loops
+from unroll.onnx.calls import Call
+from unroll.onnx.constants import known_constant
+from unroll.onnx.writer import OnnxWriter, require_count, reshape_by, shape_of, zeros
+
+States = tuple[Tensorlike | None, ...]
+"""One for each of the cell's; None for zeros"""
+
+
+class Lowering:
+    """A node's replacement, in the graph of a writer."""
+
+    def __init__(self, call: Call, writer: OnnxWriter) -> None:
+        self.call, self.writer, self.recurrence = call, writer, call.recurrence
+
+    def write(self, plan: Plan, prepared: dict[Any, Layout]) -> list[Tensorlike]:
+        """Write what the node computes and return its results.
+
+        Args:
+            plan: how the steps are laid out.
+            prepared: constant weights that other nodes laid out, for nodes that share them.
+        """
+        call, writer, recurrence = self.call, self.writer, self.recurrence
+        writer.enter("given")
+        x = writer.value(call.given, call.dtype, call.rank)
+        self.steps, self.batch = self._sizes(x)
+        for axis in call.guarded:
+            x = self._guard(x, axis)
+        rows = schedule.flat_rows(recurrence, x, batched=call.batched)
+        state = self._count_rows(call.initial(writer))
+        layout = self._lay_out(plan, prepared)
+        wide = torch.float32 if layout.passes[0].precision else call.dtype
+        looping = not recurrence.is_cell and (call.steps is None or plan.block is not None)
+        padding = self._mask(looping=looping)
+        if looping:
+            dtypes = (call.dtype, wide)[: len(recurrence.state_sizes)]
+            lead, block = (self.steps, self.batch), plan.block or 1
+            writer.loop = loops.over_blocks(
+                writer, recurrence, lead, layout.widths, dtypes, padding, steps=call.steps, block=block
+            )
+        elif padding is not None:
+            state = self._write_zeros(state)
+        steps = call.steps or 1
+        result = schedule.run(recurrence, layout, rows, state, steps=steps, mask=padding, target=writer)
+        writer.enter("results")
+        if padding is not None and call.zeros_past_end:
+            size = recurrence.output_size
+            shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
+            result = result._replace(outputs=[Rows(rows, call.steps, size) for rows in shown])
+        return call.results(writer, result, (self.steps, self.batch))
+
+    def _sizes(self, x: Tensorlike) -> tuple[Tensorlike, Tensorlike]:
+        """T and B when the model runs, each of shape `[1]`. Not written unless something reads it."""
+        writer = self.writer
+        shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
+
+        def size(axis: int | None) -> Tensorlike:
+            if axis is None:
+                return writer.value(writer.operand([1], torch.int64), torch.int64, 1)
+            if writer.opset < 15:
+                return writer.op("Gather", shape, [axis], rank=1)
+            attributes = {"start": axis, "end": axis + 1}
+            return writer.op("Shape", x, dtype=torch.int64, rank=1, attributes=attributes)
+
+        return size(self.call.time), size(self.call.batch)
+
+    def _guard(self, x: Tensorlike, axis: int) -> Tensorlike:
+        """The input, by an operator that fails for another number of steps, or of features, than is written out.
+
+        A Split into one piece of that many does; two Reshapes in a row would be made one by ONNX Runtime, and pass.
+        """
+        size = self.call.steps if axis == self.call.time else self.recurrence.input_size
+        assert size is not None
+        (piece,) = self.writer.split(x, [size], axis)
+        return piece
+
+    def _count_rows(self, state: States) -> States:
+        """The state, as rows where they must be counted: a Reshape fails for another number than the input's.
+
+        It does so if it allows zeros, as it can from version 14 on. Before, ONNX Runtime puts -1 for a size that is
+        not known; there a Split into one piece counts.
+        """
+        writer, sizes = self.writer, self.recurrence.state_sizes
+        count = self._rows_of_all()
+        shapes = {size: shape_of(writer, count, size) for size in sizes}
+
+        def counted(given: ir.Value | None, value: Tensorlike | None, size: int) -> Tensorlike | None:
+            if value is None or given not in self.call.uncounted:
+                return value
+            if writer.opset < 14:
+                return require_count(writer, value, self.batch, value.rank - 2)
+            rows = reshape_by(writer, value, shapes[size], rank=2)
+            rows.width = size
+            return rows
+
+        return tuple(map(counted, self.call.states, state, sizes))
+
+    def _write_zeros(self, state: States) -> States:
+        """The state, with zeros written out."""
+        count, make = self._rows_of_all(), partial(zeros, self.writer)
+        sizes = self.recurrence.state_sizes
+        return tuple(make(count, size, self.call.dtype) if s is None else s for s, size in zip(state, sizes))
+
+    def _rows_of_all(self) -> Tensorlike:
+        """How many rows the states of all layers and directions have."""
+        passes = self.recurrence.passes
+        return self.batch if passes == 1 else self.writer.op("Mul", self.batch, [passes], rank=1)
+
+    def _mask(self, *, looping: bool) -> Tensorlike | None:
+        """`[T * B, 1]`, boolean: the rows that have a step; None if all have."""
+        call, writer = self.call, self.writer
+        if call.lengths is None:
+            return None
+        given = writer.value(call.lengths, torch.int32, 1)
+        lengths = writer.op("Cast", given, dtype=torch.int64, attributes={"to": 7})
+        if call.steps is not None and not looping:
+            steps: Any = torch.arange(call.steps).reshape(-1, 1)
+        else:
+            zero, one = (writer.operand(n, torch.int64) for n in (0, 1))
+            assert zero is not None and one is not None
+            end = writer.op("Squeeze", self.steps, rank=0)
+            steps = writer.op(
+                "Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1
+            )
+            steps = torch.reshape(steps, (-1, 1))
+        if call.lengths in call.uncounted:
+            lengths = require_count(writer, lengths, self.batch, 0)
+        going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
+        return torch.reshape(going, (-1, 1))
+
+    def _lay_out(self, plan: Plan, prepared: dict[Any, Layout]) -> Layout:
+        """The weights as the steps want them, laid out once for nodes that share them."""
+        call = self.call
+        known = all(value is None or known_constant(value) is not None for value in call.parameters)
+        key = (call.recurrence, tuple(map(id, call.parameters))) if known else call
+        if key not in prepared:
+            prepared[key] = call.lay_out(self.writer, plan)
+        if not call.variants:
+            return prepared[key]
+        passes, stacks, widths = prepared[key]
+        passes = [p._replace(variant=variant) for p, variant in zip(passes, call.variants, strict=True)]
+        alike = len(set(call.variants)) == 1
+        return Layout(passes, [p._replace(variant=call.variants[0]) for p in stacks if alike], widths)

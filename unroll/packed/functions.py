@@ -1,0 +1,188 @@
+"""Torch's functions of packing, on sequences that keep their padding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional
+from torch.nn.utils import rnn
+from torch.nn.utils.rnn import PackedSequence
+
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.patching import Local
+from unroll.packed.guard import CAPTURED, mark, unmark
+from unroll.packed.sequences import PLACE, PaddedSizes, refuse_ragged
+
+Check = Callable[[Tensor, Tensor, str], Tensor]
+
+
+OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
+
+
+class Padding(NamedTuple):
+    """How a thread packs while a graph is made."""
+
+    on_layer: OnLayer
+    """Runs torch's own layers on padded rows"""
+    check: Check
+    """Stops a graph that is given bad lengths"""
+
+
+PADDING: Local[Padding] = Local("padding")
+"""Of a thread that packs with padding where it makes a graph"""
+
+
+def is_padding() -> bool:
+    """Whether this thread packs with padding. Dynamo asks it once, in the thread in which it reads."""
+    return PADDING.value is not None
+
+
+@functools.cache
+def unread() -> tuple[Any, Any]:
+    """Torch's own functions, which Dynamo leaves out as ever where a thread does not pack with padding."""
+    torch.compiler.assume_constant_result(is_padding)
+    torch.compiler.allow_in_graph([mark, unmark])
+    return torch.compiler.disable(PACKS_RAGGED), torch.compiler.disable(PADS_RAGGED)
+
+
+def _padding() -> bool:
+    """Whether a graph is made, in this thread, that packs with padding."""
+    return is_padding() if torch.compiler.is_dynamo_compiling() else bool(CAPTURED.value) and is_padding()
+
+
+def stop_by_assertion(lengths: Tensor, good: Tensor, message: str) -> Tensor:
+    """The lengths, from a graph that stops with the message unless all of `good` is true."""
+    torch._assert_async(good.all(), message)
+    return lengths
+
+
+def stop_by_index(lengths: Tensor, good: Tensor, message: str) -> Tensor:
+    """The same where there are no assertions: what is not good reads beyond the end of a table of one zero."""
+    table = torch.zeros(1, dtype=lengths.dtype, device=lengths.device)
+    return lengths + table.index_select(0, (~good).to(torch.int64))
+
+
+def _miscounted(found: int, count: int) -> Problem:
+    return Problem(PLACE, f"there are {found} lengths for {count} rows", "give a length for each row")
+
+
+class PaddedFunctions:
+    """Stands in for `torch._VF`, from which `torch.nn.utils.rnn` takes what packs and pads."""
+
+    def __init__(self, original: Any, check: Check, packs: Any, pads: Any) -> None:
+        self.original, self.check, self.packs, self.pads = original, check, packs, pads
+
+    @property
+    def _check(self) -> Check:
+        """That of this thread, whoever has replaced torch's functions last. While Dynamo reads, that is this thread."""
+        if torch.compiler.is_dynamo_compiling() or PADDING.value is None:
+            return self.check
+        return PADDING.value.check
+
+    def pack_padded_sequence(
+        self, input: Tensor, lengths: Any, batch_first: bool, enforce_sorted: bool
+    ) -> PackedSequence:
+        if not _padding():
+            return self.packs(input, lengths, batch_first, enforce_sorted)
+        if not enforce_sorted:
+            lengths = self._counted(input, lengths, batch_first)
+        return PACKS_RAGGED(input, lengths, batch_first, enforce_sorted)
+
+    def _counted(self, input: Tensor, lengths: Any, batch_first: bool) -> Any:
+        """The lengths, of which there must be one for each row: with fewer, sorting would leave rows out."""
+        if isinstance(lengths, Tensor) and lengths.dim() != 1:
+            return lengths
+        found = lengths.shape[0] if isinstance(lengths, Tensor) else len(lengths)
+        count = input.shape[0 if batch_first else 1]
+        if found != count:
+            raise UnrollError(_miscounted(found, count))
+        if isinstance(lengths, Tensor) and lengths.device == input.device and 0 not in input.shape:
+            # For files, which have no guards on sizes: only what has as many rows can be stacked.
+            rows = input.select(1 if batch_first else 0, 0)
+            rows = rows.flatten(1).select(1, 0) if rows.dim() > 1 else rows
+            lengths = torch.stack([lengths, rows.to(lengths.dtype)])[0]
+        return lengths
+
+    def _pack_padded_sequence(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Any]:
+        if not _padding():
+            return self.original._pack_padded_sequence(input, lengths, batch_first)
+        input = input.transpose(0, 1) if batch_first else input
+        steps, count, *features = input.shape
+        problems = []
+        if lengths.dim() != 1 or lengths.device.type != "cpu":
+            finding = f"lengths are {lengths.dim()}-D, on {lengths.device}"
+            problems.append(Problem(PLACE, finding, "give lengths.cpu(), 1-D"))
+        elif lengths.shape[0] != count:
+            problems.append(_miscounted(lengths.shape[0], count))
+        if steps == 0 or count == 0 or 0 in features:
+            problems.append(
+                Problem(PLACE, f"the input is empty, {list(input.shape)}", "give at least one row and step")
+            )
+        if problems:
+            raise UnrollError(*problems)
+        check = self._check
+        within = (lengths > 0) & (lengths <= steps)
+        lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
+        falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
+        lengths = check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
+        mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
+        sizes = PaddedSizes(lengths, steps, count, mask)
+        return mark(sizes.filled(input.reshape(-1, *features))), sizes
+
+    def _pad_packed_sequence(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self.original._pad_packed_sequence(*args)
+
+    def pad_packed_sequence(
+        self, packed: PackedSequence, batch_first: bool, padding_value: float, total_length: Any
+    ) -> tuple[Tensor, Tensor]:
+        sizes: Any = packed.batch_sizes
+        if not isinstance(sizes, PaddedSizes):
+            if not _padding():
+                return self.pads(packed, batch_first, padding_value, total_length)
+            refuse_ragged("pad_packed_sequence")
+        data, steps, lengths = packed.data, sizes.steps, sizes.lengths
+        features = data.shape[1:]
+        mask = sizes.mask.reshape(-1, *[1] * len(features))
+        padding = data.new_full((), padding_value)  # a number would make floats of integers
+        result = torch.where(mask, unmark(data), padding).unflatten(0, (steps, sizes.count))
+        mark(data)
+        if total_length is None:
+            longest = lengths.max().item()
+            torch._check(longest >= 1)
+            torch._check(longest <= steps)
+            result = result[:longest]
+        elif not statically_known_true(total_length == steps):
+            message = f"pad_packed_sequence: total_length={total_length} is less than the longest length"
+            lengths = self._check(lengths, lengths <= total_length, message)
+            room = [0, 0] * (len(features) + 1) + [0, total_length - steps]
+            result = functional.pad(result, room, value=padding_value)
+        order = packed.unsorted_indices
+        if order is not None:
+            result, lengths = result.index_select(1, order), lengths[order.cpu()]
+        return result.transpose(0, 1) if batch_first else result, lengths
+
+
+PACKS: Any = rnn.pack_padded_sequence
+
+
+PADS: Any = rnn.pad_packed_sequence
+
+
+PACKS_RAGGED, PADS_RAGGED = (FunctionType(function.__code__, rnn.__dict__) for function in (PACKS, PADS))
+"""The same functions, whose code stays as it is"""
+
+
+def packs_padded(input, lengths, batch_first=False, enforce_sorted=True):
+    """The code of torch's function while rows are kept, to be run among torch's names. Its own counts no lengths."""
+    return _VF.pack_padded_sequence(input, lengths, batch_first, enforce_sorted)  # noqa: F821 # pyright: ignore
+
+
+def pads_padded(sequence, batch_first=False, padding_value=0.0, total_length=None):
+    """The code of torch's function while rows are kept, to be run among torch's names. Its own asks for batch sizes."""
+    return _VF.pad_packed_sequence(sequence, batch_first, padding_value, total_length)  # noqa: F821 # pyright: ignore

@@ -1,0 +1,191 @@
+"""Packed sequences inside of graphs, whose sizes cannot depend on lengths.
+
+Their rows stay padded there, and lengths go beside them: a row that has ended keeps its state in the steps that
+remain. Layers, and torch's own functions of packing, work on such a sequence as on any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from unroll.core.arguments import as_states
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.weights import Tensorlike
+from unroll.packed.guard import mark, unmark
+
+PLACE = "pack_padded_sequence"
+
+
+class PaddedSizes:
+    """What a padded batch has in place of `batch_sizes`, in a `PackedSequence` whose data are all its rows.
+
+    Attributes:
+        lengths: steps of each row, sorted falling, int64 `[B]`.
+        steps: T, of the padding.
+        count: B.
+        mask: which rows have a step, boolean `[T * B, 1]`.
+
+    Raises:
+        UnrollError: for all that batch sizes are asked for, which depends on lengths.
+    """
+
+    device = torch.device("cpu")
+    """Where torch wants batch sizes to be"""
+
+    def __init__(self, lengths: Tensor, steps: int, count: int, mask: Tensor) -> None:
+        self.lengths, self.steps, self.count, self.mask = lengths, steps, count, mask
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """These rows, `[T * B, ...]`, with the first step of a row in place of all that follows its end.
+
+        What is computed from padding is thrown away, but a gradient of 0 comes back, and is NaN behind a function
+        that has none there, such as a norm of zeros. A step of the same row has a gradient if the row has one.
+        """
+        ones = [1] * (rows.dim() - 1)
+        first = rows[: self.count].repeat(self.steps, *ones)  # broadcast instead, its strides would keep a batch fixed
+        return torch.where(self.mask.reshape(-1, *ones), rows, first)
+
+    def __bool__(self) -> bool:  # or it would be asked for its length
+        return True
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python asks of any object
+            raise AttributeError(name)
+        self._refuse()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        finding = "is read, and depends on lengths, which only the running graph knows"
+        raise UnrollError(Problem("packed.batch_sizes", finding, "work with the lengths"))
+
+    __torch_function__: Any = classmethod(_refuse)  # pyright: ignore[reportArgumentType]
+    __getitem__ = __len__ = __iter__ = __int__ = __index__ = __float__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
+
+
+def _refuse_to_leave(sizes: PaddedSizes) -> NoReturn:
+    """What `torch.export` calls to take a model's results apart, of which these are no part that a graph can have."""
+    finding = "leaves the model, in a sequence with rows of padding among its rows"
+    raise UnrollError(Problem("packed.batch_sizes", finding, "return what pad_packed_sequence makes of it"))
+
+
+pytree.register_pytree_node(PaddedSizes, _refuse_to_leave, _refuse_to_leave)  # pyright: ignore[reportArgumentType]
+
+
+def is_padded(input: Any) -> bool:
+    """Whether this is a `PackedSequence` whose rows are padded."""
+    return isinstance(input, PackedSequence) and isinstance(input.batch_sizes, PaddedSizes)
+
+
+def refuse_ragged(place: str) -> NoReturn:
+    """A sequence without its padding, given to a graph."""
+    finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
+    mend = "pack it in the model, and export or compile that within `with unroll.packing():`"
+    raise UnrollError(Problem(place, finding, mend))
+
+
+def known_sizes(packed: PackedSequence, place: str) -> list[int]:
+    """The batch sizes of a sequence without its padding, unless it is the input of a graph, which knows none."""
+    if has_static_value(packed.batch_sizes.shape[0]):
+        sizes = packed.batch_sizes.tolist()
+        if all(has_static_value(size) for size in sizes):
+            return sizes
+    refuse_ragged(place)
+
+
+def sort_states(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
+    """An initial state in the order of a packed sequence's rows."""
+    state, order = as_states(hx), packed.sorted_indices
+    return state if state is None or order is None else tuple(s.index_select(1, order) for s in state)
+
+
+def restore_order(packed: PackedSequence, states: Sequence[Tensor]) -> list[Tensor]:
+    """Last states in the order that rows had before they were packed."""
+    order = packed.unsorted_indices
+    return list(states) if order is None else [state.index_select(1, order) for state in states]
+
+
+class Ragged:
+    """Where rows without padding are among rows with it, as a recipe of tensor-like values.
+
+    Step `t` has the rows `begins[t]` up to `ends[t]` of those without padding, and with it the rows `t * count` up to
+    `t * count + sizes[t]`; those up to `(t + 1) * count` have ended.
+
+    Args:
+        sizes: rows in each step, falling, `[T]`.
+        count: rows in the first step.
+        row: the numbers from 0 up to `count`.
+    """
+
+    def __init__(self, sizes: Tensorlike, count: Any, row: Tensorlike) -> None:
+        self.count, self.row = count, row
+        self.ends = torch.cumsum(sizes, 0)
+        self.begins = torch.sub(self.ends, sizes)
+        self.going = torch.lt(row, torch.reshape(sizes, (-1, 1)))
+
+    def mask(self) -> Tensorlike:
+        """Return which rows with padding have a step, boolean `[T * count, 1]`."""
+        return torch.reshape(self.going, (-1, 1))
+
+    def padded(self) -> Tensorlike:
+        """Return which row each of those with padding is, `[T * count]`: that of the first step where it has ended."""
+        index = torch.where(self.going, torch.add(self.row, torch.reshape(self.begins, (-1, 1))), self.row)
+        return torch.reshape(index, (-1,))
+
+    def unpadded(self, entry: Tensorlike) -> Tensorlike:
+        """Return where the rows without padding, of these numbers, are among those with padding."""
+        step = torch.searchsorted(self.ends, entry, right=True)
+        position = torch.sub(entry, torch.index_select(self.begins, 0, step))
+        return torch.add(torch.mul(step, self.count), position)
+
+
+def pad_rows(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
+    """The rows of a packed sequence padded to `steps`, `[T * B, F]`, and which of them have a step, `[T * B, 1]`."""
+    sizes: Any = packed.batch_sizes
+    found = sizes.steps if is_padded(packed) else len(sizes)
+    torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
+    if is_padded(packed):
+        torch._assert(found == steps, f"sequences must be padded to {steps} time steps, as unrolled for")
+        rows = unmark(packed.data)
+        rows = rows.view_as(rows)  # while what the model itself does with the data is watched
+        mark(packed.data)
+        return rows, sizes.mask
+    ragged = _ragged(packed, steps)
+    device = packed.data.device
+    return packed.data.index_select(0, ragged.padded().to(device)), ragged.mask().to(device)
+
+
+def unpad_rows(packed: PackedSequence, rows: Tensor, steps: int) -> PackedSequence:
+    """Return the same packing around what has become of its rows."""
+    if is_padded(packed):
+        sizes: Any = packed.batch_sizes
+        return PackedSequence(mark(sizes.filled(rows)), *packed[1:])
+    index = _ragged(packed, steps).unpadded(torch.arange(len(packed.data)))
+    return PackedSequence(rows.index_select(0, index.to(rows.device)), *packed[1:])
+
+
+def _ragged(packed: PackedSequence, steps: int) -> Ragged:
+    sizes = functional.pad(packed.batch_sizes, (0, steps - len(packed.batch_sizes)))
+    return Ragged(sizes, int(sizes[0]), torch.arange(int(sizes[0])))
+
+
+def initial_states(packed: PackedSequence, hx: Any, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """The initial states in the order of the rows, zeros for None; passes and features of each are in `shapes`."""
+    sizes: Any = packed.batch_sizes
+    count = sizes.count if is_padded(packed) else int(sizes[0])
+    state = sort_states(packed, hx)
+    if state is None:
+        return tuple(packed.data.new_zeros(passes, count, size) for passes, size in shapes)
+    for s, (passes, size) in zip(state, shapes, strict=True):
+        good = tuple(s.shape) == (passes, count, size)
+        torch._assert(good, f"an initial state must have shape {[passes, count, size]}")
+    return state

@@ -1,0 +1,82 @@
+"""Feeds a sequence piece by piece, and carries the state."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from unroll.core.errors import Problem, UnrollError
+from unroll.streams.graphs import example_state, initial_state
+from unroll.streams.modules import Streaming
+
+
+class Stream:
+    """Feeds pieces to a streaming model and carries the state from each to the next, in torch or in ONNX Runtime.
+
+    Runs without gradients; for training, call the model itself with `state=`.
+
+    Args:
+        model: what `unroll.streaming` returned, what `unroll.unroll` made of that, or the path of a file (or an
+            `onnxruntime.InferenceSession` of one) that `unroll.export_onnx` wrote for it.
+        batch: rows of the states, as for `initial_state`.
+
+    Attributes:
+        state: by name, a tensor each, in memory of its own. Rows of it may be set, say to zeros where another
+            sequence begins. None for a file of an open batch until the first piece has told the number of rows, if
+            `batch` does not.
+
+    Raises:
+        UnrollError: for what is no streaming model.
+
+    Example:
+        >>> from unroll import streaming
+        >>> x = torch.randn(7, 2, 3)
+        >>> stream = Stream(streaming(nn.GRU(3, 5), x), batch=2)
+        >>> for piece in x.split(3):
+        ...     output, last = stream(piece)
+        >>> torch.equal(stream.state["h"], last)
+        True
+    """
+
+    def __init__(self, model: Any, batch: int | None = None) -> None:
+        self._run, self._initial = _runner(model)
+        self.reset(batch)
+
+    def initial_state(self, batch: int | None = None) -> Any:
+        """Zeros for this many rows, or for as many as in the example; None for as many as a file finds."""
+        return self._initial(batch)
+
+    def reset(self, batch: int | None = None) -> None:
+        """Begin anew, with zeros for this many rows, or for as many as it began with before."""
+        if batch is not None or not hasattr(self, "_batch"):
+            self._batch = batch
+        self.state: Any = self._initial(self._batch)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output for one piece; the state goes on to the next."""
+        output, self.state = self._run(*args, state=self.state, **kwargs)
+        return output
+
+
+def _runner(model: Any) -> tuple[Any, Any]:
+    """What takes a piece and a state, and what gives the first one."""
+    if isinstance(model, (str, os.PathLike)) or type(model).__name__ == "InferenceSession":
+        from unroll.extras import require
+
+        require("onnxruntime")
+        from unroll.streams.runtime import runner
+
+        return runner(model)
+    if isinstance(model, Streaming):
+        return torch.no_grad()(model), model.initial_state
+    if example_state(model) is None:
+        finding = f"is a {type(model).__name__} without named states"
+        raise UnrollError(
+            Problem("Stream(model)", finding, "give what unroll.streaming returned, or a file made of it")
+        )
+    run = model.module() if isinstance(model, ExportedProgram) else model
+    return torch.no_grad()(run), partial(initial_state, model)
