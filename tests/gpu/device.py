@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from tests.cases import CHOSEN, Case, replace
-from tests.test_scripts import model_of as scriptable
+from tests.torchscript.test_scripts import model_of as scriptable
 
 DEVICE = torch.device(os.environ.get("UNROLL_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

@@ -13,7 +13,7 @@ from unroll import export_onnx, unroll
 for name in ("onnx", "onnx_ir", "onnxscript"):
     pytest.importorskip(name)
 onnxruntime = pytest.importorskip("onnxruntime")
-from tests import onnx_standard as standard  # noqa: E402
+from tests.onnx import standard  # noqa: E402
 
 PROVIDER = "CUDAExecutionProvider" if ON_GPU else "CPUExecutionProvider"
 if PROVIDER not in onnxruntime.get_available_providers():

@@ -28,7 +28,7 @@ from unroll.cli.bench import as_tables
 
 pytest.importorskip("onnx")
 pytest.importorskip("typer")
-from tests.test_cli import run  # noqa: F401
+from tests.cli.test_cli import run  # noqa: F401
 from unroll.cli.printing import console, print_whole
 
 QUICK = {"rounds": 2, "seconds": 0.01, "hidden_size": 6, "input_size": 5, "steps": 4}
@@ -209,18 +209,18 @@ def test_training_and_a_sweep():
 
 def test_a_model_of_ones_own():
     """Arguments of all kinds reach every form; each has the same parameters, whatever the function draws."""
-    (row,) = benchmark("tests.test_bench:make_unlike", contenders=["eager-unrolled"], rounds=1, seconds=0.01).rows
+    (row,) = benchmark(f"{__name__}:make_unlike", contenders=["eager-unrolled"], rounds=1, seconds=0.01).rows
     assert not row.failure and row.error < 1e-5 and row.subject.steps is None
 
 
 def test_no_error_is_told_of_random_results():
-    (row,) = benchmark("tests.test_bench:make_dropping", contenders=["eager"], backward=True, rounds=1).rows
+    (row,) = benchmark(f"{__name__}:make_dropping", contenders=["eager"], backward=True, rounds=1).rows
     assert row.median > 0 and row.error is None
 
 
 def test_the_error_is_held_against_the_types_of_the_model():
     """A bfloat16 model is not wrong for being one; what is infinite, and integers, are compared."""
-    found = benchmark("tests.test_bench:make_labels", contenders=["eager"], rounds=1, seconds=0.01)
+    found = benchmark(f"{__name__}:make_labels", contenders=["eager"], rounds=1, seconds=0.01)
     (row,) = found.rows
     assert row.dtype == "bfloat16" and 1e-3 < row.error < 4e-2 and not is_wrong(row)
     assert is_wrong(replace(row, dtype="float32")) and "use the fused layer as it is" in found.advice[0]
@@ -228,7 +228,7 @@ def test_the_error_is_held_against_the_types_of_the_model():
 
 
 def expected_of(name):
-    (subject,) = subjects(f"tests.test_bench:{name}", device="cpu", threads=1, backward=False)
+    (subject,) = subjects(f"{__name__}:{name}", device="cpu", threads=1, backward=False)
     with tempfile.TemporaryDirectory() as folder:
         return Task.of(subject), _expected(subject, Path(folder) / "saved.pt")
 
@@ -242,7 +242,7 @@ def test_what_is_expected_of_a_model():
 
 
 def test_the_limit():
-    (row,) = benchmark("tests.test_bench:make_slow", contenders=["eager"], limit=1.0, rounds=1).rows
+    (row,) = benchmark(f"{__name__}:make_slow", contenders=["eager"], limit=1.0, rounds=1).rows
     assert row.failure == "took more than 1 s to build" and row.median is None
 
 
@@ -305,13 +305,22 @@ REFUSED = [
     ({"model": "gru", "backward": "no"}, "backward='no': is a str; give True or False"),
     ({"model": "gru", "device": 0}, "device=0: is no device"),
     ({"model": nn.LSTM(2, 2)}, "model=...: is a LSTM; give package.module:name of a function that returns it"),
-    ({"model": "tests.test_bench:make_still", "backward": True}, "make_still: has no result to differentiate; give"),
-    ({"model": "tests.test_bench:make_without_arguments"}, "cannot run (TypeError: GRU.forward() missing 1 required"),
-    ({"model": "tests.test_bench:make", "steps": 3}, "was given for tests.test_bench:make, which has its own"),
-    ({"model": "tests.test_bench:nothing"}, "cannot be found"),
-    ({"model": "tests.test_bench:make_program"}, "returns ExportedProgram"),
-    ({"model": "tests.test_bench:Two"}, "returns a model alone"),
-    ({"model": "tests.test_bench:make_with_shapes"}, "returns the options dynamic_shapes"),
+    (
+        {"model": f"{__name__}:make_still", "backward": True},
+        "make_still: has no result to differentiate; give",
+    ),
+    (
+        {"model": f"{__name__}:make_without_arguments"},
+        "cannot run (TypeError: GRU.forward() missing 1 required",
+    ),
+    (
+        {"model": f"{__name__}:make", "steps": 3},
+        f"was given for {__name__}:make, which has its own",
+    ),
+    ({"model": f"{__name__}:nothing"}, "cannot be found"),
+    ({"model": f"{__name__}:make_program"}, "returns ExportedProgram"),
+    ({"model": f"{__name__}:Two"}, "returns a model alone"),
+    ({"model": f"{__name__}:make_with_shapes"}, "returns the options dynamic_shapes"),
 ]
 
 
@@ -554,7 +563,7 @@ def test_on_the_command_line(run):  # noqa: F811
     assert len(Measurements.load("a.json").rows) == 4 and sorted(os.listdir("drawn")) == [
         *("build.png", "latency.png", "ratio.png")
     ]
-    code, out, _ = run("bench", "tests.test_bench:make_unlike", *options[:4], "--contenders", "eager", "--json")
+    code, out, _ = run("bench", f"{__name__}:make_unlike", *options[:4], "--contenders", "eager", "--json")
     found = json.loads(out)
     assert code == 0 and [row["contender"] for row in found["rows"]] == ["eager"] and found["advice"]
 
@@ -562,10 +571,10 @@ def test_on_the_command_line(run):  # noqa: F811
 def test_refusals_on_the_command_line(run):  # noqa: F811
     for arguments, message in {
         ("--steps", "few"): "--steps few: is no list of sizes",
-        ("tests.test_bench:make", "--kind", "gru"): "was given beside tests.test_bench:make",
+        (f"{__name__}:make", "--kind", "gru"): f"was given beside {__name__}:make",
         ("--contenders", "eagre"): "contender 'eagre': is unknown",
         ("--kind", "gru", "--no-bias", "--proj-size", "3"): "cannot be made",
-        ("tests.test_bench:make", "--no-bias"): "bias=False: was given for",
+        (f"{__name__}:make", "--no-bias"): "bias=False: was given for",
     }.items():
         code, out, err = run("bench", *arguments)
         assert code == 1 and out == "" and message in err, err
@@ -580,7 +589,7 @@ def test_the_public_name():
 @pytest.mark.heavy
 def test_a_model_of_ones_own_in_onnx():
     names = ["onnx", "onnx-unrolled", "onnx-decomposed", "unrolled-aoti"]
-    for row in benchmark("tests.test_bench:make", contenders=names, limit=300.0, rounds=1).rows:
+    for row in benchmark(f"{__name__}:make", contenders=names, limit=300.0, rounds=1).rows:
         assert not row.failure and row.error < 1e-5, row
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.export import Dim
 
 import unroll
-from tests import onnx_standard as standard
 from tests.cases import Case
+from tests.onnx import standard
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("typer")
@@ -172,23 +172,43 @@ def test_errors_name_the_mend(run, source):
         (("onnx", source, "out.onnx", "--plan", "gates=all"), "got 'all'", "choose one of 'merged', 'paired', 'split'"),
         (("inspect", source, "--plan", "fast"), "plan='fast': is no plan", "give default, onnxruntime"),
         (("export", "nomodule:make", "out.onnx"), "No module named 'nomodule'", "give package.module:name"),
-        (("export", "tests.test_cli:nothing", "out.onnx"), "has no attribute 'nothing'", "give package.module:name"),
-        (("export", "tests", "out.onnx"), "is not the name of a function", "give package.module:name"),
-        (("export", "tests.test_cli:make_nothing", "out.onnx"), "returns int", "let it return an nn.Module"),
-        (("export", "tests.test_cli:make_alone", "out.onnx"), "returns a model alone", "a tuple of example arguments"),
         (
-            ("export", "tests.test_cli:make_for_opset", "out.onnx", "--opset", "19"),
+            ("export", f"{__name__}:nothing", "out.onnx"),
+            "has no attribute 'nothing'",
+            "give package.module:name",
+        ),
+        (("export", "tests", "out.onnx"), "is not the name of a function", "give package.module:name"),
+        (("export", f"{__name__}:make_nothing", "out.onnx"), "returns int", "let it return an nn.Module"),
+        (
+            ("export", f"{__name__}:make_alone", "out.onnx"),
+            "returns a model alone",
+            "a tuple of example arguments",
+        ),
+        (
+            ("export", f"{__name__}:make_for_opset", "out.onnx", "--opset", "19"),
             "gives opset_version, and so does the command line",
             "give it once",
         ),
-        (("export", "tests.test_cli:NOTHING", "out.onnx"), "is a NoneType", "give a function"),
-        (("export", "tests.test_cli:make_none", "out.onnx"), "RuntimeError: no weights in [/red]", "give a function"),
-        (("export", "tests.test_cli:make_of", "out.onnx"), "needs size", "give a function without arguments"),
-        (("export", "tests.test_cli:make_with_list", "out.onnx"), "returns a list for options", "return a dictionary"),
-        (("export", "tests.test_cli:make_with_plan", "out.onnx"), "the options plan, nonsense", "it may give kwargs, "),
+        (("export", f"{__name__}:NOTHING", "out.onnx"), "is a NoneType", "give a function"),
+        (
+            ("export", f"{__name__}:make_none", "out.onnx"),
+            "RuntimeError: no weights in [/red]",
+            "give a function",
+        ),
+        (("export", f"{__name__}:make_of", "out.onnx"), "needs size", "give a function without arguments"),
+        (
+            ("export", f"{__name__}:make_with_list", "out.onnx"),
+            "returns a list for options",
+            "return a dictionary",
+        ),
+        (
+            ("export", f"{__name__}:make_with_plan", "out.onnx"),
+            "the options plan, nonsense",
+            "it may give kwargs, ",
+        ),
         (("onnx", source, "."), "is no name of a file", "give the path of the file to write"),
         (("onnx", "[/red].onnx", "out.onnx"), "[/red].onnx: cannot be read", "give the path of an ONNX file"),
-        (("export", "tests.test_cli:make_choosing", "out.onnx"), "cannot be captured", "make torch.export"),
+        (("export", f"{__name__}:make_choosing", "out.onnx"), "cannot be captured", "make torch.export"),
     ]
     for arguments, finding, mend in cases:
         code, out, err = run(*arguments)
@@ -209,19 +229,19 @@ def test_usage_errors(run):
 
 
 def test_export(run):
-    code, out, _ = run("export", "tests.test_cli:make", "out.onnx", "--opset", "18")
+    code, out, _ = run("export", f"{__name__}:make", "out.onnx", "--opset", "18")
     assert code == 0 and "opset 18" in out and "differs by at most" in out
     assert not operators("out.onnx") & {"LSTM", "Scan"}
-    code, out, _ = run("export", "tests.test_cli:make_dynamic", "out.onnx", "--json")
+    code, out, _ = run("export", f"{__name__}:make_dynamic", "out.onnx", "--json")
     found = json.loads(out)
     assert code == 0 and set(found["differences"]) == {"y", "h", "c"}
     assert found["operators"]["Scan"] == 4 and found["seconds"]["check"] > 0
-    code, out, _ = run("export", "tests.test_cli:make", "out.onnx", "--no-check", "--json")
+    code, out, _ = run("export", f"{__name__}:make", "out.onnx", "--no-check", "--json")
     assert json.loads(out)["differences"] is None
 
 
 def test_inspect(run, source):
-    code, out, _ = run("inspect", "tests.test_cli:make", "--json")
+    code, out, _ = run("inspect", f"{__name__}:make", "--json")
     (layer,) = json.loads(out)["layers"]
     parameters = sum(p.numel() for p in make_alone().parameters())
     sizes = {"input_size": 6, "hidden_size": 5, "layers": 2, "directions": 2, "steps": 4, "parameters": parameters}
@@ -232,12 +252,12 @@ def test_inspect(run, source):
         "nodes": layer["nodes"],
         "size": layer["size"],
     }
-    run("export", "tests.test_cli:make", "out.onnx", "--no-check")
+    run("export", f"{__name__}:make", "out.onnx", "--no-check")
     written = [node for node in onnx.load("out.onnx").graph.node if node.name.startswith("rnn.")]
     assert layer["nodes"] == len(written)
     assert abs(layer["size"] - sum(node.ByteSize() for node in written)) < 0.05 * layer["size"]
 
-    code, out, _ = run("inspect", "tests.test_cli:make")
+    code, out, _ = run("inspect", f"{__name__}:make")
     assert code == 0
     header, row = out.splitlines()[:2]
     assert header.split() == ["layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB"]
@@ -245,9 +265,9 @@ def test_inspect(run, source):
 
     (layer,) = json.loads(run("inspect", source, "--json")[1])["layers"]
     assert (layer["name"], layer["kind"], layer["steps"], layer["parameters"]) == ("rnn", "GRU", None, 45)
-    (alone,) = json.loads(run("inspect", "tests.test_cli:make_alone", "--json")[1])["layers"]
+    (alone,) = json.loads(run("inspect", f"{__name__}:make_alone", "--json")[1])["layers"]
     assert alone["nodes"] is None and alone["parameters"] == parameters
-    (cell,) = json.loads(run("inspect", "tests.test_cli:CELLS", "--json")[1])["layers"]
+    (cell,) = json.loads(run("inspect", f"{__name__}:CELLS", "--json")[1])["layers"]
     assert (cell["name"], cell["kind"], cell["steps"]) == ("0", "GRU cell", 1)
 
     run("onnx", source, "out.onnx")
@@ -268,11 +288,11 @@ def test_inspect_says_what_stands_in_the_way(run, source):
 
 
 def test_inspection_of_what_cannot_be_exported(run):
-    code, out, _ = run("inspect", "tests.test_cli:make_choosing")
+    code, out, _ = run("inspect", f"{__name__}:make_choosing")
     assert code == 1 and out.splitlines()[1].split()[:2] == ["rnn", "GRU"] and "in the way: " in out
-    code, out, _ = run("inspect", "tests.test_cli:make", "--steps", "9")
+    code, out, _ = run("inspect", f"{__name__}:make", "--steps", "9")
     assert code == 1 and "--steps 9: was given for a PyTorch model" in out
-    code, out, _ = run("inspect", "tests.test_cli:make_named", "--where", "rnn")
+    code, out, _ = run("inspect", f"{__name__}:make_named", "--where", "rnn")
     assert code == 1 and "gives where, and so does the command line" in out
 
 
@@ -282,13 +302,13 @@ def test_inspection_for_a_target(run, source):
     assert run("onnx", source, "out.onnx", "--steps", "5")[0] == 0
     code, out, _ = run("inspect", "out.onnx", "--target", "tensorrt")
     assert code == 0 and "all offered" in out
-    code, out, _ = run("inspect", "tests.test_cli:make_exported", "--target", "xnnpack", "--json")
+    code, out, _ = run("inspect", f"{__name__}:make_exported", "--target", "xnnpack", "--json")
     assert code == 1 and "aten.lstm.input" in [row["operator"] for row in json.loads(out)["rows"]]
 
 
 @pytest.mark.parametrize("target", ["npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack"])
 def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
-    code, out, _ = run("inspect", "tests.test_cli:make", "--target", target, "--json")
+    code, out, _ = run("inspect", f"{__name__}:make", "--target", target, "--json")
     found = json.loads(out)
     assert code == (not found["ok"]) and found["nodes"] > 50
     assert not [row for row in found["rows"] if "recurrent" in row["finding"]]
@@ -298,28 +318,28 @@ def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
 
 def test_what_is_unrolled_for_a_target_can_be_told(run):
     def nodes(*options):
-        return json.loads(run("inspect", "tests.test_cli:make", "--target", "npu", "--json", *options)[1])["nodes"]
+        return json.loads(run("inspect", f"{__name__}:make", "--target", "npu", "--json", *options)[1])["nodes"]
 
     assert nodes() == nodes("--plan", "npu") > nodes("--plan", "tensorrt")
-    code, out, _ = run("inspect", "tests.test_cli:make_pair", "--target", "torch_tensorrt", "--where", "a")
+    code, out, _ = run("inspect", f"{__name__}:make_pair", "--target", "torch_tensorrt", "--where", "a")
     assert code == 1 and "aten.gru.input" in out and "1 finding" in out  # b, which is left as it is
-    code, out, _ = run("inspect", "tests.test_cli:make_dynamic", "--target", "npu")
+    code, out, _ = run("inspect", f"{__name__}:make_dynamic", "--target", "npu")
     assert code == 1 and "Scan" in out  # the lengths are open
-    code, _, err = run("inspect", "tests.test_cli:make_named", "--target", "npu", "--where", "rnn")
+    code, _, err = run("inspect", f"{__name__}:make_named", "--target", "npu", "--where", "rnn")
     assert code == 1 and "gives where, and so does the command line" in err
-    code, _, err = run("inspect", "tests.test_cli:make_choosing", "--target", "xnnpack")
+    code, _, err = run("inspect", f"{__name__}:make_choosing", "--target", "xnnpack")
     assert code == 1 and "Chooses: cannot be exported" in err
 
 
 def test_what_cannot_be_inspected_for_a_target(run, source):
-    run("export", "tests.test_cli:make", "made.onnx", "--no-check")
+    run("export", f"{__name__}:make", "made.onnx", "--no-check")
     for option, value in (("--steps", "5"), ("--plan", "npu"), ("--where", "rnn")):
-        for model in ("made.onnx", "tests.test_cli:make_exported"):
+        for model in ("made.onnx", f"{__name__}:make_exported"):
             code, _, err = run("inspect", model, "--target", "npu", option, value)
             assert code == 1 and f"{option}: was given with --target" in err and "judged as it is" in err
-    code, _, err = run("inspect", "tests.test_cli:make", "--target", "npu", "--steps", "5")
+    code, _, err = run("inspect", f"{__name__}:make", "--target", "npu", "--steps", "5")
     assert code == 1 and "--steps: was given with --target" in err
-    code, _, err = run("inspect", "tests.test_cli:make_alone", "--target", "xnnpack")
+    code, _, err = run("inspect", f"{__name__}:make_alone", "--target", "xnnpack")
     assert code == 1 and "returns a model alone" in err and "a tuple of example arguments" in err
     code, _, err = run("inspect", source, "--target", "xnnpack")
     assert code == 1 and "got an ONNX model" in err
@@ -329,7 +349,7 @@ def test_what_cannot_be_inspected_for_a_target(run, source):
 
 @pytest.mark.parametrize("command", [("inspect",), ("export", "out.onnx")], ids=lambda c: c[0])
 def test_json_alone_is_printed(command, run):
-    code, out, err = run(command[0], "tests.test_cli:make_noisily", *command[1:], "--json")
+    code, out, err = run(command[0], f"{__name__}:make_noisily", *command[1:], "--json")
     assert code == 0 and json.loads(out) and "noise" in err
 
 

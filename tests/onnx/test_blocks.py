@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.export import Dim
 
-from tests import onnx_standard as standard
 from tests.cases import Case, replace
 from tests.checks import assert_same
-from tests.test_onnx_models import DIRECTIONS, KINDS, assert_close, run_ort, run_reference, unrolled
+from tests.onnx import standard
+from tests.onnx.test_models import DIRECTIONS, KINDS, assert_close, run_ort, run_reference, unrolled
 from unroll import Plan, export_onnx
 
 OPEN = ("steps", "batch")

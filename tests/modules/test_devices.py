@@ -8,7 +8,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from tests.cases import ALL_PLANS, CHOSEN, Case
-from tests.test_scripts import model_of
+from tests.torchscript.test_scripts import model_of
 from unroll import trace, unroll
 
 

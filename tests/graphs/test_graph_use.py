@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.cases import DROPOUT
 from tests.checks import assert_equal, assert_same, gradients, problems
-from tests.test_graphs import Called, Encoder, Second, build, x
+from tests.graphs.test_graphs import Called, Encoder, Second, build, x
 from unroll import Plan, trace, unroll
 
 F64 = torch.float64

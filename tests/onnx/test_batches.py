@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from tests import onnx_standard as standard
 from tests.checks import assert_same
+from tests.onnx import standard
 from unroll import export_onnx, unroll
 
 onnx = pytest.importorskip("onnx")

@@ -22,7 +22,7 @@ from unroll.targets.uses import RECURRENT
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
-from tests import onnx_standard as standard  # noqa: E402
+from tests.onnx import standard  # noqa: E402
 
 CASES = [
     Case("LSTM", num_layers=2, bidirectional=True, batch_first=True, state=True),
@@ -53,7 +53,7 @@ KNOWN = {
 
 def documented():
     """Which operators the documentation says are not offered, by layer, plan and target."""
-    text = (Path(__file__).parents[1] / "docs" / "contracts.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "contracts.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     lists = {}
     for row in rows:

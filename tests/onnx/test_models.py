@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops import op_scan
 
-from tests import onnx_standard as standard
+from tests.onnx import standard
 from unroll import Plan, UnrollError, unroll
 from unroll.core import cells
 from unroll.export.inspection import inspect_model

@@ -12,7 +12,7 @@ from unroll import UnrollError, export_onnx, streaming, unroll
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from tests.test_onnx_export import run
+from tests.export.test_onnx_export import run
 
 CASES = [
     (Case("LSTM", num_layers=2, bidirectional=True, proj_size=2, state=True), "gates=paired"),
