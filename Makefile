@@ -40,7 +40,7 @@ bench-gpu:
 LENGTHS := benchmarks/results/blocks.json
 
 plots: setup $(LENGTHS)
-	$(BIN)/python -m unroll.bench.plots $(LENGTHS) --to benchmarks/results
+	$(BIN)/python -m unroll bench $(LENGTHS) --plots benchmarks/results
 
 # About ten minutes.
 $(LENGTHS):

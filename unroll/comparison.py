@@ -150,8 +150,8 @@ def compare(
     """
     inputs = args if isinstance(args, list) else [(args,) if isinstance(args, Tensor) else args]
     if not inputs or not all(isinstance(given, tuple) for given in inputs):
-        mend = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
-        raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", mend))
+        fix = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
+        raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", fix))
     exact = _double(original) if reference and isinstance(original, nn.Module) else None
     rows: list[Row] = []
     for number, given in enumerate(inputs):
@@ -248,8 +248,8 @@ def _run(
             if not double:
                 raise
             finding = f"its float64 copy cannot run ({type(error).__name__}: {error})"
-            mend = "it may hold dtypes as constants, as exported graphs do: compare with reference=False"
-            raise UnrollError(Problem("original", finding, mend)) from error
+            fix = "it may hold dtypes as constants, as exported graphs do: compare with reference=False"
+            raise UnrollError(Problem("original", finding, fix)) from error
     if not gradients:
         return result, {}
     outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]

@@ -18,5 +18,5 @@ def require(*packages: str, extra: str = "onnx") -> None:
     """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        mend = f"pip install 'torch-unroll[{extra}]'"
-        raise UnrollError(Problem("unroll", f"needs {', '.join(missing)} for this", mend))
+        fix = f"pip install 'torch-unroll[{extra}]'"
+        raise UnrollError(Problem("unroll", f"needs {', '.join(missing)} for this", fix))

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Steps, Where, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
@@ -100,17 +100,16 @@ def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
     return unroll_model(model, where=where, plan=plan, steps=steps)
 
 
-def _refuse_freeze(freeze: bool, what: str, mend: str) -> None:
+def _refuse_freeze(freeze: bool, what: str, fix: str) -> None:
     if freeze:
-        raise UnrollError(Problem("unroll(freeze=True)", f"was given for {what}", mend))
+        raise UnrollError(Problem("unroll(freeze=True)", f"was given for {what}", fix))
 
 
 def _refuse(what: str, **given: Any) -> None:
     """No argument is ignored: those that mean nothing here must be None."""
-    problems = [
+    problems = Problems(
         Problem(f"unroll({name}=...)", f"was given for {what}", f"leave {name} out")
         for name, value in given.items()
         if value is not None
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()

@@ -28,7 +28,6 @@ from unroll.cli.bench import as_tables
 
 pytest.importorskip("onnx")
 pytest.importorskip("typer")
-from tests.cli.test_cli import run  # noqa: F401
 from unroll.cli.printing import console, print_whole
 
 QUICK = {"rounds": 2, "seconds": 0.01, "hidden_size": 6, "input_size": 5, "steps": 4}
@@ -542,19 +541,24 @@ def test_plots_of_nothing(tmp_path):
         draw(Measurements((EAGER,)), tmp_path / "odd.json")
 
 
-def test_plots_by_command(tmp_path, monkeypatch, capsys):
-    from unroll.bench import plots
+def test_plots_by_command(tmp_path, run):
+    for name, kind in (("a", "LSTM"), ("b", "GRU")):
+        row = replace(EAGER, subject=replace(SUBJECT, model=kind))
+        Measurements((row,)).save(tmp_path / f"{name}.json")
+    files, plots = [str(tmp_path / f"{name}.json") for name in "ab"], ["--plots", str(tmp_path / "plots")]
+    code, out, _ = run("bench", *files, *plots)
+    assert (code, out.split()) == (0, [str(tmp_path / "plots" / f"{n}.png") for n in ("latency", "build", "ratio")])
+    for arguments, reason in {
+        (str(tmp_path / "c.json"), *plots): "cannot be read",
+        (*files,): "is a file of measurements; say where its pictures go",
+        (*files, *plots, "--rounds", "3"): "--rounds: was given for",
+        (files[0], "package:model", *plots): "package:model: is no file of measurements",
+    }.items():
+        code, _, errors = run("bench", *arguments)
+        assert code == 1 and reason in " ".join(errors.split()), errors
 
-    Measurements((EAGER,)).save(tmp_path / "a.json")
-    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "a.json"), "--to", str(tmp_path)])
-    plots.main()
-    assert capsys.readouterr().out.split() == [str(tmp_path / f"{name}.png") for name in ("latency", "build", "ratio")]
-    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "b.json")])
-    with pytest.raises(SystemExit, match="cannot be read"):
-        plots.main()
 
-
-def test_on_the_command_line(run):  # noqa: F811
+def test_on_the_command_line(run):
     options = ("--rounds", "1", "--seconds", "0.01", "--hidden-size", "6", "--contenders", "eager,tensorrt")
     code, out, err = run("bench", "--kind", "gru", "--steps", "2,3", *options, "--save", "a.json", "--plots", "drawn")
     assert code == 0, err
@@ -568,7 +572,7 @@ def test_on_the_command_line(run):  # noqa: F811
     assert code == 0 and [row["contender"] for row in found["rows"]] == ["eager"] and found["advice"]
 
 
-def test_refusals_on_the_command_line(run):  # noqa: F811
+def test_refusals_on_the_command_line(run):
     for arguments, message in {
         ("--steps", "few"): "--steps few: is no list of sizes",
         (f"{__name__}:make", "--kind", "gru"): f"was given beside {__name__}:make",

@@ -210,10 +210,10 @@ def test_errors_name_the_mend(run, source):
         (("onnx", "[/red].onnx", "out.onnx"), "[/red].onnx: cannot be read", "give the path of an ONNX file"),
         (("export", f"{__name__}:make_choosing", "out.onnx"), "cannot be captured", "make torch.export"),
     ]
-    for arguments, finding, mend in cases:
+    for arguments, finding, fix in cases:
         code, out, err = run(*arguments)
         assert code == 1 and out == ""
-        assert finding in err and mend in err and "Traceback" not in err, err
+        assert finding in err and fix in err and "Traceback" not in err, err
         assert not os.path.exists("out.onnx")
 
 

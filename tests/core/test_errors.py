@@ -1,4 +1,4 @@
-"""What torch refuses is refused, in words that name the place, the finding and the mend."""
+"""What torch refuses is refused, in words that name the place, the finding and the fix."""
 
 import pickle
 

@@ -490,7 +490,7 @@ def test_operators_outside_the_standard_are_refused(tmp_path):
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
     from unroll.onnx import files
 
-    monkeypatch.setattr(files.delivered.__wrapped__, "__kwdefaults__", {"largest": 100})
+    monkeypatch.setattr(files.write_then_move.__wrapped__, "__kwdefaults__", {"largest": 100})
     case = Case("GRU")
     model, args = case.model().eval(), case.tensors()
     export = export_onnx(model, args, tmp_path / "m.onnx")

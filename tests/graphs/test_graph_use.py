@@ -84,10 +84,8 @@ def test_hooks_are_refused():
     graph = trace(model)
     graph.get_submodule("0").register_forward_hook(lambda m, args, out: None)
     graph.get_submodule("2").register_forward_pre_hook(lambda m, args: None)
-    mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
-    assert problems(unroll, graph, steps=2) == [
-        f"{name}: has hooks, which no graph would call; {mend}" for name in "02"
-    ]
+    fix = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
+    assert problems(unroll, graph, steps=2) == [f"{name}: has hooks, which no graph would call; {fix}" for name in "02"]
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_parametrization_removed_afterwards():
     ours = unroll(parametrizations.weight_norm(nn.GRU(6, 5), "weight_hh_l0"))
     parametrize.remove_parametrizations(ours, "weight_hh_l0")
     assert isinstance(ours.weight_hh_l0, nn.Parameter)
-    assert type(ours) is package.modules.UnrolledLayer
+    assert type(ours) is package.modules.layers.UnrolledLayer
     ours(torch.zeros(2, 3, 6))
 
 

@@ -249,10 +249,10 @@ def test_a_rule_for_no_layer_is_refused():
     class Other(Own):
         pass
 
-    model, mend = nn.Sequential(Own(6, 5), gru()), "leave it out, or name the very class of the layer"
+    model, fix = nn.Sequential(Own(6, 5), gru()), "leave it out, or name the very class of the layer"
     for function in (unroll, lambda *args, **kwargs: export_onnx(model.eval(), x(), "out.onnx", **kwargs)):
         (problem,) = problems(function, model, rules={Own: Doubling, nn.LSTM: Doubling})
-        assert problem.startswith("rules={LSTM: ...}: is the class of no layer to unroll") and mend in problem
+        assert problem.startswith("rules={LSTM: ...}: is the class of no layer to unroll") and fix in problem
     assert "rules={Own: ...}" in problems(unroll, trace(nn.Sequential(gru())), x(), rules={Own: Doubling})[0]
     assert "rules={RNN: ...}" in problems(streaming, model, x(), rules={Own: Doubling, nn.RNN: Doubling})[0]
     assert "rules={Own: ...}" in problems(unroll, model, where="1", rules={Own: Doubling})[0]

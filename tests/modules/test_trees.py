@@ -266,11 +266,11 @@ def test_quantized_and_compiled_modules_are_refused():
         "quantized; unroll the float module, then quantize the result"
     ] * 3
 
-    mend = "is compiled already; unroll the module, then compile the result"
+    fix = "is compiled already; unroll the module, then compile the result"
     compiled, in_place = torch.compile(nn.Sequential(gru())), nn.Sequential(gru())
     in_place.compile()
-    assert problems(unroll, compiled) == [f"OptimizedModule: {mend}"]
-    assert problems(unroll, in_place) == [f"Sequential: {mend}"]
+    assert problems(unroll, compiled) == [f"OptimizedModule: {fix}"]
+    assert problems(unroll, in_place) == [f"Sequential: {fix}"]
 
 
 # --- where ------------------------------------------------------------------------------------------------------------

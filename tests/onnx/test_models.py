@@ -612,12 +612,12 @@ def test_external_data(tmp_path):
     onnx.save(model, place, save_as_external_data=True, size_threshold=0, location="weights")
     for largest, beside in ((10**9, False), (100, True)):
         target = tmp_path / f"{largest}.onnx"
-        with files.delivered(unroll(place), target, largest=largest) as draft:
+        with files.write_then_move(unroll(place), target, largest=largest) as draft:
             assert draft.exists() and not target.exists()
         assert target.with_name(target.name + ".data").exists() == beside
         assert_close(run_ort(target, inputs), run_ort(place, inputs), rtol=1e-5)
     (tmp_path / "full.onnx.data").mkdir()
-    delivery = files.delivered(unroll(place), tmp_path / "full.onnx", largest=100)
+    delivery = files.write_then_move(unroll(place), tmp_path / "full.onnx", largest=100)
     with pytest.raises(UnrollError, match=r"full\.onnx: cannot be written"), delivery:
         pass
     assert not (tmp_path / "full.onnx").exists()
@@ -693,7 +693,7 @@ MUTANTS = {
     "peepholes of the last c for the output gate": lambda patch: patch.setattr(
         cells, "_peek", lambda gate, c, weight: gate
     ),
-    "padding that steps on": lambda patch: patch.setattr(reader.StandardSite, "lengths", None),
+    "padding that steps on": lambda patch: patch.setattr(reader.StandardCall, "lengths", None),
     "no clip": lambda patch: patch.setattr(cells.torch, "clamp", lambda x, low, high: x),
     "forward for reverse": lambda patch: patch.setattr(reader.Recurrence, "directions", ("", "")),
 }

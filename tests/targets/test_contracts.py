@@ -200,7 +200,7 @@ def test_dropout_between_layers():
 def test_an_operator_that_is_not_offered():
     model = onnx_model(("Det", ["x"], ["y"], {}), inputs={"x": [3, 3]})
     (row,) = check(model, target="tensorrt").rows
-    assert row[:3] == ("the_Det", "Det", "is not offered") and row.mend
+    assert row[:3] == ("the_Det", "Det", "is not offered") and row.fix
     assert found(model, "webnn") == {("Det", "is not in the table")}
     assert check(model, target="npu").ok
     (row,) = check(program(torch.det, torch.eye(3)), target="torch_tensorrt").rows
@@ -450,15 +450,15 @@ WRONG = [
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
-@pytest.mark.parametrize(("model", "target", "finding", "mend"), WRONG)
-def test_what_cannot_be_judged(model, target, finding, mend):
+@pytest.mark.parametrize(("model", "target", "finding", "fix"), WRONG)
+def test_what_cannot_be_judged(model, target, finding, fix):
     if finding is None:
         assert check(model(), target=target).ok
         return
     with pytest.raises(UnrollError) as caught:
         check(model(), target=target)
     (problem,) = caught.value.problems
-    assert finding in problem.finding and mend in problem.mend
+    assert finding in problem.finding and fix in problem.fix
 
 
 def test_a_graph_without_metadata():
@@ -474,7 +474,7 @@ def test_a_graph_without_metadata():
 
 @pytest.mark.parametrize("name", tables.NAMES)
 def test_tables_are_consistent(name):
-    table = tables.target(name)
+    table = tables.read_target(name)
     assert table.title and table.source and table.version and table.kind in ("onnx", "aten", "any")
     assert not table.operators.keys() & table.refused
     assert bool(table.operators) == (table.kind != "any")
@@ -495,7 +495,7 @@ def test_tables_are_consistent(name):
 )
 def test_sizes_of_tables(name, offered, refused):
     """As the documentation says."""
-    table = tables.target(name)
+    table = tables.read_target(name)
     assert (len(table.operators), len(table.refused)) == (offered, refused)
 
 
@@ -505,7 +505,7 @@ HISTORIC = {"ImageScaler", "ParametricSoftplus", "ScaledTanh", "Scatter", "Upsam
 
 @pytest.mark.parametrize("name", ["tensorrt", "webnn"])
 def test_onnx_tables_name_what_the_standard_has(name):
-    for operator, restriction in tables.target(name).operators.items():
+    for operator, restriction in tables.read_target(name).operators.items():
         if "::" in operator or operator in (*HISTORIC, "SimplifiedLayerNormalization"):
             continue
         schema = onnx.defs.get_schema(operator)
@@ -518,7 +518,7 @@ def test_onnx_tables_name_what_the_standard_has(name):
 
 @pytest.mark.parametrize("name", ["torch_tensorrt", "xnnpack"])
 def test_aten_tables_name_what_pytorch_has(name):
-    table = tables.target(name)
+    table = tables.read_target(name)
     missing = set()
     for operator, restriction in table.operators.items():
         namespace, _, rest = operator.partition(".")

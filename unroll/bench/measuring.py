@@ -204,8 +204,8 @@ def _expected(subject: Subject, path: Path) -> Expected:
         except Exception as error:
             failure = error
     if not runs:
-        mend = "let it return a model and a tuple of arguments with which it runs on a CPU"
-        raise UnrollError(Problem(subject.model, f"cannot run ({first_line(failure)})", mend)) from failure
+        fix = "let it return a model and a tuple of arguments with which it runs on a CPU"
+        raise UnrollError(Problem(subject.model, f"cannot run ({first_line(failure)})", fix)) from failure
     first, second = runs[0]
     seen = [*task.model.parameters(), *tensors((task.args, task.kwargs)), *runs[-1][0]]
     names = {str(tensor.dtype).removeprefix("torch.") for tensor in seen}

@@ -1,8 +1,7 @@
-"""Pictures of measurements: `python -m unroll.bench.plots FILE... --to DIRECTORY`."""
+"""Pictures of measurements."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,8 +50,8 @@ def draw(files: Sequence[str | os.PathLike[str]] | Measurements, folder: str | o
         UnrollError: if nothing can be read, drawn or written.
     """
     require("matplotlib", extra="bench")
-    found = [files] if isinstance(files, Measurements) else [Measurements.load(file) for file in files]
-    rows = [row for measurements in found for row in measurements.rows]
+    found = files if isinstance(files, Measurements) else Measurements.joined(map(Measurements.load, files))
+    rows = found.rows
     if not any(row.median for row in rows):
         raise UnrollError(Problem("plots", "have nothing to show: no contender ran", "measure again"))
     folder = Path(folder)
@@ -124,19 +123,3 @@ def _style(number: int) -> dict[str, Any]:
     """Colour and marker of a form, the same in every panel; black for the fused layer, which comes first."""
     colours = ("black", *(f"C{k}" for k in range(10)))
     return {"color": colours[number % len(colours)], "marker": "osD^vP*Xh<>"[number % 11], "markersize": 4, "lw": 1.2}
-
-
-def main() -> None:
-    """Draw what the files named on the command line hold."""
-    parser = argparse.ArgumentParser(prog="python -m unroll.bench.plots", description=draw.__doc__)
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--to", default=".", help="directory of the pictures")
-    given = parser.parse_args()
-    try:
-        print(*draw(given.files, given.to), sep="\n")
-    except UnrollError as error:
-        raise SystemExit(str(error)) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,12 @@ class Measurements:
     rows: tuple[Row, ...]
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+
+    @staticmethod
+    def joined(several: Iterable[Measurements]) -> Measurements:
+        """Put the rows of several runs together, with the machine and the command of the first."""
+        first, *rest = several
+        return replace(first, rows=tuple(row for found in (first, *rest) for row in found.rows))
 
     @property
     def advice(self) -> list[str]:

@@ -15,7 +15,7 @@ from unroll.bench.machine import command, machine
 from unroll.bench.measuring import BUILD, Entry, Method, measure
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import Subject, subjects
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.plan import Plan
 
 Progress = Callable[[int, int, str], None]
@@ -121,12 +121,11 @@ class _Steps:
 def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | None) -> list[Entry]:
     """What to measure, in the order of the table of contenders."""
     asked = list(CONTENDERS) if contenders is None else list(contenders)
-    mend = f"choose among {', '.join(CONTENDERS)}"
-    problems = [Problem(f"contender {name!r}", "is unknown", mend) for name in asked if name not in CONTENDERS]
+    fix = f"choose among {', '.join(CONTENDERS)}"
+    problems = Problems(Problem(f"contender {name!r}", "is unknown", fix) for name in asked if name not in CONTENDERS)
     if not asked:
-        problems = [Problem("contenders", "names none", mend)]
-    if problems:
-        raise UnrollError(*problems)
+        problems.add("contenders", "names none", fix)
+    problems.check()
     if plans is not None and not any(CONTENDERS[name].unrolls for name in asked):
         finding = f"was given, but {', '.join(asked)} unroll nothing"
         raise UnrollError(Problem("plans", finding, "leave it out, or choose a contender that unrolls"))
@@ -157,19 +156,18 @@ def _layouts(plans: Sequence[str | Plan]) -> Iterator[tuple[str, Plan]]:
 
 def _check(method: Method, save: str | os.PathLike[str] | None) -> None:
     whole = {"rounds": method.rounds, "jobs": method.jobs}
-    problems = [
+    problems = Problems(
         Problem(f"{name}={value!r}", "is no number of them", "give a whole number from 1 upwards")
         for name, value in whole.items()
         if type(value) is not int or value < 1
-    ]
+    )
     for name, value in {"seconds": method.seconds, "limit": method.limit}.items():
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            problems.append(Problem(f"{name}={value!r}", "is no time", "give seconds, more than zero"))
+            problems.add(f"{name}={value!r}", "is no time", "give seconds, more than zero")
     if save is not None and not isinstance(save, (str, os.PathLike)):
-        problems.append(Problem(f"save={save!r}", f"is a {type(save).__name__}", "give the path of a JSON file"))
+        problems.add(f"save={save!r}", f"is a {type(save).__name__}", "give the path of a JSON file")
     elif save is not None and Path(save).is_dir():
-        problems.append(Problem(f"save={os.fspath(save)!r}", "is a directory", "give the path of a JSON file"))
+        problems.add(f"save={os.fspath(save)!r}", "is a directory", "give the path of a JSON file")
     elif save is not None and not Path(save).absolute().parent.is_dir():
-        problems.append(Problem(f"save={os.fspath(save)!r}", "is in a directory that does not exist", "make it first"))
-    if problems:
-        raise UnrollError(*problems)
+        problems.add(f"save={os.fspath(save)!r}", "is in a directory that does not exist", "make it first")
+    problems.check()

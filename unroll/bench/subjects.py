@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.factories import load_factory
 
 LAYER: dict[str, Any] = {
@@ -94,24 +94,22 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
         ['GRU 64 → 128, T=8, B=2, float32, cpu, 1 thread', 'GRU 64 → 128, T=32, B=2, float32, cpu, 1 thread']
     """
     if not isinstance(model, str):
-        mend = "give package.module:name of a function that returns it: each form has a process of its own"
-        raise UnrollError(Problem("model=...", f"is a {type(model).__name__}", mend))
-    problems = []
+        fix = "give package.module:name of a function that returns it: each form has a process of its own"
+        raise UnrollError(Problem("model=...", f"is a {type(model).__name__}", fix))
+    problems = Problems()
     kind = "cpu"
     try:
         kind = torch.device(device if isinstance(device, str) else repr(device)).type
     except RuntimeError:
-        problems.append(Problem(f"device={device!r}", "is no device", "give cpu or cuda"))
+        problems.add(f"device={device!r}", "is no device", "give cpu or cuda")
     if kind not in ("cpu", "cuda"):
-        problems.append(Problem(f"device={device!r}", "is not measured here", "give cpu or cuda"))
+        problems.add(f"device={device!r}", "is not measured here", "give cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        problems.append(Problem(f"device={device!r}", "is not on this machine", "give device='cpu'"))
+        problems.add(f"device={device!r}", "is not on this machine", "give device='cpu'")
     if type(threads) is not int or threads < 1:
-        problems.append(
-            Problem(f"threads={threads!r}", "is no number of threads", "give a whole number from 1 upwards")
-        )
+        problems.add(f"threads={threads!r}", "is no number of threads", "give a whole number from 1 upwards")
     if type(backward) is not bool:
-        problems.append(Problem(f"backward={backward!r}", f"is a {type(backward).__name__}", "give True or False"))
+        problems.add(f"backward={backward!r}", f"is a {type(backward).__name__}", "give True or False")
     given = {name: value for name, value in layer.items() if value is not None}
     if ":" in model:
         problems += [
@@ -120,8 +118,7 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
         ]
     else:
         problems += list(_problems(model.upper(), given))
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     conditions: dict[str, Any] = {"device": device, "threads": threads, "backward": backward}
     if ":" in model:
         return [Subject(model, **conditions)]
@@ -136,15 +133,15 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
 def _problems(kind: str, given: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with the options of a layer, apart from what its own constructor says."""
     if kind not in ("LSTM", "GRU", "RNN"):
-        mend = "give lstm, gru or rnn, or package.module:name of a function that returns a model"
-        yield Problem(f"model={kind!r}", "is no recurrent layer", mend)
+        fix = "give lstm, gru or rnn, or package.module:name of a function that returns a model"
+        yield Problem(f"model={kind!r}", "is no recurrent layer", fix)
     for name in given.keys() - LAYER.keys():
         yield Problem(f"{name}=...", "is not an option here", f"the options are {', '.join(LAYER)}")
     for name, standard in LAYER.items():
         value = given.get(name, standard)
         if name not in (*SWEPT, "dtype") and type(value) is not type(standard):
-            mend = f"give one {type(standard).__name__}; {', '.join(SWEPT[:-1])} and {SWEPT[-1]} may be several"
-            yield Problem(f"{name}={value!r}", f"is a {type(value).__name__}", mend)
+            fix = f"give one {type(standard).__name__}; {', '.join(SWEPT[:-1])} and {SWEPT[-1]} may be several"
+            yield Problem(f"{name}={value!r}", f"is a {type(value).__name__}", fix)
     for name in SWEPT:
         value = given.get(name, 1)
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -210,8 +207,8 @@ class Task:
             results = tensors(function(*self.args, **self.kwargs))
             found = [result for result in results if result.requires_grad]
             if not found:
-                mend = "give a model with parameters, or an argument, that require gradients, or leave backward out"
-                raise UnrollError(Problem(self.subject.model, "has no result to differentiate", mend))
+                fix = "give a model with parameters, or an argument, that require gradients, or leave backward out"
+                raise UnrollError(Problem(self.subject.model, "has no result to differentiate", fix))
             if not directions:
                 generator = torch.Generator().manual_seed(0)
                 directions.extend(torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found)
@@ -266,12 +263,12 @@ def _input(subject: Subject) -> Tensor:
 def _own(factory: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
     model, args, options = load_factory(factory)
     if not isinstance(model, nn.Module):
-        mend = "let it return an nn.Module: a program cannot run as PyTorch itself would run the model"
-        raise UnrollError(Problem(factory, f"returns {type(model).__name__}", mend))
+        fix = "let it return an nn.Module: a program cannot run as PyTorch itself would run the model"
+        raise UnrollError(Problem(factory, f"returns {type(model).__name__}", fix))
     if args is None:
-        mend = "let it return the model and a tuple of example arguments"
-        raise UnrollError(Problem(factory, "returns a model alone", mend))
+        fix = "let it return the model and a tuple of example arguments"
+        raise UnrollError(Problem(factory, "returns a model alone", fix))
     if others := [name for name in options if name != "kwargs"]:
-        mend = "the benchmark takes kwargs alone, and runs at the sizes of the example: leave the rest out"
-        raise UnrollError(Problem(factory, f"returns the options {', '.join(others)}", mend))
+        fix = "the benchmark takes kwargs alone, and runs at the sizes of the example: leave the rest out"
+        raise UnrollError(Problem(factory, f"returns the options {', '.join(others)}", fix))
     return model, tuple(args) if isinstance(args, (tuple, list)) else (args,), options.get("kwargs") or {}

@@ -16,13 +16,13 @@ from unroll.bench.contenders import CONTENDERS
 from unroll.bench.plots import draw
 from unroll.bench.results import COLUMNS, Measurements, advice, by_subject, cells, in_order
 from unroll.bench.run import benchmark
-from unroll.bench.subjects import DTYPES, LAYER
+from unroll.bench.subjects import DTYPES, LAYER, SWEPT
 from unroll.cli.printing import console, print_whole
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
 
 FACTORY = """package.module:name of a function that returns the model and a tuple of its arguments, or these and
-{"kwargs": ...}; measured is at the sizes of these arguments."""
+{"kwargs": ...}; measured is at the sizes of these arguments. Or, with --plots alone, files of --save to draw."""
 
 
 SIZES = "one or several, as in 8,32,128"
@@ -33,7 +33,8 @@ def _default(name: str) -> str:
 
 
 def bench_command(
-    factory: Annotated[str | None, typer.Argument(help=FACTORY)] = None,
+    context: typer.Context,
+    subject: Annotated[list[str] | None, typer.Argument(help=FACTORY)] = None,
     kind: Annotated[str | None, typer.Option(help="lstm, gru or rnn. [default: lstm]")] = None,
     input_size: Annotated[int | None, typer.Option(help=_default("input_size"))] = None,
     hidden_size: Annotated[str | None, typer.Option(help=f"Hidden features: {SIZES} {_default('hidden_size')}")] = None,
@@ -67,43 +68,64 @@ def bench_command(
     A layer is given by its options, a model by a function. Each form runs in a process of its own; the processes have
     their turns one after the other.
     """
-    if factory is not None and kind is not None:
-        raise UnrollError(Problem(f"--kind {kind}", f"was given beside {factory}", "give one of them"))
+    given = {name: value for name, value in context.params.items() if name not in ("subject", "plots", "as_json")}
     if plots is not None:
         require("matplotlib", extra="bench")
-    with _bar() as progress, redirect_stdout(sys.stderr) if as_json else nullcontext():
-        found = benchmark(
-            factory or kind or "lstm",
-            contenders=None if contenders is None else _words(contenders),
-            plans=plan,
-            device=device,
-            threads=threads,
-            backward=backward,
-            rounds=rounds,
-            seconds=seconds,
-            limit=limit,
-            jobs=jobs,
-            save=save,
-            progress=progress,
-            input_size=input_size,
-            hidden_size=_sizes("--hidden-size", hidden_size),
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            bias=False if no_bias else None,
-            proj_size=proj_size,
-            nonlinearity=nonlinearity,
-            steps=_sizes("--steps", steps),
-            batch=_sizes("--batch", batch),
-            dtype=dtype,
-        )
+    files = [name for name in subject or () if name.endswith(".json")]
+    found = _load(context, files, plots) if files else _measure(subject or [], given, as_json=as_json)
     drawn = [] if plots is None else draw(found, plots)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2, allow_nan=False))
         return
     out = console()
-    print_whole(out, *as_tables(found))
+    if not files:
+        print_whole(out, *as_tables(found))
     for path in [*[save] * bool(save), *drawn]:
         out.print(str(path), markup=False)
+
+
+def _load(context: typer.Context, files: list[str], plots: Path | None) -> Measurements:
+    """Read what was measured before.
+
+    Raises:
+        UnrollError: if it is not to be drawn, or something else is asked.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    other = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    problems = Problems()
+    for name in other:
+        if name not in ("subject", "plots", "as_json"):
+            problems.add(f"--{name.replace('_', '-')}", f"was given for {', '.join(files)}", "leave it out")
+    if plots is None:
+        problems.add(files[0], "is a file of measurements", "say where its pictures go, --plots DIRECTORY")
+    problems += [
+        Problem(name, "is no file of measurements", "give files of --save alone")
+        for name in context.params["subject"]
+        if name not in files
+    ]
+    problems.check()
+    return Measurements.joined(map(Measurements.load, files))
+
+
+def _measure(subject: list[str], given: dict[str, Any], *, as_json: bool) -> Measurements:
+    """Measure what the options say, which are those of `benchmark` but for a few."""
+    kind, factory = given.pop("kind"), subject[0] if subject else None
+    problems = Problems()
+    if len(subject) > 1:
+        problems.add(" ".join(subject), "are several functions", "give one")
+    if factory is not None and kind is not None:
+        problems.add(f"--kind {kind}", f"was given beside {factory}", "give one of them")
+    problems.check()
+    contenders, without_bias = given.pop("contenders"), given.pop("no_bias")
+    options = {
+        **{name: _sizes(f"--{name.replace('_', '-')}", given.pop(name)) for name in SWEPT},
+        "contenders": None if contenders is None else _words(contenders),
+        "plans": given.pop("plan") or None,  # typer has an empty list for none
+        "bias": False if without_bias else None,
+        **given,
+    }
+    with _bar() as progress, redirect_stdout(sys.stderr) if as_json else nullcontext():
+        return benchmark(factory or kind or "lstm", progress=progress, **options)
 
 
 def _words(text: str) -> list[str]:

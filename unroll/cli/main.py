@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
+import typer
+from rich.markup import escape
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -24,13 +26,6 @@ from unroll.packed.contexts import packing
 from unroll.targets import checking
 from unroll.targets.tables import NAMES, read_target
 from unroll.unrolling import unroll
-
-try:
-    import typer
-    from rich.markup import escape
-except ImportError as error:  # pragma: no cover
-    raise SystemExit(f"unroll: needs {error.name}; pip install 'torch-unroll[cli]'") from error
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,15 +74,15 @@ UNROLLING = ("where", "plan")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors are printed with their mend and end it with exit code 1."""
+    """Run the command line; errors are printed with their fix and end it with exit code 1."""
     sys.path.insert(0, os.getcwd())
     try:
         app(arguments)
     except UnrollError as error:
         errors = console(stderr=True, soft_wrap=True)
-        for place, finding, mend in error.problems:
+        for place, finding, fix in error.problems:
             errors.print(f"[red]error:[/red] {escape(f'{place}: {finding}')}")
-            errors.print(f"       {mend}", markup=False)
+            errors.print(f"       {fix}", markup=False)
         raise SystemExit(1) from None
 
 
@@ -183,8 +178,8 @@ def inspect_command(
         try:
             if _is_factory(model):
                 if steps is not None:
-                    mend = "leave it out: the example arguments tell"
-                    raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", mend))
+                    fix = "leave it out: the example arguments tell"
+                    raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", fix))
                 made, args, given = load_factory(model)
                 options = options_of(model, given, where=where)
                 part("unroll")
@@ -220,8 +215,8 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
         as_it_is = args is None or isinstance(made, ExportedProgram)
         if wrong := given.difference(JUDGING, () if as_it_is else UNROLLING):
             finding = "was given with --target"
-            mend = "leave it out" + (": the model is judged as it is" if as_it_is else "")
-            raise UnrollError(*(Problem(f"--{name}", finding, mend) for name in sorted(wrong)))
+            fix = "leave it out" + (": the model is judged as it is" if as_it_is else "")
+            raise UnrollError(*(Problem(f"--{name}", finding, fix) for name in sorted(wrong)))
         if not as_it_is:
             part("unroll and export")
             layout = target if target in PRESETS and "plan" not in given else plan

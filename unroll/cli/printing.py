@@ -56,8 +56,8 @@ def print_layers(found: Any) -> None:
         print_whole(out, table)
     elif not found.problems:
         out.print("no recurrent layers")
-    for place, finding, mend in found.problems:
-        out.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {mend}')}", soft_wrap=True)
+    for place, finding, fix in found.problems:
+        out.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {fix}')}", soft_wrap=True)
 
 
 def plain(export: Export) -> dict[str, Any]:

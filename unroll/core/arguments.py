@@ -50,9 +50,9 @@ def check_arguments(
     problems: list[Problem] = []
     shape = tuple(input.shape)
 
-    def expect(good: bool, argument: str, finding: str, mend: str) -> bool:
+    def expect(good: bool, argument: str, finding: str, fix: str) -> bool:
         if not good:
-            problems.append(Problem(f"{place}: {argument}", finding, mend))
+            problems.append(Problem(f"{place}: {argument}", finding, fix))
         return good
 
     features = recurrence.input_size
@@ -60,8 +60,8 @@ def check_arguments(
     wanted = " or ".join(f"{rank}-D" for rank in ranks)
     known = expect(len(shape) in ranks, "input", f"is {len(shape)}-D, {list(shape)}", f"give a {wanted} tensor")
     if known:
-        mend = f"its last size must be input_size={features}"
-        known = expect(shape[-1] == features, "input", f"has shape {list(shape)}", mend)
+        fix = f"its last size must be input_size={features}"
+        known = expect(shape[-1] == features, "input", f"has shape {list(shape)}", fix)
     batched = rows is not None or len(shape) == ranks[-1]
     time, batch = (1, 0) if recurrence.batch_first else (0, 1)
     if known and rows is None and not recurrence.is_cell:
@@ -92,12 +92,12 @@ def check_arguments(
 
     if weight is not None:
         for name, tensor in checked:
-            mend = f"give {weight.device}, or move the module"
-            expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", mend)
+            fix = f"give {weight.device}, or move the module"
+            expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", fix)
             cast = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
             good = tensor.dtype == weight.dtype or cast
-            mend = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
-            expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", mend)
+            fix = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
+            expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", fix)
     if problems:
         raise UnrollError(*problems)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
@@ -11,17 +11,17 @@ class Problem(NamedTuple):
     place: str
     """Module path, node or argument"""
     finding: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.finding}; {self.mend}"
+        return f"{self.place}: {self.finding}; {self.fix}"
 
 
 class UnrollError(RuntimeError):
     """Something that cannot be honoured, with every place where it was met.
 
     Attributes:
-        problems: the reasons, each with `place`, `finding` and `mend`.
+        problems: the reasons, each with `place`, `finding` and `fix`.
 
     Example:
         >>> str(UnrollError(Problem("encoder.rnn", "3 gates found", "give 4")))
@@ -34,3 +34,36 @@ class UnrollError(RuntimeError):
     def __str__(self) -> str:
         lines = [str(problem) for problem in self.problems]
         return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines])
+
+
+class Problems(list[Problem]):
+    """Collects problems, so that all are told at once.
+
+    Example:
+        >>> problems = Problems()
+        >>> problems.add("steps", "is 0", "give 1")
+        >>> with problems:
+        ...     raise UnrollError(Problem("encoder.rnn", "3 gates found", "give 4"))
+        >>> problems.check()
+        Traceback (most recent call last):
+        unroll.core.errors.UnrollError: 2 problems
+        steps: is 0; give 1
+        encoder.rnn: 3 gates found; give 4
+    """
+
+    def add(self, place: str, finding: str, fix: str) -> None:
+        self.append(Problem(place, finding, fix))
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        """Keep what an `UnrollError` says, and go on."""
+        if isinstance(error, UnrollError):
+            self.extend(error.problems)
+        return isinstance(error, UnrollError)
+
+    def check(self) -> None:
+        """Raise an `UnrollError` with all of them, each once, if there are any."""
+        if self:
+            raise UnrollError(*dict.fromkeys(self))

@@ -119,8 +119,8 @@ class Frozen(NamedTuple):
         found = cast if cast and held == self.dtype else held
         if found != self.dtype:
             finding = f"was frozen in {self.dtype}, and now runs in {found}"
-            mend = f"convert what is not frozen by .to({found}), and freeze that; autocast needs layers that are not"
-            raise UnrollError(Problem(layer.place, finding, mend))
+            fix = f"convert what is not frozen by .to({found}), and freeze that; autocast needs layers that are not"
+            raise UnrollError(Problem(layer.place, finding, fix))
         return self.mapped(lambda name, kind: getattr(layer, name), dtype)
 
     def mapped(self, change: Callable[[Any, str], Any], dtype: torch.dtype | None = None) -> Layout:

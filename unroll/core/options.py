@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 """Which layers: a name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
@@ -27,16 +27,15 @@ def read_where(where: Any) -> Any:
     if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, type)):
         return where
     names: list[Any] = [where] if isinstance(where, type) or not isinstance(where, Iterable) else list(where)
-    problems = []
+    problems = Problems()
     for name in names:
         if isinstance(name, type):
-            mend = f"give names, or for modules a function: lambda name, layer: isinstance(layer, {name.__name__})"
-            problems.append(Problem(f"where={name.__name__}", "is a class", mend))
+            fix = f"give names, or for modules a function: lambda name, layer: isinstance(layer, {name.__name__})"
+            problems.add(f"where={name.__name__}", "is a class", fix)
         elif not isinstance(name, str):
-            mend = "give a name or shell pattern, several of them, or a function of name and layer"
-            problems.append(Problem(f"where={name!r}", f"is of type {type(name).__name__}", mend))
-    if problems:
-        raise UnrollError(*problems)
+            fix = "give a name or shell pattern, several of them, or a function of name and layer"
+            problems.add(f"where={name!r}", f"is of type {type(name).__name__}", fix)
+    problems.check()
     return names
 
 
@@ -50,16 +49,16 @@ def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
     return any(_fits(name, pattern) for name in names for pattern in patterns)
 
 
-def unknown_names(where: Where, names: Sequence[str]) -> list[Problem]:
+def unknown_names(where: Where, names: Sequence[str], what: str = "layer") -> Problems:
     """A problem for each pattern in `where` that picks none of these names."""
     if where is None or callable(where):
-        return []
+        return Problems()
     known = ", ".join(names) or "none"
-    return [
-        Problem(f"where={pattern!r}", "names no recurrent layer", f"the recurrent layers are: {known}")
+    return Problems(
+        Problem(f"where={pattern!r}", f"names no recurrent {what}", f"the recurrent {what}s are: {known}")
         for pattern in ([where] if isinstance(where, str) else where)
         if not any(_fits(name, pattern) for name in names)
-    ]
+    )
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -72,24 +71,24 @@ def check_rules(rules: Any) -> Rules:
     Raises:
         UnrollError: for what is no rule in any model.
     """
-    mend = "give a dictionary from classes of modules to functions"
+    fix = "give a dictionary from classes of modules to functions"
     if not isinstance(rules, Mapping | None):
-        raise UnrollError(Problem("rules=...", f"is of type {type(rules).__name__}", mend))
+        raise UnrollError(Problem("rules=...", f"is of type {type(rules).__name__}", fix))
     rules = rules or {}
-    problems = [
-        Problem(f"rules={{{_named(kind)}: ...}}", "is no function for a class of modules", mend)
+    problems = Problems(
+        Problem(f"rules={{{_named(kind)}: ...}}", "is no function for a class of modules", fix)
         for kind, rule in rules.items()
         if not (isinstance(kind, type) and issubclass(kind, nn.Module) and callable(rule))
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     return rules
 
 
-def unknown_rules(unused: Iterable[type]) -> list[Problem]:
+def unknown_rules(unused: Iterable[type]) -> Problems:
     """A problem for each class of a rule that is the class of no layer."""
-    mend = "leave it out, or name the very class of the layer; base classes do not count"
-    return [Problem(f"rules={{{_named(kind)}: ...}}", "is the class of no layer to unroll", mend) for kind in unused]
+    fix = "leave it out, or name the very class of the layer; base classes do not count"
+    finding = "is the class of no layer to unroll"
+    return Problems(Problem(f"rules={{{_named(kind)}: ...}}", finding, fix) for kind in unused)
 
 
 def _named(kind: Any) -> str:
@@ -104,13 +103,14 @@ FIXED = "fixed"
 """For `steps`: a symbolic length is that of the example, where whoever traces guards it."""
 
 
-def unknown_steps(steps: Any, names: Iterable[str]) -> list[Problem]:
+def unknown_steps(steps: Any, names: Iterable[str]) -> Problems:
     """A problem for each layer in `steps`, if it is by name, that is not among these."""
     if not isinstance(steps, Mapping):
-        return []
+        return Problems()
     names = list(dict.fromkeys(names))
-    mend = f"the layers with steps are: {', '.join(names) or 'none'}"
-    return [Problem(f"steps[{name!r}]", "names no recurrent layer", mend) for name in steps if name not in names]
+    fix = f"the layers with steps are: {', '.join(names) or 'none'}"
+    unknown = [name for name in steps if name not in names]
+    return Problems(Problem(f"steps[{name!r}]", "names no recurrent layer", fix) for name in unknown)
 
 
 def choose_steps(place: str, known: Any, asked: Any) -> int | None:

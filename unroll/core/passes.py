@@ -9,7 +9,7 @@ from unroll.core.cells import State
 from unroll.core.layout import Layout
 from unroll.core.recurrence import Recurrence, scope
 from unroll.core.rows import split_rows
-from unroll.core.scan import Outputs, Pieces, Rows, Step, masked
+from unroll.core.scan import Outputs, Pieces, Rows, Step, mask_state
 from unroll.core.values import Target
 from unroll.core.weights import StepWeights, Tensorlike
 
@@ -31,7 +31,7 @@ class Run(NamedTuple):
         def step(t: Any, x: tuple[Tensorlike, ...], state: State) -> State:
             self.target.enter(f"{scope}.t{t}")
             new = self.recurrence.cell.step(x, state, weights, self.target)
-            return new if masks is None else masked(masks[t], new, state)
+            return new if masks is None else mask_state(masks[t], new, state)
 
         return step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 
 Gates = Literal["merged", "paired", "split"]
 
@@ -73,22 +73,21 @@ class Plan:
         if isinstance(plan, str):
             return PRESETS.get(plan.strip()) or _read(plan)
         if not isinstance(plan, Plan):
-            mend = f"give a Plan, such as Plan(gates='paired'), or the name of one: {', '.join(PRESETS)}"
-            raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", mend))
+            fix = f"give a Plan, such as Plan(gates='paired'), or the name of one: {', '.join(PRESETS)}"
+            raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", fix))
         return plan
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = Problems()
         for field, kind in CHOICES.items():
             given = getattr(self, field)
             if given not in get_args(kind):
                 choices = ", ".join(map(repr, get_args(kind)))
-                problems.append(Problem(f"Plan({field}=...)", f"got {given!r}", f"choose one of {choices}"))
+                problems.add(f"Plan({field}=...)", f"got {given!r}", f"choose one of {choices}")
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
-            mend = "choose 'explicit', or the number of steps in a block, such as 16"
-            problems.append(Problem("Plan(time=...)", f"got {self.time!r}", mend))
-        if problems:
-            raise UnrollError(*problems)
+            fix = "choose 'explicit', or the number of steps in a block, such as 16"
+            problems.add("Plan(time=...)", f"got {self.time!r}", fix)
+        problems.check()
 
     def __str__(self) -> str:
         """What it has that the default has not, as `of` reads it."""
@@ -108,10 +107,10 @@ def _read(text: str) -> Plan:
     for part in text.split(","):
         field, equals, value = map(str.strip, part.partition("="))
         if not equals or field not in known or field in given:
-            mend = (
+            fix = (
                 f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"
             )
-            raise UnrollError(Problem(f"plan={text!r}", "is no plan", mend))
+            raise UnrollError(Problem(f"plan={text!r}", "is no plan", fix))
         given[field] = int(value) if value.isdecimal() else value
     return Plan(**given)
 

@@ -112,6 +112,6 @@ def _join(states: list[State]) -> State:
     return tuple(torch.cat(parts) for parts in zip(*states, strict=True)) if len(states) > 1 else states[0]
 
 
-def masked(mask: Tensorlike, new: State, old: State) -> State:
+def mask_state(mask: Tensorlike, new: State, old: State) -> State:
     """The new state in the rows that have a step, the old one in the others."""
     return tuple(torch.where(mask, n, s) for n, s in zip(new, old, strict=True))

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.core.arguments import as_args
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Where
 from unroll.core.patching import alone
 from unroll.export.inputs import in_order
@@ -48,12 +48,11 @@ def capture(
     with alone():
         program = _captured(model, as_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
         changed = _changed_buffers(program)
-    problems = [
+    problems = Problems(
         Problem(name, "is a buffer that the model changes, and an ONNX file keeps none", "return it instead")
         for name in changed
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     return program
 
 
@@ -103,8 +102,8 @@ def _captured(
         if fixed := FIXED.findall(str(error)):
             raise UnrollError(*(_is_fixed(*found) for found in fixed)) from error
         finding = f"cannot be captured by torch.export ({type(error).__name__}: {error})"
-        mend = "make torch.export.export(model, args, strict=False) work first"
-        raise UnrollError(Problem(type(model).__name__, finding, mend)) from error
+        fix = "make torch.export.export(model, args, strict=False) work first"
+        raise UnrollError(Problem(type(model).__name__, finding, fix)) from error
 
 
 FIXED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
@@ -113,10 +112,10 @@ FIXED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be 
 
 def _is_fixed(name: str, size: str) -> Problem:
     if int(size) < 2:
-        finding, mend = f"is open, and {size} in the example, which torch.export fixes", "give an example of 2 or more"
+        finding, fix = f"is open, and {size} in the example, which torch.export fixes", "give an example of 2 or more"
     else:
-        finding, mend = f"is open, and the model fixes it to {size}", "leave it out, or change what fixes it"
-    return Problem(f"dynamic_shapes: {name}", finding, mend)
+        finding, fix = f"is open, and the model fixes it to {size}", "leave it out, or change what fixes it"
+    return Problem(f"dynamic_shapes: {name}", finding, fix)
 
 
 def _left_out(model: nn.Module) -> list[Problem]:
@@ -130,8 +129,7 @@ def _left_out(model: nn.Module) -> list[Problem]:
 
 
 def _refuse(given: dict[str, Any], finding: str) -> None:
-    problems = [
+    problems = Problems(
         Problem(f"export_onnx({name}=...)", finding, f"leave {name} out") for name, value in given.items() if value
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()

@@ -129,8 +129,8 @@ def export_onnx(
 
     path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
-        mend = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
-        raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", mend))
+        fix = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
+        raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", fix))
     args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
     with quiet():

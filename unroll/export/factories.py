@@ -22,15 +22,15 @@ def load_factory(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, A
         UnrollError: if there is no such thing, it fails, or gives something else.
     """
     module, colon, name = factory.partition(":")
-    mend = "give package.module:name"
+    fix = "give package.module:name"
     if not (module and colon and name):
-        raise UnrollError(Problem(factory, "is not the name of a function in a module", mend))
+        raise UnrollError(Problem(factory, "is not the name of a function in a module", fix))
     try:
         value: Any = importlib.import_module(module)
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
-        raise UnrollError(Problem(factory, f"cannot be found ({error})", mend)) from error
+        raise UnrollError(Problem(factory, f"cannot be found ({error})", fix)) from error
     except Exception as error:
         finding = f"cannot be imported ({type(error).__name__}: {error})"
         raise UnrollError(Problem(factory, finding, f"make import {module} work first")) from error
@@ -57,9 +57,9 @@ def load_factory(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, A
 
 def _called(factory: str, function: Any) -> Any:
     """What the function returns."""
-    mend = "give a function that returns the model"
+    fix = "give a function that returns the model"
     if not callable(function):
-        raise UnrollError(Problem(factory, f"is a {type(function).__name__}", mend))
+        raise UnrollError(Problem(factory, f"is a {type(function).__name__}", fix))
     open_kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     try:
         parameters = signature(function).parameters.values()
@@ -69,7 +69,7 @@ def _called(factory: str, function: Any) -> Any:
     except UnrollError:
         raise
     except Exception as error:
-        raise UnrollError(Problem(factory, f"fails ({type(error).__name__}: {error})", mend)) from error
+        raise UnrollError(Problem(factory, f"fails ({type(error).__name__}: {error})", fix)) from error
 
 
 def options_of(factory: str, given: dict[str, Any], **asked: Any) -> dict[str, Any]:

@@ -69,10 +69,10 @@ def inspect_model(
     plan = PLAN if plan is None else Plan.of(plan)
     copy = model.clone()
     try:
-        sites, problems = read_calls(copy, where, steps)
-        layers = [_read(site) for site in sites]
+        calls, problems = read_calls(copy, where, steps)
+        layers = [_read(call) for call in calls]
         if not problems:
-            write_calls(copy, sites, plan)
+            write_calls(copy, calls, plan)
             nodes = list(copy.graph.all_nodes())
             layers = [_counted(layer, nodes) for layer in layers]
     except UnrollError as error:
@@ -134,12 +134,12 @@ def _described(recurrence: Recurrence, name: str, steps: int | None, parameters:
     )
 
 
-def _read(site: Call) -> Layer:
+def _read(call: Call) -> Layer:
     """What a node tells."""
-    shapes = [site.shape(value) for value in site.parameters if value is not None]
+    shapes = [call.shape(value) for value in call.parameters if value is not None]
     known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]
     parameters = sum(known) if len(known) == len(shapes) else None
-    return _described(site.recurrence, site.name, site.steps, parameters)
+    return _described(call.recurrence, call.name, call.steps, parameters)
 
 
 def _counted(layer: Layer, nodes: Iterable[ir.Node]) -> Layer:

@@ -33,8 +33,8 @@ def call_node(func: Any, *args: Any, **kwargs: Any) -> Any:
     """What `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
     kind, form = form_of_call(func, args, kwargs)
     if form == "packed":
-        mend = "export the module itself, whose calls of pack_padded_sequence are understood"
-        raise UnrollError(Problem(kind, "is called on packed rows, whose sizes are not in the graph", mend))
+        fix = "export the module itself, whose calls of pack_padded_sequence are understood"
+        raise UnrollError(Problem(kind, "is called on packed rows, whose sizes are not in the graph", fix))
     given = bind(form, args, kwargs)
     weights = [w for w in given["params"] if w is not None]
     recurrence = read_given(kind, form, given, [tuple(w.shape) for w in weights[:2]])
@@ -69,8 +69,8 @@ def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequ
     place = getattr(layer, "place", type(layer).__name__)
     sizes = packed.batch_sizes
     if not isinstance(sizes, PaddedSizes):
-        mend = "pack by pack_padded_sequence or pack_sequence, inside of the model"
-        raise UnrollError(Problem(place, "is given a sequence that was packed elsewhere", mend))
+        fix = "pack by pack_padded_sequence or pack_sequence, inside of the model"
+        raise UnrollError(Problem(place, "is given a sequence that was packed elsewhere", fix))
     recurrence = replace(read_layer(layer), batch_first=False)
     weights = _weights(layer)
     data = unmark(packed.data)
@@ -113,8 +113,8 @@ def _node(
     if training and recurrence.dropout and recurrence.num_layers > 1:
         raise UnrollError(Problem(place, "drops out between layers in training mode", "call eval() on it"))
     if torch.is_autocast_enabled(input.device.type):
-        mend = "convert the model by .to(dtype), or export it without autocast"
-        raise UnrollError(Problem(place, "is called under autocast", mend))
+        fix = "convert the model by .to(dtype), or export it without autocast"
+        raise UnrollError(Problem(place, "is called under autocast", fix))
     check_arguments(recurrence, place, input, hx if not isinstance(hx, list) else tuple(hx), weight=weights[0])
     frame = recurrence.frame(input.shape)
     shapes = recurrence.state_shapes(frame)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.streams.graphs import example_state
 from unroll.streams.modules import Streaming
 from unroll.streams.states import ARGUMENT, NEXT, zero_states
@@ -66,8 +66,8 @@ def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any]
         named = {name: shapes.get(name) for name in kwargs if name != ARGUMENT}
         unknown = [name for name in shapes if name not in bound and name not in named]
         if unknown:
-            finding, mend = "names no argument of the model", f"the arguments are: {', '.join([*bound, *named])}"
-            raise UnrollError(*(Problem(f"dynamic_shapes[{name!r}]", finding, mend) for name in unknown))
+            finding, fix = "names no argument of the model", f"the arguments are: {', '.join([*bound, *named])}"
+            raise UnrollError(*(Problem(f"dynamic_shapes[{name!r}]", finding, fix) for name in unknown))
     else:
         positional, named = tuple(shapes), {name: None for name in kwargs if name != ARGUMENT}
     found: dict[str, Any] = {"args": positional}
@@ -96,10 +96,11 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
     named = {name: graph.inputs[k] for name, k in state.items()}
     named |= {f"{name}{NEXT}": value for name, value in zip(state, graph.outputs[results:])}
     others = {value.name for value in (*graph.inputs, *graph.outputs)} - {value.name for value in named.values()}
-    mend = "give the other one another name, by input_names or output_names"
-    problems = [Problem(name, "is the name of a state and of something else", mend) for name in named if name in others]
-    if problems:
-        raise UnrollError(*problems)
+    fix = "give the other one another name, by input_names or output_names"
+    problems = Problems(
+        Problem(name, "is the name of a state and of something else", fix) for name in named if name in others
+    )
+    problems.check()
     for node in graph:
         for value in node.outputs:
             if value.name in named:

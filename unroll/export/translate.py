@@ -15,7 +15,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.patching import alone, patched, without_warnings
 
 # What torch says of its own workings while it exports.
@@ -75,8 +75,8 @@ def translate(
         )
     newest = onnx.defs.onnx_opset_version()
     if opset_version is not None and not OLDEST <= opset_version <= newest:
-        finding, mend = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
-        raise UnrollError(Problem(f"opset_version={opset_version}", finding, mend))
+        finding, fix = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
+        raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
     _refuse_twice([*(input_names or ()), *(output_names or ())])
     try:
         with alone():
@@ -95,24 +95,23 @@ def translate(
     assert translated is not None
     model: ir.Model = translated.model
     _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
-    problems = []
+    problems = Problems()
     for kind, names, values in (
         ("input_names", input_names, model.graph.inputs),
         ("output_names", output_names, model.graph.outputs),
     ):
         found = [value.name for value in values]
         if names and (len(names) > len(found) or list(names) != found[: len(names)]):
-            problems.append(Problem(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order"))
+            problems.add(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order")
     if opset_version is not None and model.opset_imports.get("") != opset_version:
         finding = f"torch's exporter wrote {model.opset_imports.get('')}, and could not convert it"
-        problems.append(Problem(f"opset_version={opset_version}", finding, "ask for 18 or newer"))
-    if problems:
-        raise UnrollError(*problems)
+        problems.add(f"opset_version={opset_version}", finding, "ask for 18 or newer")
+    problems.check()
     return model
 
 
 def _refuse_twice(names: Sequence[str | None]) -> None:
     """Refuse names of inputs and outputs of which two are the same."""
-    finding, mend = "is the name of two inputs or outputs", "give each another, by input_names and output_names"
-    if problems := [Problem(repr(name), finding, mend) for name, count in Counter(names).items() if count > 1]:
-        raise UnrollError(*problems)
+    finding, fix = "is the name of two inputs or outputs", "give each another, by input_names and output_names"
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    Problems(Problem(repr(name), finding, fix) for name in twice).check()

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.comparison import Report, Row, compare
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.inputs import fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, session
@@ -39,7 +39,7 @@ def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
     Raises:
         UnrollError: naming each.
     """
-    problems = {}
+    problems: dict[str, Problem] = {}
     local = {(domain, name) for domain, name, _ in model.functions}
     for node in all_nodes(model):
         if is_recurrent(node) and not recurrent:
@@ -49,10 +49,9 @@ def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
             node.op_type, max_inclusive_version=version, domain=node.domain
         ):
             finding = f"{node.domain or 'ai.onnx'}::{node.op_type} is not in version {version} of the standard"
-            mend = "register a translation to standard operators, or pass check=False"
-            problems[node.op_type] = Problem(node.name or node.op_type, finding, mend)
-    if problems:
-        raise UnrollError(*problems.values())
+            fix = "register a translation to standard operators, or pass check=False"
+            problems[node.op_type] = Problem(node.name or node.op_type, finding, fix)
+    Problems(problems.values()).check()
 
 
 def check_file(
@@ -71,7 +70,7 @@ def check_file(
     before = None if source is None else _fault(source)
     if source is not None and before is not None:
         finding = f"is itself not valid ONNX ({first_line(before)})"
-        raise UnrollError(Problem(os.fspath(source), finding, "mend it first")) from before
+        raise UnrollError(Problem(os.fspath(source), finding, "fix it first")) from before
     finding = f"is not valid ONNX ({first_line(error)})"
     raise UnrollError(Problem(os.fspath(name), finding, "report this model")) from error
 

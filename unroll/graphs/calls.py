@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn.utils import parametrize, rnn
 
 from unroll.core.arguments import as_result, check_arguments
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems
 from unroll.core.recurrence import CELL_MODES, LAYERS, Recurrence, read_module
 from unroll.graphs.functions import ARGUMENTS, FUNCTIONS, OPTIONS, bind, form_of_call, read_given
 from unroll.modules.find import is_recurrent
@@ -159,15 +159,14 @@ class FunctionCall(Call):
         kind, self.form = form
         self.name, self.path = layer_name(node), _running_path(node)
         given, weights = self.given, self.weights
-        problems = [
+        problems = Problems(
             Problem(self.name, f"{key} is computed in the graph", "make it a constant")
             for key in OPTIONS
             if isinstance(given[key], fx.Node)
-        ]
+        )
         if any(w not in known for w in weights[:2]):
-            problems.append(Problem(self.name, "the shapes of its weights are unknown", "give example inputs"))
-        if problems:
-            raise UnrollError(*problems)
+            problems.add(self.name, "the shapes of its weights are unknown", "give example inputs")
+        problems.check()
         self.dtype = known[weights[0]].dtype
         self.recurrence = read_given(kind, self.form, given, [known[w].shape for w in weights[:2]])
         self.packed = self.form == "packed"

@@ -50,12 +50,12 @@ def unroll_backend(
 
     given = dict(options or {})
     if unknown := given.keys() - BACKEND_OPTIONS:
-        mend = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
-        raise UnrollError(Problem("options", f"has {', '.join(sorted(unknown))}, unknown to the backend", mend))
+        fix = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
+        raise UnrollError(Problem("options", f"has {', '.join(sorted(unknown))}, unknown to the backend", fix))
     if not config.allow_rnn:
         finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
-        mend = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
-        raise UnrollError(Problem('torch.compile(backend="unroll")', finding, mend))
+        fix = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
+        raise UnrollError(Problem('torch.compile(backend="unroll")', finding, fix))
     plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
@@ -112,8 +112,7 @@ def compile(
         ours["options"] = dict(options)
     if isinstance(model, nn.Module):
         names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
-        if problems := unknown_names(where, names):
-            raise UnrollError(*problems)
+        unknown_names(where, names).check()
         if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
             model = replace(model, plan, where)
     return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems
 from unroll.core.layout import Frozen
 from unroll.graphs.lowering import FunctionLowering, Lowering
 from unroll.graphs.users import is_written
 
-MEND = "freeze the module, unroll(module, freeze=True), before it becomes a graph"
+FIX = "freeze the module, unroll(module, freeze=True), before it becomes a graph"
 
 
 def freeze_calls(
@@ -24,16 +24,14 @@ def freeze_calls(
         The names of attributes of each graph module that may be needed no more, and problems.
     """
     names: dict[fx.GraphModule, list[str]] = {}
-    problems: list[Problem] = []
+    problems = Problems()
     for part, calls in found:
         for call in calls:
-            try:
+            with problems:
                 if isinstance(call, FunctionLowering):
                     call.frozen = _freeze_call(part, call)
                     names.setdefault(part, []).extend(str(w.target) for w in call.call.weights)
                 names.setdefault(part, []).extend(call.frozen.names if call.frozen else [])
-            except UnrollError as error:
-                problems += error.problems
     return names, problems
 
 
@@ -44,16 +42,15 @@ def _freeze_call(module: fx.GraphModule, lowering: FunctionLowering) -> Frozen:
         UnrollError: for weights that are computed in the graph or given to it, or are written to.
     """
     place, weights = lowering.name, lowering.call.weights
-    problems = []
+    problems = Problems()
     for node in weights:
         if node.op == "placeholder":
-            problems.append(Problem(place, f"takes its weight {node.name} as an input of the graph", MEND))
+            problems.add(place, f"takes its weight {node.name} as an input of the graph", FIX)
         elif node.op != "get_attr":
-            problems.append(Problem(place, f"takes its weight {node.name} from other operations of the graph", MEND))
+            problems.add(place, f"takes its weight {node.name} from other operations of the graph", FIX)
         elif any(is_written(n) for n in module.graph.find_nodes(op="get_attr") if n.target == node.target):
-            problems.append(Problem(place, f"has the weight {node.target}, to which the graph writes", MEND))
-    if problems:
-        raise UnrollError(*dict.fromkeys(problems))
+            problems.add(place, f"has the weight {node.target}, to which the graph writes", FIX)
+    problems.check()
 
     def keep(name: str, tensor: Tensor) -> str:
         name = f"frozen_{place}_{name}".replace(".", "_")

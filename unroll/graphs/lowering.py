@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from unroll.core import schedule
 from unroll.core.arguments import as_result
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
 from unroll.core.options import FIXED, choose_steps
 from unroll.core.plan import Plan
@@ -45,8 +45,8 @@ class Lowering(Generic[AnyCall]):
     def __init__(self, call: AnyCall, writer: GraphWriter, known: Metadata, steps: Any) -> None:
         self.call, self.writer, self.known, self.name = call, writer, known, call.name
         if self.plan.block and not self.recurrence.is_cell:
-            mend = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
-            raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", mend))
+            fix = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
+            raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", fix))
         self.written = is_written(call.node)
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
@@ -62,8 +62,8 @@ class Lowering(Generic[AnyCall]):
         asked = None if asked == FIXED else asked.get(self.name) if isinstance(asked, Mapping) else asked
         found = choose_steps(self.name, known, asked)
         if found is None:
-            mend = "give example inputs, unroll(graph, args), or the number, steps=10"
-            raise UnrollError(Problem(self.name, "the number of time steps is unknown", mend))
+            fix = "give example inputs, unroll(graph, args), or the number, steps=10"
+            raise UnrollError(Problem(self.name, "the number of time steps is unknown", fix))
         return found
 
     def weights(self) -> list[Value]:
@@ -174,22 +174,19 @@ class ModuleLowering(Lowering[ModuleCall]):
         self.recurrence, self.plan = self.read_recurrence(), layer.plan
         self.dtype = layer.like.dtype
         self.frozen = layer.frozen and layer.frozen.under(call.name)
-        node, problems = call.node, []
+        node, problems = call.node, Problems()
         if call.has_own_forward:
             finding = "has a forward of its own, which no graph would run"
-            problems.append(Problem(call.name, finding, "use unroll(module), or trace into it"))
+            problems.add(call.name, finding, "use unroll(module), or trace into it")
         if unknown := node.kwargs.keys() - {"input", "hx"}:
-            problems.append(Problem(call.name, f"is called with {', '.join(unknown)}", "a layer takes input and hx"))
+            problems.add(call.name, f"is called with {', '.join(unknown)}", "a layer takes input and hx")
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(layer, hook) for hook in hooks):
-            mend = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
-            problems.append(Problem(call.name, "has hooks, which no graph would call", mend))
-        try:
+            fix = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"
+            problems.add(call.name, "has hooks, which no graph would call", fix)
+        with problems:
             super().__init__(call, GraphWriter(call.name, node.graph, node.meta), known, steps)
-        except UnrollError as error:
-            problems += error.problems
-        if problems:
-            raise UnrollError(*problems)
+        problems.check()
 
     def read_recurrence(self) -> Recurrence:
         """Read the recurrence of the layer, as it is called."""

@@ -36,18 +36,15 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     module = copied_graph(program.graph_module)
     parts = graph_parts(module)
     names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
-    problems: list[Problem] = unknown_names(where, names)
+    problems = unknown_names(where, names)
     found: list[tuple[fx.GraphModule, list[Lowering]]] = []
     for part in parts:
-        try:
+        with problems:
             found.append((part, find_calls(part, where, plan, tensor_metadata(part), None)))
-        except UnrollError as error:
-            problems += error.problems
     if callable(where) and names and not any(calls for _, calls in found):
-        mend = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
-        problems.append(Problem("where", "picks none of the program's recurrent calls", mend))
-    if problems:
-        raise UnrollError(*problems)
+        fix = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
+        problems.add("where", "picks none of the program's recurrent calls", fix)
+    problems.check()
     signature = copy.deepcopy(program.graph_signature)
     calls_graph = [copied_entry(entry) for entry in program.module_call_graph]
     with without_gc():  # making the program writes its code
@@ -132,8 +129,8 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
     operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
     plan = Plan.of(plan)
     if plan.block:
-        mend = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
-        raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", mend))
+        fix = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
+        raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", fix))
     return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problems
 from unroll.core.layout import Layout
 from unroll.core.options import Rules, Steps, Where, chooses, unknown_steps
 from unroll.core.patching import without_gc
@@ -39,23 +39,20 @@ def unroll_graph(
     run = FakeRun(copied)
     known = run.of(args) if args is not None else {}
     found: list[tuple[fx.GraphModule, list[Lowering]]] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for part, original in zip(graph_parts(copied), parts, strict=True):
-        try:
+        with problems:
             calls = find_calls(
                 part, where, Plan.of(plan), tensor_metadata(part) | known, steps, original, part is copied
             )
             found.append((part, calls))
-        except UnrollError as error:
-            problems += error.problems
     frozen, refused = freeze_calls(found) if freeze else ({}, [])
     problems += refused
     modules = [node.target for node in copied.graph.find_nodes(op="call_module") if _is_unrolled(copied, node)]
     problems += unknown_steps(steps, [*functional, *modules])
     if run.problem and any("unknown" in problem.finding for problem in problems):
         problems.insert(0, run.problem)
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     with without_gc():
         for part, calls in found:
             rewrite(part.graph, calls)
@@ -92,10 +89,10 @@ def find_calls(
         UnrollError: with every call that cannot be honoured.
     """
     found: list[Lowering] = []
-    problems: list[Problem] = []
+    problems = Problems()
     metadata = MetadataCache()
     for node in module.graph.nodes:
-        try:
+        with problems:
             if form_of(node):
                 if chooses(where, [layer_name(node)], node):
                     call: Any = call_of(module, node, known)
@@ -106,10 +103,7 @@ def find_calls(
                 if chooses(where, [name], (original or module).get_submodule(name)):
                     call = call_of(module, node, known)
                     found.append((PackedModuleLowering if call.packed else ModuleLowering)(call, known, steps))
-        except UnrollError as error:
-            problems += error.problems
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     return found
 
 

@@ -32,8 +32,8 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         ['placeholder', 'call_module', 'output']
     """
     if is_recurrent(model):
-        mend = "trace a module that holds it, such as nn.Sequential(layer)"
-        raise UnrollError(Problem(type(model).__name__, "is itself a recurrent layer, with nothing around it", mend))
+        fix = "trace a module that holds it, such as nn.Sequential(layer)"
+        raise UnrollError(Problem(type(model).__name__, "is itself a recurrent layer, with nothing around it", fix))
     try:
         tracer = _Tracer()
         with alone(), _packed_by_node(tracer):
@@ -42,8 +42,8 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
             if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
                 node.meta.pop("is_wrapped", None)
     except (TraceError, TypeError) as error:
-        mend = "use unroll(module), which needs no trace, or the graph of torch.export"
-        raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", mend)) from error
+        fix = "use unroll(module), which needs no trace, or the graph of torch.export"
+        raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", fix)) from error
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 

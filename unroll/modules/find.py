@@ -14,7 +14,7 @@ from torch.ao.nn import quantized
 from torch.ao.nn.quantized.dynamic.modules import rnn
 from torch.nn.utils import parametrize
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems
 from unroll.core.options import Rules, Where, chooses, unknown_names
 from unroll.modules.layers import Unrolled
 from unroll.torchscript.operators import SCRIPT_KINDS, method_graphs
@@ -114,13 +114,12 @@ def find(
     rules = rules or {}
     found: dict[int, FoundLayer] = {}
     done: list[FoundLayer] = []
-    problems = [
+    problems = Problems(
         Problem(name or type(module).__name__, "is compiled already", "unroll the module, then compile the result")
         for name, module in root.named_modules()
         if _is_compiled(module) and _holds_recurrent(module)
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     for name, value in (*_named_modules(root), *walk_objects(root)):
         if not isinstance(value, nn.Module):
             continue
@@ -132,12 +131,11 @@ def find(
                 names.append(name)
         for kind, key in _shared_layers(value):
             finding = f"the class {kind.__qualname__} holds a recurrent layer, out of reach of a copy"
-            problems.append(Problem(f"{name}.{key}".lstrip("."), finding, "set it in __init__, on the instance"))
+            problems.add(f"{name}.{key}".lstrip("."), finding, "set it in __init__, on the instance")
     problems += unknown_names(
         where, [name for entry in (*found.values(), *done) for name in entry.names] + list(others)
     )
-    if problems:
-        raise UnrollError(*dict.fromkeys(problems))
+    problems.check()
     return [entry for entry in found.values() if chooses(where, *entry)]
 
 

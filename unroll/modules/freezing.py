@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen
 from unroll.modules.layers import Unrolled
 from unroll.modules.subclasses import assign_class
@@ -29,8 +29,8 @@ def freeze_layer(layer: Any) -> None:
     parametrizations = layer.parametrizations if parametrize.is_parametrized(layer) else {}
     foreign = [n for n in names if n not in layer._parameters and n not in layer._buffers and n not in parametrizations]
     if foreign:
-        mend = "make it a parameter (remove_weight_norm, prune.remove), or leave the layer out by where="
-        raise UnrollError(Problem(layer.place, f"{', '.join(foreign)} is set from outside before each call", mend))
+        fix = "make it a parameter (remove_weight_norm, prune.remove), or leave the layer out by where="
+        raise UnrollError(Problem(layer.place, f"{', '.join(foreign)} is set from outside before each call", fix))
 
     for name in parametrizations:
         layer.parametrizations[name].eval()  # power iterations would go on, in tensors that the original shares
@@ -55,11 +55,8 @@ def freeze_layer(layer: Any) -> None:
 
 
 def freeze_layers(layers: Iterable[Unrolled]) -> None:
-    problems: list[Problem] = []
+    problems = Problems()
     for layer in layers:
-        try:
+        with problems:
             freeze_layer(layer)
-        except UnrollError as error:
-            problems += error.problems
-    if problems:
-        raise UnrollError(*dict.fromkeys(problems))
+    problems.check()

@@ -67,13 +67,15 @@ class Unrolled(nn.Module):
     def __dir__(self) -> list[str]:
         # torch.jit.trace reads all that is listed; what a frozen layer has no more would answer before forward does.
         return [
-            name for name in super().__dir__() if self.frozen is None or name not in ("all_weights", "_flat_weights")
+            name
+            for name in super().__dir__()
+            if self.frozen is None or name not in ("all_weights", "flat_weights", "_flat_weights")
         ]
 
     def refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
         if self.frozen is not None:
-            mend = "use the model that unroll gives without freeze, and freeze that again"
-            raise UnrollError(Problem(self.place, f"is frozen and {finding}", mend))
+            fix = "use the model that unroll gives without freeze, and freeze that again"
+            raise UnrollError(Problem(self.place, f"is frozen and {finding}", fix))
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -84,8 +86,8 @@ class Unrolled(nn.Module):
             return [[getattr(self, name) for name in group] for group in names]
         except AttributeError as error:
             missing = ", ".join(name for group in names for name in group if not hasattr(self, name))
-            mend = "set it before the call, as a parameter or a tensor"
-            raise UnrollError(Problem(self.place, f"has no {missing}", mend)) from error
+            fix = "set it before the call, as a parameter or a tensor"
+            raise UnrollError(Problem(self.place, f"has no {missing}", fix)) from error
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from torch's distribution for recurrent layers."""

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 
 from unroll.core.cells import State
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.scan import Step, masked, scan
+from unroll.core.scan import Step, mask_state, scan
 
 VERSION = TorchVersion(torch.__version__)
 
@@ -49,8 +49,8 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     if VERSION >= "2.15":
         return False
     finding = f"{place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong"
-    mend = "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
-    torch._dynamo.graph_break(msg=f"unroll: {finding}; {mend}")  # Dynamo explains it so only if named
+    fix = "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
+    torch._dynamo.graph_break(msg=f"unroll: {finding}; {fix}")  # Dynamo explains it so only if named
     return True
 
 
@@ -78,9 +78,9 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
             def masked_step(t: int, x: tuple[Tensor, ...], state: State) -> State:
                 new = step(t, x[: len(xs)], state)
                 if mask is not None:
-                    new = masked(x[len(xs)], new, state)
+                    new = mask_state(x[len(xs)], new, state)
                 # Inductor finds the symbol of the number of steps only if the body reads it.
-                return new if len(x) == len(xs) + (mask is not None) else masked(x[-1] < steps, new, state)
+                return new if len(x) == len(xs) + (mask is not None) else mask_state(x[-1] < steps, new, state)
 
             each = zip(*(piece.unbind(0) for piece in pieces), strict=True)
             outputs, state = scan(masked_step, list(each), state, reverse=reverse)

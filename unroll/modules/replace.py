@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from unroll.core.cells import CELLS
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Where, check_rules, chooses, unknown_rules
 from unroll.core.plan import Plan
 from unroll.core.recurrence import cell_mode
@@ -20,6 +20,7 @@ from unroll.modules.find import find, is_filled, is_recurrent, walk_objects
 from unroll.modules.freezing import freeze_layers
 from unroll.modules.layers import Unrolled, UnrolledCell
 from unroll.modules.subclasses import assign_class, replacement_class
+from unroll.torchscript.rewrite import unroll_script
 
 
 def replace(
@@ -46,47 +47,83 @@ def replace(
     outermost, unused = unused is None, set(rules) if unused is None else unused
     found = find(root, where, rules, others)
     reached = list(walk_objects(root))
+    # By `id`, what stands in the copy for an object of the tree, as `copy.deepcopy` takes it. Tensors stand for
+    # themselves. Empty shells are filled only when all of them are there, since they may refer to each other.
     memo: dict[int, Any] = {id(value): value for _, value in reached if isinstance(value, torch.Tensor)}
-    problems, shells = [], []
+    shells: list[tuple[str, nn.Module, Unrolled]] = []
+    problems = Problems()
     for names, layer in found:
-        kind = parametrize.type_before_parametrizations(layer)
-        try:
+        with problems:
+            kind = parametrize.type_before_parametrizations(layer)
             if kind in rules:
                 unused.discard(kind)
-                stand_in = rules[kind](layer)
-                if not isinstance(stand_in, nn.Module):
-                    finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
-                    raise UnrollError(Problem(names[0], finding, "return an nn.Module"))
                 others_ruled = {k: rule for k, rule in rules.items() if k is not kind}
+                stand_in = _by_rule(names[0], kind, rules[kind], layer)
                 memo[id(layer)] = replace(stand_in, plan, rules=others_ruled, freeze=freeze, unused=unused)
             elif isinstance(layer, torch.jit.ScriptModule):
-                if freeze:
-                    finding = "is a ScriptModule, which unroll does not freeze"
-                    raise UnrollError(Problem(names[0], finding, "leave freeze out, and use torch.jit.freeze"))
-                from unroll.torchscript.rewrite import unroll_script
-
-                memo[id(layer)] = unroll_script(layer, plan=Plan.of(plan))
+                memo[id(layer)] = _script(names[0], layer, plan, freeze=freeze)
             else:
-                kind = replacement_class(names[0], layer)
-                memo[id(layer)] = shell = kind.__new__(kind)
+                new: Any = replacement_class(names[0], layer)
+                memo[id(layer)] = shell = new.__new__(new)
                 shells.append((names[0], layer, shell))
-        except UnrollError as error:
-            problems += error.problems
+    problems += _rebind_methods(reached, memo)
+    problems += unknown_rules(unused) if outermost else []
+    problems.check()
+    copied = _copy_tree(root, reached, shells, Plan.of(plan), memo)
+    if plan is not None and (where is not None or not found):
+        _give_plan(copied, plan, where)
+    left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
+    Problems(Problem(name, "is still recurrent in the copy", "report this model") for name in left).check()
+    if freeze:
+        chosen = [v for name, v in walk_objects(copied) if isinstance(v, Unrolled) and chooses(where, [name], v)]
+        freeze_layers([*(shell for _, _, shell in shells), *chosen])
+    return copied
+
+
+def _by_rule(name: str, kind: type, rule: Callable[[Any], nn.Module], layer: nn.Module) -> nn.Module:
+    """Return what a rule makes of a layer."""
+    stand_in = rule(layer)
+    if not isinstance(stand_in, nn.Module):
+        finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
+        raise UnrollError(Problem(name, finding, "return an nn.Module"))
+    return stand_in
+
+
+def _script(name: str, layer: torch.jit.ScriptModule, plan: Plan | None, *, freeze: bool) -> nn.Module:
+    """Return a scripted layer unrolled."""
+    if freeze:
+        finding = "is a ScriptModule, which unroll does not freeze"
+        raise UnrollError(Problem(name, finding, "leave freeze out, and use torch.jit.freeze"))
+    return unroll_script(layer, plan=Plan.of(plan))
+
+
+def _rebind_methods(reached: Iterable[tuple[str, Any]], memo: dict[int, Any]) -> Problems:
+    """Let methods of replaced layers that are stored somewhere be those of what stands in for the layers."""
+    problems = Problems()
     for name, method in reached:
         if isinstance(method, types.MethodType) and id(method.__self__) in memo:
             memo[id(method)] = _rebound(method, memo[id(method.__self__)])
             if memo[id(method)] is None:
                 finding = f"a stored method of a recurrent layer, {method.__name__}, has no counterpart"
-                problems.append(Problem(name, finding, "store the layer and call it"))
-    problems += unknown_rules(unused) if outermost else []
-    if problems:
-        raise UnrollError(*problems)
+                problems.add(name, finding, "store the layer and call it")
+    return problems
+
+
+def _copy_tree(
+    root: nn.Module,
+    reached: Iterable[tuple[str, Any]],
+    shells: Iterable[tuple[str, nn.Module, Unrolled]],
+    plan: Plan,
+    memo: dict[int, Any],
+) -> nn.Module:
+    """Copy what is not in the memo yet, and fill the shells."""
+    # `copy.deepcopy` takes functions as they are. Those that hold a layer get cells of their own, shared as before.
     functions = [function for _, function in reached if _captures_layer(function)]
     memo |= {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     memo |= {id(function): _empty_copy(function, memo) for function in functions}
     try:
         for name, layer, shell in shells:
-            _copy_attributes(shell, layer, name, Plan.of(plan), memo)
+            _copy_attributes(shell, layer, name, plan, memo)
         copied = copy.deepcopy(root, memo)
         for function in functions:
             _fill(memo[id(function)], function, memo)
@@ -94,26 +131,16 @@ def replace(
         raise
     except Exception as error:
         finding = f"cannot be copied ({type(error).__name__}: {error})"
-        raise UnrollError(
-            Problem(type(root).__name__, finding, "take what cannot be copied out of its attributes")
-        ) from error
-    for name, module in (*copied.named_modules(remove_duplicate=False), *walk_objects(copied)):
-        asked = where is not None or not found
-        if plan is None or not asked or not isinstance(module, Unrolled) or module.plan == plan:
-            continue
-        if chooses(where, [name], module):
-            module.plan = plan
-    left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
-    if left:
-        raise UnrollError(*(Problem(name, "is still recurrent in the copy", "report this model") for name in left))
-    if freeze:
-        unrolled = [
-            value
-            for name, value in walk_objects(copied)
-            if isinstance(value, Unrolled) and chooses(where, [name], value)
-        ]
-        freeze_layers([*(shell for _, _, shell in shells), *unrolled])
+        fix = "take what cannot be copied out of its attributes"
+        raise UnrollError(Problem(type(root).__name__, finding, fix)) from error
     return copied
+
+
+def _give_plan(root: nn.Module, plan: Plan, where: Where) -> None:
+    """Give a plan to the layers that `where` picks."""
+    for name, module in (*root.named_modules(remove_duplicate=False), *walk_objects(root)):
+        if isinstance(module, Unrolled) and module.plan != plan and chooses(where, [name], module):
+            module.plan = plan
 
 
 def _captures_layer(value: Any) -> bool:

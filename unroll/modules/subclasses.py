@@ -45,8 +45,8 @@ def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
         objection = "is no subclass of torch.nn.LSTM, GRU, RNN or their cells"
     if objection:
         rule = f"unroll(model, rules={{{kind.__name__}: function from the layer to a module}})"
-        mend = f"give a rule, {rule}, or leave it out by where="
-        raise UnrollError(Problem(place, f"{called} {objection}", mend))
+        fix = f"give a rule, {rule}, or leave it out by where="
+        raise UnrollError(Problem(place, f"{called} {objection}", fix))
     return rebase(kind)
 
 

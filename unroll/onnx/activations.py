@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.weights import Tensorlike
 
 
@@ -67,7 +67,7 @@ def read_activations(
     if unknown:
         raise UnrollError(*(Problem(place, f"the activation {name!r} is unknown", f"use {known}") for name in unknown))
     given = {"alpha": iter(alphas), "beta": iter(betas)}
-    functions, problems = [], []
+    functions, problems = [], Problems()
     for name in names:
         function, *defaults = ACTIVATIONS[name.lower()]
         parameters = [d if d is None else next(given[kind], d) for kind, d in zip(given, defaults)]
@@ -80,7 +80,6 @@ def read_activations(
     for kind, rest in given.items():
         if left := len(list(rest)):
             finding = f"activation_{kind} has {left} more values than {', '.join(names)} take"
-            problems.append(Problem(place, finding, f"give one for each activation that takes {kind}"))
-    if problems:
-        raise UnrollError(*problems)
+            problems.add(place, finding, f"give one for each activation that takes {kind}")
+    problems.check()
     return functions

@@ -13,7 +13,7 @@ class Batches:
     """What is known, before a model runs, of the rows of its values.
 
     Of a model that came through `torch.export`, all sizes follow from those of its inputs: values of a single open
-    input fit together, and those of two once a site has counted rows of both.
+    input fit together, and those of two once a call has counted rows of both.
 
     Args:
         graph: of the model, before anything in it is replaced.
@@ -35,28 +35,28 @@ class Batches:
         """Whether the sizes that are known of a value are checked in a run."""
         return self.fixed or value in self.graph.inputs or known_tensor(value) is not None
 
-    def uncounted(self, site: Call) -> list[ir.Value]:
-        """The states and lengths of a site whose rows must be counted when the model runs.
+    def uncounted(self, call: Call) -> list[ir.Value]:
+        """The states and lengths of a call whose rows must be counted when the model runs.
 
-        Sites are to be asked about in the order in which they run.
+        Calls are to be asked about in the order in which they run.
         """
-        if site.batch is None:
+        if call.batch is None:
             return []
-        shape = site.shape(site.given)
-        count = shape[site.batch] if shape else None
-        if isinstance(site, LayerCall):
-            return [] if count is not None else [value for value in site.rows if not self._fit(site, value)]
-        if count is None or not self.trusts(site.given):
-            return site.rows
-        return [value for value in site.rows if None in (site.shape(value) or [None]) or not self.trusts(value)]
+        shape = call.shape(call.given)
+        count = shape[call.batch] if shape else None
+        if isinstance(call, LayerCall):
+            return [] if count is not None else [value for value in call.rows if not self._fit(call, value)]
+        if count is None or not self.trusts(call.given):
+            return call.rows
+        return [value for value in call.rows if None in (call.shape(value) or [None]) or not self.trusts(value)]
 
-    def _fit(self, site: LayerCall, value: ir.Value) -> bool:
-        """Whether a value is known to have as many rows as the sequence of its site; after the site it is."""
-        used = self._open_inputs(site.given), self._open_inputs(value)
+    def _fit(self, call: LayerCall, value: ir.Value) -> bool:
+        """Whether a value is known to have as many rows as the sequence of its call; after the call it is."""
+        used = self._open_inputs(call.given), self._open_inputs(value)
         if any(used[0] | used[1] <= group for group in self.fitting):
             return True
         joined = {next((group for group in self.fitting if names and names <= group), None) for names in used}
-        if None not in joined and site.node.graph is self.graph:  # a branch may not run
+        if None not in joined and call.node.graph is self.graph:  # a branch may not run
             self.fitting = [
                 *(group for group in self.fitting if group not in joined),
                 frozenset[ir.Value]().union(*(group for group in joined if group)),

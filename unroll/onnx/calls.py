@@ -116,8 +116,8 @@ class Call:
                 if dtype in FLOATS:
                     return dtype
                 raise UnrollError(Problem(self.name, f"computes in {dtype}", "use a floating-point type"))
-        mend = "give the model's inputs types, which onnx.checker demands too"
-        raise UnrollError(Problem(self.name, "the type of its input is unknown", mend))
+        fix = "give the model's inputs types, which onnx.checker demands too"
+        raise UnrollError(Problem(self.name, "the type of its input is unknown", fix))
 
     def _steps(self, steps: Steps) -> tuple[int | None, bool]:
         """The number of time steps, or None if only the running model knows it; and whether it must be checked then."""

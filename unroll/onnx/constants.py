@@ -33,9 +33,9 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     try:
         array = tensor.numpy()
     except (OSError, ValueError) as error:  # no file there, or one that is too short
-        mend = "give the path of the model in place of what was read from it, with its data whole"
+        fix = "give the path of the model in place of what was read from it, with its data whole"
         raise UnrollError(
-            Problem(str(value.name), f"its data is in a file that cannot be read ({error})", mend)
+            Problem(str(value.name), f"its data is in a file that cannot be read ({error})", fix)
         ) from error
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.view("uint16").copy()).view(dtype)

@@ -12,7 +12,7 @@ from onnx_ir import tensor_adapters
 
 from unroll.core.cells import State
 from unroll.core.recurrence import Recurrence
-from unroll.core.scan import masked, scan
+from unroll.core.scan import mask_state, scan
 from unroll.core.weights import Tensorlike
 from unroll.onnx.writer import OnnxWriter, reshape_to, zeros
 
@@ -30,7 +30,7 @@ def over_blocks(
     steps: int | None = None,
     block: int = 1,
 ) -> Loop:
-    """What `schedule.run` takes as `loop`: a `Scan` whose body is a block of steps.
+    """Return the loop of a target: a `Scan` whose body is a block of steps.
 
     Where the last block is not full, rows of zeros fill it, and what its steps make of them is left out of the
     results: a `Scan` without any turn, as one over the rest might be, is an error in ONNX Runtime.
@@ -56,69 +56,103 @@ def over_blocks(
         blocks = _Blocks.of(writer, lead, block, reverse)
         if filling:
             rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
-        sequences = [
-            reshape_to(writer, x, blocks.count, blocks.rows, size) for x, size in zip(rows, sizes, strict=True)
+        reads = [
+            _Entry(reshape_to(writer, x, blocks.count, blocks.rows, size), size)
+            for x, size in zip(rows, sizes, strict=True)
         ]
-        starts = tuple(
-            zeros(writer, lead[1], size, dtype) if s is None else s
+        starts = [
+            _Entry(zeros(writer, lead[1], size, dtype) if s is None else s, size)
             for s, size, dtype in zip(state, recurrence.state_sizes, dtypes, strict=True)
-        )
-
-        body = writer.inner()
-        inputs: list[ir.Value] = []
-
-        def entry(name: str, like: Tensorlike, width: int) -> Tensorlike:
-            """An input of the body, `[B, width]` or a block of these."""
-            dtype = tensor_adapters.from_torch_dtype(like.dtype)
-            value = ir.Value(
-                name=body.unique(body.name(name)), type=ir.TensorType(dtype), shape=ir.Shape([None, width])
-            )
-            inputs.append(value)
-            return body.value(value, like.dtype, 2)
-
-        before = tuple(
-            entry(f"before.{name}", start, size)
-            for name, start, size in zip(recurrence.cell.states, starts, recurrence.state_sizes, strict=True)
-        )
-        read = [entry(f"x.{k}", x, size) for k, (x, size) in enumerate(zip(sequences, sizes, strict=True))]
-        pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
-        states: list[State] = [()] * block
-
-        def noted(t: int, x: tuple[Tensorlike, ...], state: State) -> State:
-            new: State = step(t, x[: len(xs)], state)
-            states[t] = new if mask is None else masked(x[-1], new, state)
-            return states[t]
-
-        _, after = scan(noted, list(zip(*pieces, strict=True)), before, reverse=reverse)
-        put_out = list(zip(*states, strict=True))[: len(starts) if filling else 1]
-        joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
-        joined = [body(value, f"outputs.{name}") for value, name in zip(joined, recurrence.cell.states, strict=False)]
-        results: list[Any] = [value.node for value in (*after, *joined)]
-        likes = [*zip(starts, recurrence.state_sizes, strict=True)]
-        for value, (like, size) in zip(results, likes * 2, strict=False):
-            value.type = ir.TensorType(tensor_adapters.from_torch_dtype(like.dtype))
-            value.shape = ir.Shape([None, size])
-        writer.enter(here)
-        graph = ir.Graph(inputs, results, nodes=body.made, name=writer.name("step" if block == 1 else "block"))
-
-        attributes: dict[str, Any] = {"body": graph, "num_scan_inputs": len(sequences)}
-        if reverse:
-            attributes |= {
-                "scan_input_directions": [1] * len(sequences),
-                "scan_output_directions": [1] * len(joined),
-            }
-        names = [writer.name(f"{kind}.{name}") for kind in ("final", "outputs") for name in recurrence.cell.states]
-        outputs = writer.node("Scan", [v.node for v in (*starts, *sequences)], names[: len(results)], attributes)
-        values = [writer.value(v, like.dtype, 2) for v, (like, _) in zip(outputs, likes, strict=False)]
-        stacked = [
-            torch.reshape(writer.value(v, like.dtype, 3), (-1, size))
-            for v, (like, size) in zip(outputs[len(starts) :], likes, strict=False)
         ]
+        scan = _Scan(writer, recurrence.cell.states, block, reverse=reverse)
+        scan.write_body(step, starts, reads, masked=mask is not None, all_states=filling)
+        writer.enter(here)
+        finals, outputs = scan.write(starts, reads)
         if not filling:
-            return stacked[0], tuple(values)
-        return blocks.all_steps(stacked[0]), tuple(map(blocks.last_step, stacked))
+            return outputs[0], tuple(finals)
+        return blocks.all_steps(outputs[0]), tuple(map(blocks.last_step, outputs))
 
     return loop
+
+
+class _Entry(NamedTuple):
+    """A value that goes into a loop, and the features of what its body gets of it."""
+
+    value: Any
+    width: int
+
+    @property
+    def type(self) -> ir.TensorType:
+        return ir.TensorType(tensor_adapters.from_torch_dtype(self.value.dtype))
+
+
+class _Scan:
+    """A `Scan` node: first its body, then the node itself.
+
+    The body takes the states and, of each sequence, a block `[block * B, width]`. It returns the states after its last
+    step, and what its steps put out, joined: `h` of each, or all states where a last block is filled up.
+    """
+
+    def __init__(self, writer: OnnxWriter, states: Sequence[str], block: int, *, reverse: bool) -> None:
+        self.writer, self.states, self.block, self.reverse = writer, states, block, reverse
+        self.inputs: list[ir.Value] = []
+
+    def write_body(
+        self, step: Callable, starts: Sequence[_Entry], reads: Sequence[_Entry], *, masked: bool, all_states: bool
+    ) -> None:
+        """Write the steps of a block.
+
+        Args:
+            step: `step(t, x, state)`.
+            starts: the states before the first step of all.
+            reads: what the steps read; the last is a mask if they are `masked`.
+            masked: whether rows without a step keep their state.
+            all_states: whether all states are put out, or `h` alone.
+        """
+        body = self.body = self.writer.inner()
+        before = tuple(self._input(f"before.{name}", start) for name, start in zip(self.states, starts, strict=True))
+        read = [self._input(f"x.{k}", entry) for k, entry in enumerate(reads)]
+        block, count = self.block, len(reads) - masked
+        pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
+        left: list[State] = [()] * block
+
+        def noted(t: int, x: tuple[Tensorlike, ...], state: State) -> State:
+            new: State = step(t, x[:count], state)
+            left[t] = mask_state(x[-1], new, state) if masked else new
+            return left[t]
+
+        _, after = scan(noted, list(zip(*pieces, strict=True)), before, reverse=self.reverse)
+        put_out = list(zip(*left, strict=True))[: len(starts) if all_states else 1]
+        joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
+        joined = [body(value, f"outputs.{name}") for value, name in zip(joined, self.states, strict=False)]
+        results: list[Any] = [value.node for value in (*after, *joined)]
+        for value, like in zip(results, [*starts, *starts], strict=False):
+            value.type, value.shape = like.type, ir.Shape([None, like.width])
+        self.results = results
+
+    def _input(self, name: str, entry: _Entry) -> Tensorlike:
+        body = self.body
+        name, shape = body.unique(body.name(name)), ir.Shape([None, entry.width])
+        self.inputs.append(ir.Value(name=name, type=entry.type, shape=shape))
+        return body.value(self.inputs[-1], entry.value.dtype, 2)
+
+    def write(self, starts: Sequence[_Entry], reads: Sequence[_Entry]) -> tuple[list[Any], list[Any]]:
+        """Write the node, and return the last states and, as rows of all steps, what the steps put out."""
+        writer, count = self.writer, len(self.results) - len(starts)
+        name = writer.name("step" if self.block == 1 else "block")
+        graph = ir.Graph(self.inputs, self.results, nodes=self.body.made, name=name)
+        attributes: dict[str, Any] = {"body": graph, "num_scan_inputs": len(reads)}
+        if self.reverse:
+            attributes |= {"scan_input_directions": [1] * len(reads), "scan_output_directions": [1] * count}
+        names = [writer.name(f"{kind}.{state}") for kind in ("final", "outputs") for state in self.states]
+        given = [entry.value.node for entry in (*starts, *reads)]
+        outputs = writer.node("Scan", given, names[: len(self.results)], attributes)
+        finals = [writer.value(v, start.value.dtype, 2) for v, start in zip(outputs, starts, strict=False)]
+        stacked = [
+            torch.reshape(writer.value(v, start.value.dtype, 3), (-1, start.width))
+            for v, start in zip(outputs[len(starts) :], starts, strict=False)
+        ]
+        return finals, stacked
 
 
 class _Blocks(NamedTuple):

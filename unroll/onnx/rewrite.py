@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Layout
-from unroll.core.options import Steps, Where, chooses, unknown_steps
+from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import without_gc
 from unroll.core.plan import PRESETS, Plan
 from unroll.onnx.batches import Batches
@@ -52,8 +52,8 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = N
     if isinstance(model, (str, os.PathLike)):
         return unroll_ir(load(model), where=where, plan=plan, steps=steps)
     if not isinstance(model, ir.Model):
-        mend = "give an onnx.ModelProto, an onnx_ir.Model or a path"
-        raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", mend))
+        fix = "give an onnx.ModelProto, an onnx_ir.Model or a path"
+        raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", fix))
     return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
 
 
@@ -70,21 +70,20 @@ def is_recurrent(node: ir.Node) -> bool:
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
     """Unroll a model in place, and return it."""
     asked = None if plan is None else Plan.of(plan)
-    sites, problems = read_calls(model, where, steps)
-    for site in sites:
-        if site.plan is not None and asked not in (None, site.plan):
-            mend = f"leave plan out, or make it {str(site.plan)!r}; or give a layer that is not frozen"
-            problems.append(Problem(f"{site.name}: plan={str(asked)!r}", f"was frozen with {str(site.plan)!r}", mend))
-    if problems:
-        raise UnrollError(*problems)
-    write_calls(model, sites, asked or PLAN)
+    calls, problems = read_calls(model, where, steps)
+    for call in calls:
+        if call.plan is not None and asked not in (None, call.plan):
+            fix = f"leave plan out, or make it {str(call.plan)!r}; or give a layer that is not frozen"
+            problems.add(f"{call.name}: plan={str(asked)!r}", f"was frozen with {str(call.plan)!r}", fix)
+    problems.check()
+    write_calls(model, calls, asked or PLAN)
     left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
     return model
 
 
-def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Call], list[Problem]]:
+def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Call], Problems]:
     """The recurrent nodes that `where` picks, read and checked, and everything that cannot be honoured.
 
     Functions that hold such nodes are written out in the model.
@@ -95,50 +94,42 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     _normalize(model)
     opset = model.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
-        mend = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
-        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", mend))
+        fix = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
+        raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", fix))
     _inline(model)
     nodes = [node for node in all_nodes(model) if is_recurrent(node)]
     chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
     problems = unknown_steps(steps, map(_label, chosen))
-    if where is not None and not callable(where):
-        names = ", ".join(map(_label, nodes)) or "none"
-        for pattern in [where] if isinstance(where, str) else where:
-            if not any(chooses(pattern, [_label(node)], _any(node)) for node in nodes):
-                mend = f"the recurrent nodes are: {names}"
-                problems.append(Problem(f"where={pattern!r}", "names no recurrent node", mend))
+    problems += unknown_names(where, list(map(_label, nodes)), "node")
     if any(_is_open(node.inputs[0]) for node in chosen):
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
     # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
     fixed = not any(map(_is_open, model.graph.inputs))
     batches = Batches(model.graph, fixed)
-    sites, used = [], set[str]()
+    calls, used = [], set[str]()
     for node in chosen:
         kind = LayerCall if node.domain == DOMAIN else StandardCall
-        try:
-            site = kind(node, _label(node), steps)
-        except UnrollError as error:
-            problems += error.problems
-            continue
-        if isinstance(site, StandardCall) and site.steps is not None:
-            site.guard(batches.trusts(site.given))
-        site.uncounted = batches.uncounted(site)
-        number, label = 1, site.name
-        while site.name in used:
-            number += 1
-            site.name = f"{label}_{number}"
-        used.add(site.name)
-        sites.append(site)
-    return sites, problems
+        with problems:
+            call = kind(node, _label(node), steps)
+            if isinstance(call, StandardCall) and call.steps is not None:
+                call.guard(batches.trusts(call.given))
+            call.uncounted = batches.uncounted(call)
+            number, label = 1, call.name
+            while call.name in used:
+                number += 1
+                call.name = f"{label}_{number}"
+            used.add(call.name)
+            calls.append(call)
+    return calls, problems
 
 
-def write_calls(model: ir.Model, sites: Iterable[Call], plan: Plan) -> None:
+def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
     """Put plain operators in the place of nodes of a model."""
     taken, opset = set(_names(model)), model.opset_imports[""]
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with without_gc():
-        for site in sites:
-            _replace(site, OnnxWriter(site.name, constants, opset, taken), site.plan or plan, prepared)
+        for call in calls:
+            _replace(call, OnnxWriter(call.name, constants, opset, taken), call.plan or plan, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):
             drop_unread_initializers(graph)
     model.opset_imports.pop(DOMAIN, None)
@@ -206,18 +197,18 @@ def _inline(model: ir.Model) -> None:
     except Exception as error:
         finding = f"holds recurrent nodes and cannot be inlined ({error.__cause__ or error})"
         places = [f"function {domain}::{name}" for domain, name, _ in holding]
-        mend = "inline it with onnx.inliner, or make it one the standard allows"
-        raise UnrollError(*(Problem(place, finding, mend) for place in places)) from error
+        fix = "inline it with onnx.inliner, or make it one the standard allows"
+        raise UnrollError(*(Problem(place, finding, fix) for place in places)) from error
     common.RemoveUnusedFunctionsPass()(model)
 
 
-def _replace(site: Call, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
+def _replace(call: Call, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:
     """Put plain operators in the place of a node."""
-    node = site.node
+    node = call.node
     graph = node.graph
     assert graph is not None
     read = list(node.inputs)
-    results = Lowering(site, writer).write(plan, prepared)
+    results = Lowering(call, writer).write(plan, prepared)
     for old, result in zip(node.outputs, results, strict=False):
         if old.uses() or old.is_graph_output():
             hand_over(old, result.node, writer)

@@ -21,14 +21,14 @@ def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
         )
     except Exception as error:
         if not os.path.exists(path):
-            finding, mend = "cannot be read (No such file or directory)", "give the path of an ONNX file"
+            finding, fix = "cannot be read (No such file or directory)", "give the path of an ONNX file"
         else:
-            finding, mend = f"is refused by ONNX Runtime ({first_line(error)})", _mend(str(error))
-        raise UnrollError(Problem(os.fspath(name), finding, mend)) from error
+            finding, fix = f"is refused by ONNX Runtime ({first_line(error)})", _fix(str(error))
+        raise UnrollError(Problem(os.fspath(name), finding, fix)) from error
 
 
 # What to do, by what the reason of ONNX Runtime holds.
-MENDS = {
+FIXES = {
     "NOT_IMPLEMENTED": "export in float32, or pass check=False for another runtime",
     "under development": "ask for an older opset_version, or pass check=False for another runtime",
     "Unsupported model IR version": "install a newer ONNX Runtime, or write the file for an older version",
@@ -37,8 +37,8 @@ MENDS = {
 }
 
 
-def _mend(reason: str) -> str:
-    return next((mend for part, mend in MENDS.items() if part in reason), "report this model")
+def _fix(reason: str) -> str:
+    return next((fix for part, fix in FIXES.items() if part in reason), "report this model")
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from unroll.core import schedule
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Steps
 from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Variant, Weights
@@ -60,23 +60,22 @@ class StandardCall(Call):
 
     def _recurrence(self) -> Recurrence:
         kind, direction = self.node.op_type, self.attribute("direction", "forward")
-        problems = []
+        problems = Problems()
         if direction not in ("forward", "reverse", "bidirectional"):
-            mend = "it is forward, reverse or bidirectional"
-            problems.append(Problem(self.name, f"direction is {direction!r}", mend))
+            fix = "it is forward, reverse or bidirectional"
+            problems.add(self.name, f"direction is {direction!r}", fix)
         if self.attribute("layout", 0) not in (0, 1):
-            problems.append(Problem(self.name, f"layout is {self.attribute('layout')}", "it is 0 or 1"))
+            problems.add(self.name, f"layout is {self.attribute('layout')}", "it is 0 or 1")
         w, r, x = (self.shape(self.input(k)) for k in (1, 2, 0))
         hidden = self.attribute("hidden_size") or (r[2] if r and len(r) == 3 else None)
         features = w[2] if w and len(w) == 3 and w[2] else x[2] if x and len(x) == 3 else None
         if hidden is None or features is None:
-            mend = "give W and R shapes, or make them initializers"
-            problems.append(Problem(self.name, "the sizes of its weights are unknown", mend))
+            fix = "give W and R shapes, or make them initializers"
+            problems.add(self.name, "the sizes of its weights are unknown", fix)
         both = direction == "bidirectional"
         if hidden is not None and features is not None:
             problems += self._misfits(1 + both, hidden, features)
-        if problems:
-            raise UnrollError(*problems)
+        problems.check()
         assert hidden is not None and features is not None
         mode = kind
         if kind == "GRU" and not self.attribute("linear_before_reset", 0):
@@ -138,8 +137,8 @@ class StandardCall(Call):
         if self.node.op_type == "RNN" and directions == 1 and names == ["Tanh", "Tanh"]:
             names = ["Tanh"]  # the standard's default, whatever the direction
         if names and len(names) != size * directions:
-            mend = f"give {size} for each direction"
-            raise UnrollError(Problem(self.name, f"has {len(names)} activations for {directions} direction(s)", mend))
+            fix = f"give {size} for each direction"
+            raise UnrollError(Problem(self.name, f"has {len(names)} activations for {directions} direction(s)", fix))
         clip = self.attribute("clip")
         coupled = self.node.op_type == "LSTM" and bool(self.attribute("input_forget", 0))
         alphas, betas = (list(self.attribute(f"activation_{kind}") or ()) for kind in ("alpha", "beta"))

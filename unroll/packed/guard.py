@@ -27,7 +27,7 @@ from unroll.packed.row_rules import NEW, Seen, mixes_rows
 PLACE = "packed.data"
 
 
-MEND = "do it before packing or after padding, or rewrite the FX graph, where rows stay packed"
+FIX = "do it before packing or after padding, or rewrite the FX graph, where rows stay packed"
 
 
 _PADDED = WeakTensorKeyDictionary()
@@ -55,11 +55,11 @@ def unmark(rows: Tensor) -> Tensor:
 
 
 def _refused(name: str) -> UnrollError:
-    return UnrollError(Problem(PLACE, f"is given to {name}, which may mix its rows, some of them padding", MEND))
+    return UnrollError(Problem(PLACE, f"is given to {name}, which may mix its rows, some of them padding", FIX))
 
 
 def _leak() -> UnrollError:
-    return UnrollError(Problem(PLACE, "leaves the model, with rows of padding among its rows", MEND))
+    return UnrollError(Problem(PLACE, "leaves the model, with rows of padding among its rows", FIX))
 
 
 class PaddingGuard(TorchFunctionMode):

@@ -89,8 +89,8 @@ def is_padded(input: Any) -> bool:
 def refuse_ragged(place: str) -> NoReturn:
     """A sequence without its padding, given to a graph."""
     finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
-    mend = "pack it in the model, and export or compile that within `with unroll.packing():`"
-    raise UnrollError(Problem(place, finding, mend))
+    fix = "pack it in the model, and export or compile that within `with unroll.packing():`"
+    raise UnrollError(Problem(place, finding, fix))
 
 
 def known_sizes(packed: PackedSequence, place: str) -> list[int]:

@@ -61,8 +61,8 @@ class Carry:
 
     def problem(self, finding: str) -> Problem:
         """Say that a run differs from the first one."""
-        mend = "give pieces in which it is called as with the example, or change the model"
-        return Problem(self.place, finding, mend)
+        fix = "give pieces in which it is called as with the example, or change the model"
+        return Problem(self.place, finding, fix)
 
     def chain_of(self, hx: Any) -> int | None:
         """The chain that a call with this state belongs to; None if the state is the model's own."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Where, chooses, unknown_names
 from unroll.graphs.calls import Call, Metadata, ModuleCall, call_of, form_of, graph_parts, layer_name
 from unroll.graphs.users import writers
@@ -35,14 +35,12 @@ def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[s
     Raises:
         UnrollError: with every layer that cannot be streamed.
     """
-    problems: list[Problem] = []
+    problems = Problems()
     calls: list[Call] = []
     for node in module.graph.nodes:
-        try:
+        with problems:
             if call := _read(module, node, known):
                 calls.append(call)
-        except UnrollError as error:
-            problems += error.problems
     names = [name for call in calls for name in call.names]
     problems += unknown_names(where, names)
     chains: dict[str, list[Chain]] = {}
@@ -69,12 +67,11 @@ def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[s
         for k, chain in enumerate(of_layer):
             key = call_name(name, k, "")
             if key in found:
-                problems.append(Problem(key or chain.first.place, "is the name of two states", "rename the layer"))
+                problems.add(key or chain.first.place, "is the name of two states", "rename the layer")
             found[key] = chain
     if not found and not problems:
         problems.append(no_state("graph"))
-    if problems:
-        raise UnrollError(*dict.fromkeys(problems))
+    problems.check()
     return found
 
 
@@ -89,17 +86,17 @@ def _read(module: fx.GraphModule, node: fx.Node, known: Metadata) -> Call | None
 
 def _out_of_reach(module: fx.GraphModule, where: Where) -> Iterator[Problem]:
     """Layers inside of what the graph calls as a whole: other modules, branches and loops."""
-    mend = "use streaming(module), or trace into it"
+    fix = "use streaming(module), or trace into it"
     for part in graph_parts(module)[1:]:
         for node in part.graph.nodes:
             if form_of(node) and chooses(where, [layer_name(node)], node):
-                yield Problem(layer_name(node), "runs inside of another graph, such as a branch or a loop", mend)
+                yield Problem(layer_name(node), "runs inside of another graph, such as a branch or a loop", fix)
     for node in module.graph.find_nodes(op="call_module"):
         outer = module.get_submodule(str(node.target))
         for name, layer in outer.named_modules():
             full = f"{node.target}.{name}"
             if name and (is_recurrent(layer) or isinstance(layer, Unrolled)) and chooses(where, [full], layer):
-                yield Problem(full, f"runs inside of {node.target}, which the graph calls as a whole", mend)
+                yield Problem(full, f"runs inside of {node.target}, which the graph calls as a whole", fix)
 
 
 def _parts(node: fx.Node, path: tuple[int, ...]) -> Iterator[fx.Node]:

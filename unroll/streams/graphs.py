@@ -18,7 +18,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Where
 from unroll.graphs.calls import FunctionCall, Metadata, tensor_metadata
 from unroll.graphs.programs import copied_entry, copied_graph, rebuilt
@@ -29,8 +29,8 @@ from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, withou
 def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) -> fx.GraphModule:
     """A copy of the graph that takes a dictionary `state` after its other arguments, and returns output and state."""
     if isinstance(module.graph._codegen, _PyTreeCodeGen):
-        mend = "give the ExportedProgram that it comes from"
-        raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", mend))
+        fix = "give the ExportedProgram that it comes from"
+        raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", fix))
     module = copied_graph(module)
     graph, (known, problems) = module.graph, _known(module, args)
     chains = find_chains(module, where, known)
@@ -125,13 +125,12 @@ def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = N
     assert example is not None
     found = zero_states(example, batch)
     sizes = _sizes(model)
-    problems = [
+    problems = Problems(
         fixed_rows(batch, name, sizes[name])
         for name, state in found.items()
         if any(isinstance(size, int) and size != given for size, given in zip(sizes[name], state.shape))
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     return found
 
 
@@ -150,16 +149,16 @@ def _sizes(program: ExportedProgram) -> dict[str, list[Any]]:
     return {name: list(nodes[given].meta["val"].shape) for name, given in order.items()}
 
 
-def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], list[Problem]]:
+def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Problems]:
     """What the metadata tells and a run on fake tensors like the arguments besides, and why that stopped if it did."""
-    known, problems = tensor_metadata(module), []
+    known, problems = tensor_metadata(module), Problems()
     if args:
         trial = copied_graph(module)
         try:
             FakeTensorProp(trial, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args)
         except Exception as error:
             finding = f"the graph cannot be run on fake tensors like these ({type(error).__name__}: {error})"
-            problems.append(Problem("args", finding, "give arguments that fit the graph"))
+            problems.add("args", finding, "give arguments that fit the graph")
         told = tensor_metadata(trial)
         known |= {node: told[there] for node, there in zip(module.graph.nodes, trial.graph.nodes) if there in told}
     return known, problems
@@ -179,8 +178,8 @@ def _examples(chains: Mapping[str, Chain], known: Metadata, problems: Sequence[P
     found = {name: chain.first.example(k, known) for name, (chain, k) in _states(chains).items()}
     unknown = dict.fromkeys(chain.first.place for name, (chain, _) in _states(chains).items() if found[name] is None)
     if unknown:
-        finding, mend = "the size of its state is unknown", "give example inputs"
-        raise UnrollError(*problems, *(Problem(place, finding, mend) for place in unknown))
+        finding, fix = "the size of its state is unknown", "give example inputs"
+        raise UnrollError(*problems, *(Problem(place, finding, fix) for place in unknown))
     return {name: example for name, example in found.items() if example is not None}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Where, chooses
 from unroll.core.patching import seeded
 from unroll.core.plan import Plan
@@ -85,8 +85,8 @@ class Streaming(nn.Module):
     def forward(self, *args: Any, state: State | None = None, **kwargs: Any) -> tuple[Any, State]:
         carries = [_carry(layer) for layer in self.layers]
         if any(carry.running for carry in carries):
-            mend = "make another by unroll.streaming for another thread, or for a call from inside of it"
-            raise UnrollError(Problem("streaming", "is called while a call of it is under way", mend))
+            fix = "make another by unroll.streaming for another thread, or for a call from inside of it"
+            raise UnrollError(Problem("streaming", "is called while a call of it is under way", fix))
         if state is not None:
             check_state_names("state", state, self.example)
         try:
@@ -146,9 +146,8 @@ def stream_module(
         return copied, [(layer, attach_carry(layer, name)) for layer, name in chosen]
 
     trial, layers = fresh()
-    problems = [reads_the_future(carry.place) for layer, carry in layers if layer.recurrence.bidirectional]
-    if problems:
-        raise UnrollError(*problems)
+    problems = Problems(reads_the_future(carry.place) for layer, carry in layers if layer.recurrence.bidirectional)
+    problems.check()
     with _unchanged(trial), torch.no_grad():
         first = _tried(trial, layers, args, kwargs)
         second = _tried(trial, layers, args, kwargs)  # by now a state kept in an attribute is there
@@ -161,12 +160,11 @@ def stream_module(
         for called, states in zip(state_names(carry, layer), after.chains):
             for name, state in zip(called, states):
                 if name in example:
-                    problems.append(Problem(name, "is the name of two states", "rename the layer"))
+                    problems.add(name, "is the name of two states", "rename the layer")
                 example[name] = tuple(state.shape)
     if not example and not problems:
         problems.append(no_state(type(model).__name__))
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     copied, fresh_layers = fresh()
     for (_, carry), (_, tried) in zip(fresh_layers, layers, strict=True):
         carry.count = tried.count

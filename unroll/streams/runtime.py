@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.streams.states import ARGUMENT, NEXT, State, check_state_names, fixed_rows
 
 
@@ -64,13 +64,12 @@ def _first(states: list[Any], batch: int | None) -> State | None:
     sizes = {size for value in states for size in value.shape if not isinstance(size, int)}
     if batch is None:
         return None if sizes else _zeros(states, {})
-    problems = [
+    problems = Problems(
         fixed_rows(batch, value.name, value.shape)
         for value in states
         if all(isinstance(size, int) for size in value.shape) and (len(value.shape) < 2 or value.shape[-2] != batch)
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     return _zeros(states, dict.fromkeys(sizes, batch) if len(sizes) == 1 else {})
 
 
@@ -88,12 +87,11 @@ def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
 def _zeros(states: list[Any], sizes: Mapping[Any, int]) -> State:
     """Zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
     shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in states}
-    mend = "set the state yourself, a dictionary of tensors"
-    problems = [
-        Problem(value.name, f"has shape {value.shape}, of which the batch is not told", mend)
+    fix = "set the state yourself, a dictionary of tensors"
+    problems = Problems(
+        Problem(value.name, f"has shape {value.shape}, of which the batch is not told", fix)
         for value in states
         if not all(isinstance(size, int) for size in shapes[value.name])
-    ]
-    if problems:
-        raise UnrollError(*problems)
+    )
+    problems.check()
     return {value.name: torch.zeros(shapes[value.name], dtype=TYPES[value.type]) for value in states}

@@ -64,9 +64,9 @@ def streaming(
         given = {"kwargs": kwargs, "rules": rules, "plan": plan}
         if isinstance(model, ExportedProgram):
             given["args"] = args or None
-        mend = "leave it out; unroll(streaming(...), ...) writes out the steps"
+        fix = "leave it out; unroll(streaming(...), ...) writes out the steps"
         wrong = [
-            Problem(f"streaming({k}=...)", "was given for a graph", mend) for k, v in given.items() if v is not None
+            Problem(f"streaming({k}=...)", "was given for a graph", fix) for k, v in given.items() if v is not None
         ]
         if wrong:
             raise UnrollError(*wrong)
@@ -74,11 +74,11 @@ def streaming(
             return stream_program(model, where)
         return stream_graph(model, args, where)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        mend = "give an nn.Module, a GraphModule or an ExportedProgram; export_onnx takes the result"
-        raise UnrollError(Problem("streaming(model)", f"got {type(model).__name__}", mend))
+        fix = "give an nn.Module, a GraphModule or an ExportedProgram; export_onnx takes the result"
+        raise UnrollError(Problem("streaming(model)", f"got {type(model).__name__}", fix))
     if ARGUMENT in (kwargs or {}):
-        mend = "rename it in the model: streaming models take their states by this name"
-        raise UnrollError(Problem(f"kwargs[{ARGUMENT!r}]", "is an argument of the model already", mend))
+        fix = "rename it in the model: streaming models take their states by this name"
+        raise UnrollError(Problem(f"kwargs[{ARGUMENT!r}]", "is an argument of the model already", fix))
     if any(isinstance(part, Streaming) for part in model.modules()):
         raise UnrollError(
             Problem("streaming(model)", "has states for inputs already", "give the model that it was made of")

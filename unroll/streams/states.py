@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.recurrence import Recurrence
 
 State = dict[str, Tensor]
@@ -52,44 +52,42 @@ def zero_states(example: Mapping[str, Tensor], batch: int | None, unbatched: Con
         raise UnrollError(Problem(f"batch={batch!r}", "is no number of rows", "give a whole number from 0 upwards"))
     rows = {name: 0 if name in unbatched or s.dim() < 2 else s.shape[-2] for name, s in example.items()}
     least = min(rows.values())
-    problems = []
+    problems = Problems()
     found: State = {}
     for name, state in example.items():
         if least == 0 or rows[name] % least:
             finding = f"has shape {list(state.shape)} in the example, which does not tell what a batch of {batch} makes"
-            problems.append(Problem(name, finding, "leave out batch=, or give an example with a batch"))
+            problems.add(name, finding, "leave out batch=, or give an example with a batch")
         else:
             found[name] = state.new_zeros(*state.shape[:-2], rows[name] // least * batch, state.shape[-1])
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     return found
 
 
 def fixed_rows(batch: int | None, name: str, shape: Sequence[Any]) -> Problem:
     """Why there is no state with so many rows where sizes are fixed."""
-    mend = "export with dynamic_shapes for another batch"
-    return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", mend)
+    fix = "export with dynamic_shapes for another batch"
+    return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", fix)
 
 
 def check_state_names(place: str, state: Any, example: Mapping[str, Any]) -> None:
     """Refuse a state with other names than these."""
     if not isinstance(state, dict):
-        mend = "give a dictionary of tensors, such as initial_state(batch), or None for zeros"
-        raise UnrollError(Problem(place, f"is {type(state).__name__}", mend))
+        fix = "give a dictionary of tensors, such as initial_state(batch), or None for zeros"
+        raise UnrollError(Problem(place, f"is {type(state).__name__}", fix))
     missing = [name for name in example if name not in state]
     unknown = [name for name in state if name not in example]
-    problems = [Problem(place, f"has no {name}", "give what the last call returned") for name in missing]
+    problems = Problems(Problem(place, f"has no {name}", "give what the last call returned") for name in missing)
     known = ", ".join(example)
     problems += [Problem(place, f"has {name}, which is no state", f"the states are: {known}") for name in unknown]
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
 
 
 def reads_the_future(name: str) -> Problem:
     """Why a layer in two directions cannot be streamed."""
     finding = "is bidirectional: its reverse direction begins at the end of the sequence, which a piece does not have"
-    mend = "use a layer in one direction, or leave it out by where= if it runs over something else than time"
-    return Problem(name, finding, mend)
+    fix = "use a layer in one direction, or leave it out by where= if it runs over something else than time"
+    return Problem(name, finding, fix)
 
 
 MIXED_STATES = (

@@ -18,7 +18,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.targets.tables import Target
 from unroll.targets.uses import CONSTANT, INPUT, RECURRENT, Operand, Unknown, Use
 
@@ -51,19 +51,16 @@ def read_aten(model: ExportedProgram | fx.GraphModule, target: Target) -> list[U
     specs = model.graph_signature.input_specs if program else ()
     held = frozenset(spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT)
     uses: list[Use] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for name, part in module.named_modules():
         if not isinstance(part, fx.GraphModule) or name.endswith("_guards_fn"):
             continue
         reader = _Reader(target, held if part is module else frozenset())
         for node in part.graph.nodes:
             mine = part is module and (given is None or node.name in given)
-            try:
+            with problems:
                 uses += reader.uses(node, mine)
-            except UnrollError as error:
-                problems += error.problems
-    if problems:
-        raise UnrollError(*problems)
+    problems.check()
     return uses
 
 
@@ -94,14 +91,14 @@ class _Reader:
             if node.target._schema.returns:  # else it checks something, and computes nothing
                 yield from self.call(node, node.target)
         elif not isinstance(node.meta.get("val"), SIZES) and not _only_checked(node):
-            mend = "give what torch.export.export makes of the model, or make_fx with tracing_mode='fake'"
+            fix = "give what torch.export.export makes of the model, or make_fx with tracing_mode='fake'"
             finding = f"is a {node.op} of {_name(node.target)}, which is no aten operator"
-            raise UnrollError(Problem(node.name, finding, mend))
+            raise UnrollError(Problem(node.name, finding, fix))
 
     def call(self, node: fx.Node, operator: Any) -> Iterator[Use]:
         if "val" not in node.meta:
-            mend = "give what torch.export.export makes of the model"
-            raise UnrollError(Problem(node.name, "has no metadata of its value", mend))
+            fix = "give what torch.export.export makes of the model"
+            raise UnrollError(Problem(node.name, "has no metadata of its value", fix))
         if not _gives_tensors(node):
             return  # arithmetic on sizes
         operands = {n: self.operands.get(n) or _operand(n.meta["val"]) for n in _tensors(node)}

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.tables import Target
@@ -55,7 +55,7 @@ class Verdict:
 
     @property
     def groups(self) -> dict[tuple[str, str, str], list[str]]:
-        """The places of each operator, finding and mend."""
+        """The places of each operator, finding and fix."""
         groups: dict[tuple[str, str, str], list[str]] = {}
         for row in self.rows:
             places = groups.setdefault(row[1:], [])
@@ -69,10 +69,10 @@ class Verdict:
             UnrollError: naming each operator with what is missing, and where it is used.
         """
         if self.rows:
-            problems = [
-                Problem(_places(places), f"{operator} {finding}", mend)
-                for (operator, finding, mend), places in self.groups.items()
-            ]
+            problems = Problems(
+                Problem(_places(places), f"{operator} {finding}", fix)
+                for (operator, finding, fix), places in self.groups.items()
+            )
             raise UnrollError(*problems)
         return self
 
@@ -131,8 +131,8 @@ def check(model: Any, *, target: str) -> Verdict:
     kind = _kind(model)
     if kind is None or table.kind not in (kind, "any"):
         wanted = [k for k in KINDS if table.kind in (k, "any")]
-        mend = f"give {', or '.join(KINDS[k] for k in wanted)}: {', or '.join(WAYS[k] for k in wanted)}"
-        raise UnrollError(Problem(f"check(model, target={target!r})", f"got {_described(model)}", mend))
+        fix = f"give {', or '.join(KINDS[k] for k in wanted)}: {', or '.join(WAYS[k] for k in wanted)}"
+        raise UnrollError(Problem(f"check(model, target={target!r})", f"got {_described(model)}", fix))
     rows: list[Row] = []
     if kind == "onnx":
         uses, opset = _read_onnx(model)

@@ -24,7 +24,7 @@ class Row(NamedTuple):
     operator: str
     """Such as `Gemm` or `aten.addmm.default`; `input` and `constant` for values of the model, `model` for all of it"""
     finding: str
-    mend: str
+    fix: str
 
 
 class Operand(NamedTuple):
@@ -71,7 +71,7 @@ def judged(use: Use, target: Target) -> list[Row]:
     name, became = use.operator, ""
     if use.origin:
         name, became = use.origin, f"becomes {use.operator}, which "
-    return [Row(use.place, name, became + finding, mend) for finding, mend in _findings(use, target)]
+    return [Row(use.place, name, became + finding, fix) for finding, fix in _findings(use, target)]
 
 
 def _findings(use: Use, target: Target) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Steps
 from unroll.core.recurrence import Recurrence, read_call
 from unroll.torchscript.operators import LAYER_NAMES, SCRIPT_KINDS, count_recurrent, is_recurrent, methods, walk
@@ -65,8 +65,8 @@ class ScriptCall:
             noted: what it was given in a run, if there was one.
         """
         if self.operator not in SCRIPT_KINDS:
-            mend = "unroll the model before it is traced or quantized, or leave the layer out by where="
-            raise UnrollError(Problem(self.name, f"runs {self.operator}, whose weights are in a form of its own", mend))
+            fix = "unroll the model before it is traced or quantized, or leave the layer out by where="
+            raise UnrollError(Problem(self.name, f"runs {self.operator}, whose weights are in a form of its own", fix))
         first, *others = [self._read(name, instance, noted) for name, instance in self.instances.items()]
         if any(other[0] != first[0] or other[1][0].dtype != first[1][0].dtype for other in others):
             finding = "share one piece of compiled code but not sizes and dtype"
@@ -74,24 +74,23 @@ class ScriptCall:
         return first
 
     def _read(self, name: str, instance: Any, noted: list[Observed] | None) -> tuple[Recurrence, list[Tensor]]:
-        problems = []
+        problems = Problems()
         options: dict[str, Any] = {}
         wanted = () if self.is_cell else ("has_biases", "num_layers", "dropout", "bidirectional")
         for option in (*wanted, *(() if self.is_cell or self.packed else ("batch_first",))):
             options[option] = value = known(self.argument(option), instance)
             if not is_constant(self.argument(option)):
-                mend = "make it a constant of the graph, by Final[...] or torch.jit.freeze"
+                fix = "make it a constant of the graph, by Final[...] or torch.jit.freeze"
                 found = "when it runs" if value is Unknown else "in an attribute that may change"
-                problems.append(Problem(name, f"has its {option} only {found}", mend))
+                problems.add(name, f"has its {option} only {found}", fix)
         values = self.weights()
         weights = known(values, instance)
         if weights is Unknown or not all(isinstance(weight, Tensor) for weight in weights):
             weights = noted[0].weights if noted else []
         if not weights:
-            mend = "give example inputs, unroll(module, args)"
-            problems.append(Problem(name, "computes its weights, so that their shapes are unknown", mend))
-        if problems:
-            raise UnrollError(*problems)
+            fix = "give example inputs, unroll(module, args)"
+            problems.add(name, "computes its weights, so that their shapes are unknown", fix)
+        problems.check()
         if self.is_cell:
             options["has_biases"] = len(weights) == 4
         recurrence = read_call(self.kind, [w.shape for w in weights], **options, is_cell=self.is_cell)
@@ -110,8 +109,8 @@ class ScriptCall:
         else:
             wanted = [] if asked is None else [asked]
         if self.packed and (wanted or noted is not None):
-            mend = "leave its length open, without args and steps, or leave the layer out by where="
-            raise UnrollError(Problem(self.name, "runs on packed data, whose batch sizes are known when it runs", mend))
+            fix = "leave its length open, without args and steps, or leave the layer out by where="
+            raise UnrollError(Problem(self.name, "runs on packed data, whose batch sizes are known when it runs", fix))
         if noted is not None:
             axis = 1 if known(self.argument("batch_first"), next(iter(self.instances.values()))) else 0
             lengths = sorted({call.shape[axis] for call in noted})
@@ -123,8 +122,8 @@ class ScriptCall:
                 raise UnrollError(Problem(self.name, finding, "leave out one of them"))
             wanted = lengths
         elif isinstance(asked, Mapping) and wanted and wanted != wanted[:1] * len(self.instances):
-            mend = "give the same number for each, or freeze the module (torch.jit.freeze)"
-            raise UnrollError(Problem(self.names, "share one piece of compiled code", mend))
+            fix = "give the same number for each, or freeze the module (torch.jit.freeze)"
+            raise UnrollError(Problem(self.names, "share one piece of compiled code", fix))
         if not wanted:
             return None
         if not isinstance(wanted[0], int) or wanted[0] < 1:

@@ -13,7 +13,7 @@ from torch.jit import _state
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core.arguments import as_result, as_states, check_arguments
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problems
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Frame, Recurrence
 from unroll.core.values import Value
@@ -35,15 +35,14 @@ def make_scriptable(layer: Any, plain: Sequence[type], kinds: Mapping[tuple[bool
     Raises:
         UnrollError: for a layer of which TorchScript would compile something else than it runs.
     """
-    problems = []
+    problems = Problems()
     if computed := [name for name in layer.recurrence.flat_names if name not in layer._parameters]:
-        mend = "remove the parametrization, or use torch.jit.trace"
-        problems.append(Problem(layer.place, f"computes {', '.join(computed)} at every call", mend))
+        fix = "remove the parametrization, or use torch.jit.trace"
+        problems.add(layer.place, f"computes {', '.join(computed)} at every call", fix)
     elif type(layer) not in plain:
         finding = f"{type(layer).__name__} has methods of its own, which call super()"
-        problems.append(Problem(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace"))
-    if problems:
-        raise UnrollError(*problems)
+        problems.add(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace")
+    problems.check()
     recurrence = layer.recurrence
     layer.__dict__.pop("__overloads__", None)  # left by torch.jit.script where the original was scripted before
     layer.__class__ = kinds[recurrence.is_cell, len(recurrence.state_sizes)]

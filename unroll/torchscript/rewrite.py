@@ -7,7 +7,7 @@ parameters and the names of submodules stay as they were.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, get_type_hints
 
@@ -48,14 +48,13 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     picked = _picked(where, calls, copied)
     noted = None if args is None else _run_and_observe(copied, args)
     stepping = [calls[number] for number in picked if not calls[number].is_cell]
-    jobs, problems = [], unknown_steps(steps, (name for call in stepping for name in call.instances))
+    jobs: list[Any] = []
+    problems = unknown_steps(steps, (name for call in stepping for name in call.instances))
     for number in picked:
         call, seen = calls[number], None if noted is None else noted.get(number, [])
-        try:
+        with problems:
             jobs.append((call, *call.read(seen), call.steps(steps, seen)))
-        except UnrollError as error:
-            problems += error.problems
-    _refuse(problems)
+    problems.check()
     with without_gc():
         for call, recurrence, weights, count in jobs:
             lower(call, recurrence, weights, count, plan)
@@ -78,18 +77,12 @@ def _picked(where: Where, calls: Sequence[ScriptCall], root: Any) -> list[int]:
     for number, call in enumerate(calls):
         picks = {chooses(where, [name], instance) for name, instance in call.instances.items()}
         if len(picks) > 1:
-            mend = "choose all of them, or freeze the module (torch.jit.freeze)"
-            problems.append(Problem(call.names, "share one piece of compiled code", mend))
+            fix = "choose all of them, or freeze the module (torch.jit.freeze)"
+            problems.add(call.names, "share one piece of compiled code", fix)
         if True in picks:
             picked.append(number)
-    _refuse(problems)
+    problems.check()
     return picked
-
-
-def _refuse(problems: Iterable[Problem]) -> None:
-    """Two methods of one layer, for padded and for packed input, may have the same problem."""
-    if different := list(dict.fromkeys(problems)):
-        raise UnrollError(*different)
 
 
 def _copy(module: Any) -> Any:
@@ -98,8 +91,8 @@ def _copy(module: Any) -> Any:
             return torch.jit.load(io.BytesIO(module.save_to_buffer()))
     except Exception as error:
         finding = f"cannot be saved and loaded ({str(error).strip().splitlines()[0]})"
-        mend = "take out what cannot be saved, such as functions under torch.jit.ignore"
-        raise UnrollError(Problem(module.original_name, finding, mend)) from error
+        fix = "take out what cannot be saved, such as functions under torch.jit.ignore"
+        raise UnrollError(Problem(module.original_name, finding, fix)) from error
 
 
 def _prepared_copy(module: Any) -> Any:
