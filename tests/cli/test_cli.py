@@ -107,22 +107,6 @@ CELLS = nn.Sequential(nn.GRUCell(3, 5))
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run the command line in an empty directory: its exit code, what it printed, and its errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
 def source(tmp_path):
     inputs = standard.draw("GRU", {}, dtype=np.float32)
     onnx.save(standard.model("GRU", {}, inputs, dynamic=("steps",)), tmp_path / "in.onnx")
