@@ -550,7 +550,7 @@ def test_plots_by_command(tmp_path, run):
     assert (code, out.split()) == (0, [str(tmp_path / "plots" / f"{n}.png") for n in ("latency", "build", "ratio")])
     for arguments, reason in {
         (str(tmp_path / "c.json"), *plots): "cannot be read",
-        (*files,): "is a file of measurements; say where its pictures go",
+        (*files,): "is a file of measurements say where its pictures go",
         (*files, *plots, "--rounds", "3"): "--rounds: was given for",
         (files[0], "package:model", *plots): "package:model: is no file of measurements",
     }.items():
