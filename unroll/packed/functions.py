@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import Local
 from unroll.packed.guard import CAPTURED, mark, unmark
 from unroll.packed.sequences import PLACE, PaddedSizes, refuse_ragged
@@ -114,15 +114,18 @@ class PaddedFunctions:
             return self.original._pack_padded_sequence(input, lengths, batch_first)
         input = input.transpose(0, 1) if batch_first else input
         steps, count, *features = input.shape
-        problems = Problems()
+        problems: list[Problem] = []  # what Dynamo can follow
         if lengths.dim() != 1 or lengths.device.type != "cpu":
             finding = f"lengths are {lengths.dim()}-D, on {lengths.device}"
-            problems.add(PLACE, finding, "give lengths.cpu(), 1-D")
+            problems.append(Problem(PLACE, finding, "give lengths.cpu(), 1-D"))
         elif lengths.shape[0] != count:
             problems.append(_miscounted(lengths.shape[0], count))
         if steps == 0 or count == 0 or 0 in features:
-            problems.add(PLACE, f"the input is empty, {list(input.shape)}", "give at least one row and step")
-        problems.check()
+            problems.append(
+                Problem(PLACE, f"the input is empty, {list(input.shape)}", "give at least one row and step")
+            )
+        if problems:
+            raise UnrollError(*problems)
         check = self._check
         within = (lengths > 0) & (lengths <= steps)
         lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
