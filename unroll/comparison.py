@@ -12,22 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import seeded
+from unroll.roundings import SHAKES, Shaken
 
-# Largest difference from the original, relative to the largest value, where there is no float64 result to judge by.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest difference from the original, relative to the largest value, where there is no float64 result to judge by:
+in float64 and float32 hundreds of roundings, as steps pass them on; in the narrower types, in which a layer keeps `h`,
+some five of them."""
+
+ACROSS_RUNTIMES = TOLERANCES | {torch.float32: 1e-4}
+"""The same between two runtimes, whose products add up in other orders and whose activations are other polynomials."""
 
 
 # How many roundings of the largest value the rewritten may be off where the original happens to have no error. Float32
 # rounds every intermediate result; in narrower types the gates are computed in float32, and only the result is rounded.
 ROUNDINGS = {torch.float64: 4, torch.float32: 4}
-
-
-# How often the original is run with other roundings, where a gradient is beyond its limit.
-SHAKES = 8
 
 
 class Row(NamedTuple):
@@ -51,7 +52,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found; printing it shows a table.
+    """The result of `compare`; printing it shows a table.
 
     Attributes:
         rows: one for each value that was compared.
@@ -93,8 +94,18 @@ class Report:
             errors = ("" if e is None else f"{e:.1e}" for e in (row.error, row.original_error))
             shape = "x".join(map(str, row.shape)) if row.dtype else ""
             lines.append((row.place, shape, row.dtype, f"{row.difference:.1e}", *errors, row.finding or "ok"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        return "\n".join(align(lines))
+
+
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out cells in columns.
+
+    Example:
+        >>> align([("a", "b"), ("long", "c")])
+        ['a     b', 'long  c']
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def compare(
@@ -187,30 +198,8 @@ def _copy(original: nn.Module) -> nn.Module:
     return copy.deepcopy(original, memo)
 
 
-class _Shaken(TorchDispatchMode):
-    """While this lasts, results of operators are up to one rounding off, by chance; whole numbers are left alone.
-
-    So counts, masks and zeros stay what they are. The method is that of Parker, Monte Carlo Arithmetic (1997).
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        in_place_or_view = any(value.alias_info is not None for value in func._schema.returns)
-        return results if in_place_or_view else pytree.tree_map_only(Tensor, self._off, results)
-
-    def _off(self, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        part = torch.rand(value.shape, generator=self.generator).to(value) - 0.5
-        return torch.where(value == value.round(), value, value + value * part * torch.finfo(value.dtype).eps)
-
-
 def _changes(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: int) -> dict[str, float]:
-    """How far gradients of the original move if what it computes is a rounding off: the largest of a few runs.
+    """Measure how far gradients of the original move if what it computes is a rounding off: the largest of a few runs.
 
     Each runs a copy, for a run may change a module. Where there is none to be had, nothing is known or excused.
     """
@@ -220,7 +209,7 @@ def _changes(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: i
     try:
         for number in range(1 + SHAKES):
             copied = _copy(original)
-            with _Shaken(number) if number else nullcontext():
+            with Shaken(number) if number else nullcontext():
                 found.append(_run(copied, args, kwargs, True, seed, double=False)[1])
     except Exception:
         return {}

@@ -106,7 +106,7 @@ def _refuse_freeze(freeze: bool, what: str, fix: str) -> None:
 
 
 def _refuse(what: str, **given: Any) -> None:
-    """No argument is ignored: those that mean nothing here must be None."""
+    """Refuse arguments that mean nothing here and are not None: none is ignored."""
     problems = Problems(
         Problem(f"unroll({name}=...)", f"was given for {what}", f"leave {name} out")
         for name, value in given.items()

@@ -199,7 +199,8 @@ def meanwhile(work):
     finally:
         over.set()
         thread.join()
-    assert errors == []
+    if errors:
+        raise errors[0]
 
 
 def users():

@@ -1,4 +1,4 @@
-"""What `unroll bench` measures, says and draws."""
+"""Measurements, advice and pictures of `unroll bench`."""
 
 from unroll.bench.contenders import CONTENDERS
 from unroll.bench.results import Measurements, Row

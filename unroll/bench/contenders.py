@@ -27,9 +27,9 @@ class Built:
 
     Attributes:
         run: one call.
-        graphs: how many operations each graph has that was compiled or written, filled in by the first call at the
-            latest; None where there is none.
-        files: what was written and is needed to run.
+        graphs: the number of operations of each graph that was compiled or written, filled in by the first call at
+            the latest; None where there is none.
+        files: those written and needed to run.
         results: the tensors of what a call returns, in the model's order.
     """
 
@@ -41,7 +41,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Contender:
-    """One form: what it is called in tables, how it is built, and what it asks for.
+    """One form: its name in tables, the function that builds it, and its demands.
 
     Attributes:
         title: for people.
@@ -49,9 +49,9 @@ class Contender:
         plans: those that are measured if none is asked for; none for forms that do not unroll.
         needs: modules, imported before the clock starts.
         device: the one kind of device that it runs on; None for any.
-        trains: whether it has gradients.
-        in_torch: whether PyTorch runs it and knows its memory on a GPU.
-        keeps: whether the recurrent layer stays one operation.
+        trains: true if it has gradients.
+        in_torch: true if PyTorch runs it and knows its memory on a GPU.
+        keeps: true if the recurrent layer stays one operation.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Contender:
 
 
 def obstacle(contender: Contender, subject: Subject) -> str | None:
-    """Why a contender cannot run, as far as that can be told without trying.
+    """Return the reason why a contender cannot run, or None, as far as that can be told without trying.
 
     Example:
         >>> obstacle(CONTENDERS["unrolled-aoti"], Subject("LSTM", backward=True))
@@ -110,7 +110,7 @@ def _compile_allow_rnn(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def _unrolled(task: Task, plan: Plan) -> Any:
-    """The model unrolled; for inference with its weights laid out once."""
+    """Unroll the model; for inference with its weights laid out once."""
     return unroll(task.model, plan=plan, freeze=not task.subject.backward)
 
 
@@ -128,7 +128,7 @@ def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
     built = _compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead")
 
     def checked() -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
         result = built.run()
         if counters["inductor"]["cudagraph_skips"]:
             raise UnrollError(Problem("torch.compile", "used no CUDA graphs", "see its log for the reason"))
@@ -147,7 +147,7 @@ def _unrolled_aoti(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def counted_graphs() -> list[int]:
-    """A list to which Inductor, from now on, adds the number of operations of each graph that it compiles."""
+    """Return a list to which Inductor, from now on, adds the number of operations of each graph that it compiles."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -160,12 +160,12 @@ def counted_graphs() -> list[int]:
         def uuid(self) -> str:
             return "count"
 
-    config.post_grad_custom_post_pass = Count()
+    config.post_grad_custom_post_pass = Count()  # a setting of the process, which runs one contender
     return counts
 
 
 def _onnx(task: Task, plan: Plan, folder: Path) -> Built:
-    """The model as torch's exporters write it, by the older one if that keeps the layer: it knows more of them."""
+    """Export the model as torch does, by the older exporter if that keeps the layer: it knows more of them."""
     import onnx
 
     path = folder / "model.onnx"
@@ -202,14 +202,14 @@ def _exported(task: Task, plan: Plan, folder: Path) -> Path:
 
 
 def _inputs(task: Task) -> list[Tensor]:
-    """The model's tensors in the order in which a file takes them."""
+    """Return the model's tensors in the order in which a file takes them."""
     from unroll.export.inputs import in_order
 
     return tensors((task.args, in_order(task.model, task.kwargs)))
 
 
 def written(path: Path) -> tuple[list[int], list[Path]]:
-    """How many nodes a file has, those of inner graphs too, and the files that belong to it."""
+    """Count the nodes of a file, those of inner graphs too, and name the files that belong to it."""
     import onnx_ir
 
     graph = onnx_ir.load(path).graph
@@ -217,7 +217,7 @@ def written(path: Path) -> tuple[list[int], list[Path]]:
 
 
 def onnxruntime_run(task: Task, path: Path) -> Built:
-    """A file in ONNX Runtime, with inputs and outputs where the model would have them."""
+    """Load a file in ONNX Runtime, with inputs and outputs where the model would have them."""
     import onnxruntime
 
     on_gpu = torch.device(task.subject.device).type == "cuda"
@@ -233,6 +233,7 @@ def onnxruntime_run(task: Task, path: Path) -> Built:
     graphs, files = written(path)
     if not on_gpu:
         return Built(lambda: session.run(None, feed), graphs, files, lambda found: [*map(torch.from_numpy, found)])
+    # Inputs go to the GPU once and outputs stay there, so that no call has copies in its time.
     binding = session.io_binding()
     for name, array in feed.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0))
@@ -253,7 +254,7 @@ ENGINE_TYPES = {
 
 
 def engine_type(name: str) -> torch.dtype:
-    """The type of a tensor that an engine may write to."""
+    """Return the type of a tensor that an engine may write to."""
     if name not in ENGINE_TYPES:
         finding = f"gives a result of the type {name}"
         raise UnrollError(Problem("TensorRT", finding, f"let the model return {', '.join(ENGINE_TYPES)}"))
@@ -301,20 +302,18 @@ def _tensorrt(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def first_line(error: BaseException | None) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 INDUCTOR = ("torch._inductor.compile_fx",)
 
-
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 FUSED = "eager"
 """The contender against which the others are held: the model as PyTorch runs it"""
-
 
 CONTENDERS: dict[str, Contender] = {
     FUSED: Contender("fused layer, eager", _eager, trains=True, keeps=True),

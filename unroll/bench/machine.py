@@ -1,4 +1,4 @@
-"""Where figures come from: the machine and the versions."""
+"""The origin of figures: the machine and the versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "on
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the GPU and its driver where there is one, and the versions of everything that takes part.
+    """Return the processor, the GPU and its driver where there is one, and the versions of everything that takes part.
 
     Example:
         >>> sorted(machine())[:3]
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that runs, without the places where its files lie.
+    """Return the command that runs, without the places where its files lie.
 
     Example:
         >>> from unittest.mock import patch

@@ -24,11 +24,10 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
 
 SETTLING = 3
-"""Calls of the first turn at least: CUDA graphs are recorded in them."""
-
+"""The least number of calls in the first turn: CUDA graphs are recorded in them."""
 
 BUILD = 50
-"""Steps that a build counts for, so that the time that is left can be told: about as many turns take as long."""
+"""Steps of progress for a build, so that the time left can be told: about as many turns take as long."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Method:
-    """How to measure.
+    """The settings of a measurement.
 
     Attributes:
-        rounds: how often each contender has its turn.
+        rounds: the number of turns of each contender.
         seconds: the length of a turn.
         limit: seconds for a build, and for a turn; what takes longer is stopped and reported.
         jobs: builds at a time.
@@ -62,7 +61,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model itself gives: its results, None if two calls differ, and the coarsest of its floating types."""
+    """The model's own results, None if two calls differ, and the coarsest of its floating types."""
 
     results: list[Tensor] | None
     dtype: str | None
@@ -93,12 +92,12 @@ class Runner:
         )
 
     def turn(self, least: int) -> None:
-        """A run of some calls, at least `least` of them."""
+        """Let the contender run for one turn, for at least `least` calls."""
         reply = self._ask("run", seconds=self.method.seconds, least=least)
         self.times += reply.get("times", [])
 
     def finish(self, expected: Expected) -> Row:
-        """The figures, with the error against what is expected. The process is ended."""
+        """Return the figures, with the error against what is expected, and end the process."""
         path = self.folder / "results.pt"
         reply = self._ask("results", path=str(path))
         row = Row(self.subject, self.entry.contender, self.entry.plan)
@@ -115,7 +114,7 @@ class Runner:
             self.process.close()
 
     def _ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """The reply of the process; empty once it has failed."""
+        """Return the reply of the process; empty once it has failed."""
         process = self.process
         return self._try(lambda: process.ask(self.method.limit, do, **request)) or {} if process else {}
 
@@ -136,19 +135,20 @@ def measure(
     skip: Callable[[Subject, Entry], str | None] = lambda subject, entry: None,
     progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> tuple[list[Row], list[tuple[Subject, Entry]]]:
-    """All entries on their subjects: first all are built, then those of each subject have their turns.
+    """Measure all entries on their subjects: first all are built, then those of each subject have their turns.
 
     Args:
-        work: what to measure.
-        method: how.
-        skip: why an entry need not be tried, if there is a reason.
+        work: the entries to measure on each subject.
+        method: the settings.
+        skip: gives the reason why an entry need not be tried, or None.
         progress: called with what is being done, and the steps done since the last call: `BUILD` for each build, and
             one for each turn.
 
     Returns:
-        A row for each entry, and which ran past the limit.
+        A row for each entry, and those that ran past the limit.
     """
     with ExitStack() as stack:
+        # The folder is entered first, so that it is removed last, when the processes that use it have ended.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unroll-bench-")))
         saved = {subject: folder / f"{number}.pt" for number, subject in enumerate(work)}
         expected = {subject: _expected(subject, path) for subject, path in saved.items()}
@@ -171,6 +171,7 @@ def measure(
             with ThreadPoolExecutor(method.jobs) as pool:
                 list(pool.map(build, runners))
         rows = []
+        # The processes of one subject take turns: what else the machine does then meets all of them alike.
         for subject in work:
             mine = [runner for runner in runners if runner.subject == subject]
             for number in range(method.rounds):
@@ -187,7 +188,7 @@ def _summary(times: list[float]) -> dict[str, Any]:
 
 
 def _expected(subject: Subject, path: Path) -> Expected:
-    """What is expected of all forms of the model, whose numbers go to a file: its results on the CPU in float64.
+    """Save the model's numbers to a file and return what is expected of all forms: its CPU results in float64.
 
     Of a model of the user's own that cannot run in float64 they are those in its own types.
     """
@@ -198,7 +199,7 @@ def _expected(subject: Subject, path: Path) -> Expected:
     runs, failure = [], None
     for form in (task.double(), task):
         try:
-            runs.append((_results(form), _results(form)))
+            runs.append((_results(form), _results(form)))  # twice: a model with random numbers differs from itself
         except UnrollError:
             raise
         except Exception as error:
@@ -206,6 +207,7 @@ def _expected(subject: Subject, path: Path) -> Expected:
     if not runs:
         fix = "let it return a model and a tuple of arguments with which it runs on a CPU"
         raise UnrollError(Problem(subject.model, f"cannot run ({first_line(failure)})", fix)) from failure
+    # The first run is in float64 if that is possible, the last in the model's own types if that is.
     first, second = runs[0]
     seen = [*task.model.parameters(), *tensors((task.args, task.kwargs)), *runs[-1][0]]
     names = {str(tensor.dtype).removeprefix("torch.") for tensor in seen}
@@ -219,8 +221,8 @@ def _results(task: Task) -> list[Tensor]:
 
 
 def error_of(expected: Sequence[Tensor] | None, found: Sequence[Tensor]) -> float | None:
-    """The largest difference relative to the largest value of each result; of integers and booleans the share that
-    differs. None if nothing is compared, infinite if the results do not correspond."""
+    """Return the largest difference relative to the largest value of each result; of integers and booleans the share
+    that differs. None if nothing is compared, infinite if the results do not correspond."""
     if expected is None:
         return None
     shapes, others = ([(t.shape, t.is_floating_point(), t.is_complex()) for t in some] for some in (expected, found))
@@ -231,11 +233,12 @@ def error_of(expected: Sequence[Tensor] | None, found: Sequence[Tensor]) -> floa
 
 
 def _difference(exact: Tensor, found: Tensor) -> float:
-    """Of two tensors of one shape, with elements. What is not finite in `exact` must be the same in `found`."""
+    """Compare two tensors of one shape, with elements. What is not finite in `exact` must be the same in `found`."""
     if exact.is_complex():
         exact, found = torch.view_as_real(exact), torch.view_as_real(found)
     if not exact.is_floating_point():
         return float((exact != found).double().mean())
+    # max |found - exact| / max |exact|, over the places where exact is finite
     exact, found = exact.double(), found.double()
     finite = exact.isfinite()
     same = exact.isclose(found, rtol=0, atol=0, equal_nan=True)

@@ -19,7 +19,7 @@ AXES = {"steps": "time steps", "batch": "batch", "hidden_size": "hidden features
 
 @dataclass(frozen=True)
 class Picture:
-    """A kind of picture: its file, what stands at its side, and the figure of a row among those of its subject."""
+    """A kind of picture: its file, the label at its side, and the figure of a row among those of its subject."""
 
     file: str
     label: str
@@ -64,7 +64,7 @@ def draw(files: Sequence[str | os.PathLike[str]] | Measurements, folder: str | o
 
 
 def axis_of(rows: Sequence[Row]) -> str:
-    """What the pictures run over: the first of steps, batch and hidden size that has several values."""
+    """Return the option that the pictures run over: the first of steps, batch and hidden size with several values."""
     for name in SWEPT:
         if len({getattr(row.subject, name) for row in rows}) > 1:
             return name
@@ -72,7 +72,7 @@ def axis_of(rows: Sequence[Row]) -> str:
 
 
 def panels(rows: Sequence[Row], axis: str) -> dict[Subject, dict[str, list[tuple[float, Row]]]]:
-    """For each subject without its axis, the points of each form by name."""
+    """Return for each subject without its axis the points of each form by name."""
     found: dict[Subject, dict[str, list[tuple[float, Row]]]] = {}
     for row in rows:
         if row.median:
@@ -88,6 +88,7 @@ def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
 
     axis, groups = axis_of(rows), by_subject(rows)
     found = panels(rows, axis)
+    # The fused layer comes first. A form has the same style in every panel, by its place among all names.
     names = sorted({name for lines in found.values() for name in lines}, key=lambda name: (name != FUSED, name))
     columns = min(3, len(found))
     lines_of_panels = -(-len(found) // columns)
@@ -111,6 +112,7 @@ def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
         part.grid(alpha=0.3)
     for part in parts[len(found) :]:
         part.set_axis_off()
+    # One legend for all panels, as a form may be absent from some.
     known = {label: handle for part in parts for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
     order = [name for name in names if name in known]
     figure.legend([known[name] for name in order], order, loc="outside right upper", fontsize=7)
@@ -120,6 +122,6 @@ def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour and marker of a form, the same in every panel; black for the fused layer, which comes first."""
+    """Return colour and marker of a form, the same in every panel; black for the fused layer, which comes first."""
     colours = ("black", *(f"C{k}" for k in range(10)))
     return {"color": colours[number % len(colours)], "marker": "osD^vP*Xh<>"[number % 11], "markersize": 4, "lw": 1.2}

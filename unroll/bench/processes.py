@@ -17,11 +17,11 @@ START = 300.0
 
 
 class Failed(Exception):
-    """A contender that cannot go on, and why."""
+    """A contender cannot go on, for the reason given."""
 
 
 class Late(Failed):
-    """It took longer than the limit."""
+    """A contender took longer than the limit."""
 
 
 class Process:
@@ -34,6 +34,7 @@ class Process:
         self.closed, self.errors = False, folder / "errors.txt"
         variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         variables |= {} if alone else {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        # The worker imports what this process can. Its cache is its own and empty, so that every build is a cold one.
         paths = {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
@@ -45,15 +46,15 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=os.environ | variables | paths,
-                start_new_session=True,
+                start_new_session=True,  # a group of its own, so that `close` ends its compilers too
             )
 
     def wait(self) -> None:
-        """Until the process is ready."""
+        """Wait until the process is ready."""
         self._reply(START, "start")
 
     def ask(self, limit: float, do: str, **request: Any) -> dict[str, Any]:
-        """The reply to a request.
+        """Send a request and return the reply.
 
         Raises:
             Failed: with the reason; `Late` if there is none within `limit` seconds.
@@ -70,6 +71,7 @@ class Process:
     def _reply(self, limit: float, do: str) -> dict[str, Any]:
         stdout = self.process.stdout
         assert stdout
+        # A request has one line of reply, so none is left in the buffer, where select would not see it.
         if not select.select([stdout], [], [], limit)[0]:
             self.close()
             raise Late(f"took more than {limit:g} s to {do}")

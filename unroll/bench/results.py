@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of figures, with the machine that they come from; tables, advice and files of them."""
+"""Findings of a benchmark: rows of figures, with the machine that they come from; tables, advice and files of them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from typing import Any
 
 from unroll.bench.contenders import CONTENDERS, FUSED
 from unroll.bench.subjects import Subject
+from unroll.comparison import ACROSS_RUNTIMES, align
 from unroll.core.errors import Problem, UnrollError
 
-WRONG = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}
+WRONG = {str(dtype).removeprefix("torch."): limit for dtype, limit in ACROSS_RUNTIMES.items()}
 """From this error on, relative to the largest value, a result counts as wrong and its contender is not advised."""
-
 
 NEAR = 1.05
 """Medians no further apart than this count as equal."""
-
 
 COLUMNS = ("form", "first call", "median", "p10", "x fused", "seq/s", "memory", "nodes", "size", "error")
 
 
 def is_wrong(row: Row) -> bool:
-    """Whether the results of a contender are too far from the float64 result to be of use."""
+    """Tell whether the results of a contender are too far from the float64 result to be of use."""
     limit = WRONG[row.dtype or row.subject.dtype or "float32"]
-    return row.error is not None and not row.error <= limit
+    return row.error is not None and not row.error <= limit  # NaN is wrong too
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """Which form to use, from the rows of one subject.
+    """Advise which form to use, from the rows of one subject.
 
-    The fastest that gives right results; among those within `NEAR` of it the fused layer, then what keeps the layer,
-    then what is built soonest. Where that keeps the recurrent layer, the best form without it is named too.
+    It is the fastest that gives right results; among those within `NEAR` of it the fused layer, then what keeps the
+    layer, then what is built soonest. Where that keeps the recurrent layer, the best form without it is named too.
     """
     ran = [row for row in rows if row.median]
     usable = [row for row in ran if not is_wrong(row)]
@@ -42,7 +41,7 @@ def advice(rows: Sequence[Row]) -> str:
         why = "no form that ran gives right results" if ran else "nothing ran"
         return f"{_for(rows)}: {why}, so there is nothing to advise."
     best, base = _best(usable), fused(usable)
-    named = [best]
+    named = [best]  # the forms that the text names
     if best is base:
         text = f"use the fused layer as it is, {_seconds(best.median)} a call"
         if others := [row for row in usable if row is not best]:
@@ -53,6 +52,7 @@ def advice(rows: Sequence[Row]) -> str:
         if base is not None:
             text += f", {_times(base, best)} as fast as the fused layer"
         text += f", after {_seconds(best.first_call)} to build it"
+    # The best form without the recurrent layer is named too, unless the text has such a form.
     explicit = [row for row in usable if not CONTENDERS[row.contender].keeps]
     if explicit and all(CONTENDERS[row.contender].keeps for row in named):
         second = _best(explicit)
@@ -66,6 +66,7 @@ def _for(rows: Sequence[Row]) -> str:
 
 def _best(rows: Sequence[Row]) -> Row:
     fastest = min(row.median or 0.0 for row in rows)
+    # Among those near the fastest: the fused layer, then what keeps the layer, then what is built soonest.
     near = [row for row in rows if (row.median or 0.0) <= NEAR * fastest]
     base = fused(rows)
     return min(near, key=lambda row: (row is not base, not CONTENDERS[row.contender].keeps, row.first_call, row.median))
@@ -76,7 +77,7 @@ def _times(row: Row, other: Row) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    """Such as `0.27 ms` or `1.3 s`."""
+    """Write seconds such as `0.27 ms` or `1.3 s`."""
     if value is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -92,7 +93,7 @@ def _bytes(value: int | None) -> str:
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    """A line of the table, under `COLUMNS`, for a contender that ran."""
+    """Return a line of the table, under `COLUMNS`, for a contender that ran."""
     times = ratio(row, rows)
     return [
         row.name,
@@ -107,17 +108,16 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """The fastest first, those that failed last."""
+    """Sort rows: the fastest first, those that failed last."""
     return sorted(rows, key=lambda row: (bool(row.failure), row.median or 0.0))
 
 
 def as_text(found: Measurements) -> str:
-    """Tables of plain text."""
+    """Write measurements as tables of plain text."""
     parts = []
     for subject, rows in by_subject(found.rows).items():
         lines = [list(COLUMNS), *(cells(row, rows) for row in in_order(rows) if not row.failure)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        table = align(lines)
         failed = [f"{row.name}: {row.failure}" for row in rows if row.failure]
         parts.append("\n".join([str(subject), *table, *failed, advice(rows)]))
     return "\n\n".join(parts)
@@ -128,14 +128,14 @@ class Row:
     """One contender on one subject. Either `failure` says why there are no figures, or they are there.
 
     Attributes:
-        subject: what was measured.
+        subject: the layer or model that was measured.
         contender: its name in the table of contenders.
         plan: the plan's name; empty for forms that do not unroll.
-        failure: why it could not run.
+        failure: the reason why it could not run.
         first_call: seconds to build it and to call it once.
         median: seconds of a call.
         p10: seconds that one call in ten stays below.
-        calls: how many were timed.
+        calls: the number of those timed.
         memory: the largest memory of its process in bytes, Python and torch included; on a GPU what torch allocated.
         nodes: operations of the compiled graphs, or nodes of the file.
         size: bytes of the files that it needs to run.
@@ -176,9 +176,9 @@ class Measurements:
     """All rows of one run; printing it shows a table for each subject, and what follows from it.
 
     Attributes:
-        rows: what was found.
-        machine: where.
-        command: by which command, if it was one.
+        rows: the figures that were found.
+        machine: the machine they were found on.
+        command: the command that found them, if it was one.
     """
 
     rows: tuple[Row, ...]
@@ -193,18 +193,14 @@ class Measurements:
 
     @property
     def advice(self) -> list[str]:
-        """A sentence for each subject: which form to use."""
-        from unroll.bench.results import advice
-
+        """A sentence for each subject that says which form to use."""
         return [advice(rows) for rows in by_subject(self.rows).values()]
 
     def __str__(self) -> str:
-        from unroll.bench.results import as_text
-
         return as_text(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         rows = [asdict(row) | {"throughput": row.throughput} for row in self.rows]
         return {"command": self.command, "machine": dict(self.machine), "rows": rows, "advice": self.advice}
 
@@ -214,6 +210,7 @@ class Measurements:
         Raises:
             UnrollError: if it cannot be written.
         """
+        # Written apart and moved into place: a reader never finds half a file.
         draft = Path(f"{os.fspath(path)}.part")
         try:
             draft.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
@@ -245,7 +242,7 @@ class Measurements:
 
 
 def by_subject(rows: Iterable[Row]) -> dict[Subject, list[Row]]:
-    """The rows of each subject, in the order in which they were measured."""
+    """Group rows by subject, in the order in which they were measured."""
     groups: dict[Subject, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.subject, []).append(row)
@@ -253,11 +250,11 @@ def by_subject(rows: Iterable[Row]) -> dict[Subject, list[Row]]:
 
 
 def fused(rows: Sequence[Row]) -> Row | None:
-    """Among rows of one subject, that of the model as PyTorch runs it."""
+    """Return, among rows of one subject, that of the model as PyTorch runs it; None if it did not run."""
     return next((row for row in rows if row.contender == FUSED and row.median), None)
 
 
 def ratio(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times as long as the fused layer a contender takes."""
+    """Return how many times as long as the fused layer a contender takes; None if either did not run."""
     base = fused(rows)
     return row.median / base.median if base and base.median and row.median else None

@@ -82,10 +82,10 @@ def benchmark(
     _check(method, save)
     step = _Steps(progress, len(chosen) * len(entries) * (BUILD + rounds))
     rows: list[Row] = []
-    late: dict[tuple[Subject, Entry], int] = {}
+    late: dict[tuple[Subject, Entry], int] = {}  # steps with which an entry was late, by its subject without steps
 
     def longer(subject: Subject, entry: Entry) -> str | None:
-        """Whether the same with fewer steps ran past the limit."""
+        """Return a reason to skip an entry: the same with no more steps ran past the limit."""
         shorter = late.get((replace(subject, steps=None), entry))
         if shorter and subject.steps and shorter <= subject.steps:
             return f"took more than {limit:g} s at T={shorter}"
@@ -105,7 +105,7 @@ def benchmark(
 
 
 class _Steps:
-    """Counts the steps for whoever shows them; several builds may report at once."""
+    """A counter of steps for whoever shows them; several builds may report at once."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
@@ -119,7 +119,7 @@ class _Steps:
 
 
 def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | None) -> list[Entry]:
-    """What to measure, in the order of the table of contenders."""
+    """Return what to measure, in the order of the table of contenders."""
     asked = list(CONTENDERS) if contenders is None else list(contenders)
     fix = f"choose among {', '.join(CONTENDERS)}"
     problems = Problems(Problem(f"contender {name!r}", "is unknown", fix) for name in asked if name not in CONTENDERS)
@@ -129,7 +129,7 @@ def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | Non
     if plans is not None and not any(CONTENDERS[name].unrolls for name in asked):
         finding = f"was given, but {', '.join(asked)} unroll nothing"
         raise UnrollError(Problem("plans", finding, "leave it out, or choose a contender that unrolls"))
-    given = None if plans is None else list(_layouts(plans))
+    given = None if plans is None else list(_layouts(plans))  # for all that unroll, in place of their own plans
     return [
         entry
         for name, contender in CONTENDERS.items()
@@ -143,7 +143,7 @@ def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | Non
 
 
 def _layouts(plans: Sequence[str | Plan]) -> Iterator[tuple[str, Plan]]:
-    """Plans with their names, each once."""
+    """Yield plans with their names, each once."""
     seen = set()
     if not plans:
         raise UnrollError(Problem("plans", "names none", "leave it out, or give some"))

@@ -1,4 +1,4 @@
-"""What is measured: a layer given by its options, or a model of the user's own."""
+"""The subjects of measurements: a layer given by its options, or a model of the user's own."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ LAYER: dict[str, Any] = {
     "batch": 1,
     "dtype": "float32",
 }
-"""The options of a layer and of its input, and what is taken for those that are not given"""
-
+"""The options of a layer and of its input, with the values of those that are not given"""
 
 SWEPT = ("steps", "batch", "hidden_size")
 """Options that may be several values: every combination is then measured."""
-
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 """Floating types, the finest first"""
@@ -63,7 +61,7 @@ class Subject:
     backward: bool = False
 
     def __str__(self) -> str:
-        """Such as `LSTM 64 → 128, T=32, B=1, float32, cpu, 1 thread`."""
+        """Return a line such as `LSTM 64 → 128, T=32, B=1, float32, cpu, 1 thread`."""
         parts = [self.model]
         if self.is_layer:
             layers = "" if self.num_layers == 1 else f" x {self.num_layers}"
@@ -84,7 +82,7 @@ class Subject:
 
 
 def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: Any) -> list[Subject]:
-    """The subjects that arguments of `benchmark` ask for: one for each combination of what is swept.
+    """Return the subjects that arguments of `benchmark` ask for: one for each combination of what is swept.
 
     Raises:
         UnrollError: for unknown options, and for values that no layer takes.
@@ -123,6 +121,7 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
     if ":" in model:
         return [Subject(model, **conditions)]
     chosen = LAYER | given
+    # The values of each swept option, each once and in the order given: the last option runs fastest.
     values = [dict.fromkeys(v) if isinstance(v := chosen[name], Sequence) else [v] for name in SWEPT]
     return [
         Subject(model.upper(), **chosen | dict(zip(SWEPT, combination, strict=True)), **conditions)
@@ -131,7 +130,7 @@ def subjects(model: str, *, device: str, threads: int, backward: bool, **layer: 
 
 
 def _problems(kind: str, given: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong with the options of a layer, apart from what its own constructor says."""
+    """Yield what is wrong with the options of a layer, apart from what its own constructor says."""
     if kind not in ("LSTM", "GRU", "RNN"):
         fix = "give lstm, gru or rnn, or package.module:name of a function that returns a model"
         yield Problem(f"model={kind!r}", "is no recurrent layer", fix)
@@ -166,7 +165,7 @@ class Task:
 
     @staticmethod
     def of(subject: Subject) -> Task:
-        """The task on the CPU, its numbers drawn from a fixed seed.
+        """Make the task on the CPU, its numbers drawn from a fixed seed.
 
         Raises:
             UnrollError: if the layer cannot be made, or the function that makes the model cannot be used.
@@ -184,17 +183,18 @@ class Task:
 
     @staticmethod
     def load(subject: Subject, path: str) -> Task:
-        """The task with the numbers of a file, on the subject's device."""
+        """Return the task with the numbers of a file, on the subject's device."""
         task, saved = Task.of(subject), torch.load(path, weights_only=False)
         task.model.load_state_dict(saved["state"])
         return Task(subject, task.model, saved["args"], saved["kwargs"])._moved(subject.device)
 
     def double(self) -> Task:
-        """The same in float64."""
+        """Return the same in float64."""
+        # with a copy of the model, as `_moved` changes it in place
         return Task(self.subject, copy.deepcopy(self.model), self.args, self.kwargs)._moved(torch.float64)
 
     def runner(self, function: Callable[..., Any]) -> Callable[[], list[Tensor]]:
-        """A call of `function` in place of the model: its tensors, and the gradients in training."""
+        """Return a call of `function` in place of the model: its tensors, and the gradients in training."""
         if not self.subject.backward:
             return lambda: tensors(function(*self.args, **self.kwargs))
         leaves = [*tensors((self.args, self.kwargs)), *self.model.parameters()]
@@ -209,6 +209,7 @@ class Task:
             if not found:
                 fix = "give a model with parameters, or an argument, that require gradients, or leave backward out"
                 raise UnrollError(Problem(self.subject.model, "has no result to differentiate", fix))
+            # drawn once, in float64 and from a fixed seed: the same numbers for every form, device and dtype
             if not directions:
                 generator = torch.Generator().manual_seed(0)
                 directions.extend(torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in found)
@@ -218,7 +219,7 @@ class Task:
         return run
 
     def _moved(self, target: Any) -> Task:
-        """With model and floating numbers of this dtype, or all on this device."""
+        """Return the task with model and floating numbers of this dtype, or all on this device."""
         self.model.to(target)
 
         def moved(value: Any) -> Any:
@@ -235,7 +236,7 @@ class Task:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries, those of packed sequences too."""
+    """Return all tensors in nested tuples, lists and dictionaries, those of packed sequences too."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -256,7 +257,7 @@ def _layer(subject: Subject) -> nn.Module:
 
 
 def _input(subject: Subject) -> Tensor:
-    shape = int(subject.steps or 0), int(subject.batch or 0), int(subject.input_size or 0)
+    shape = int(subject.steps or 0), int(subject.batch or 0), int(subject.input_size or 0)  # [T, B, I]
     return torch.randn(shape).to(getattr(torch, str(subject.dtype))).requires_grad_(subject.backward)
 
 

@@ -29,16 +29,16 @@ from unroll.core.errors import UnrollError
 from unroll.core.plan import Plan
 
 WARM_UP = 0.2
-"""Of the time of a run: caches are cold after other processes"""
+"""Time of the warm-up, as a share of the run that follows: caches are cold after other processes"""
 
 
 class Worker:
-    """Answers requests; which ones, the methods say."""
+    """Answers requests, one with each public method."""
 
     def build(
         self, subject: dict[str, Any], contender: str, plan: dict[str, Any], saved: str, folder: str
     ) -> dict[str, Any]:
-        """Build a contender and call it once, both in the time that is told; imports come before."""
+        """Build a contender and call it once, both within the time that is told; imports come before."""
         self.subject, self.contender = Subject(**subject), CONTENDERS[contender]
         torch.set_num_threads(self.subject.threads)
         torch.set_grad_enabled(self.subject.backward)
@@ -46,6 +46,7 @@ class Worker:
         for name in self.contender.needs:
             importlib.import_module(name)
         task = Task.load(self.subject, saved)
+        # On a GPU a call returns before its kernels have ended.
         self.wait: Callable[[], None] = (
             torch.cuda.synchronize if torch.device(self.subject.device).type == "cuda" else lambda: None
         )
@@ -58,13 +59,14 @@ class Worker:
         return {"first_call": taken, "nodes": nodes, "size": sum(sizes) if sizes else None}
 
     def run(self, seconds: float, least: int = 1) -> dict[str, Any]:
-        """Call it again and again, at least `least` times: the seconds of each call after a warm-up."""
+        """Call it again and again, at least `least` times, and tell the seconds of each call after a warm-up."""
         self._repeat(WARM_UP * seconds, least)
         return {"times": self._repeat(seconds, least)}
 
     def results(self, path: str) -> dict[str, Any]:
         """Write what a call gives to a file, and tell the largest memory since the start."""
         on_gpu = torch.device(self.subject.device).type == "cuda"
+        # read before the results are copied, which takes memory of its own
         memory = (
             largest_memory() if not on_gpu else torch.cuda.max_memory_allocated() if self.contender.in_torch else None
         )
@@ -88,19 +90,21 @@ class Worker:
 
 
 def largest_memory() -> int:
-    """The most bytes that this process has held at a time.
+    """Return the most bytes that this process has held at a time.
 
-    The system's own record, where there is one: `getrusage` counts what the process was forked from as well.
+    The system's own record tells, where there is one: `getrusage` counts what the process was forked from as well.
     """
     record = Path("/proc/self/status")
     if record.exists():
         line = next(line for line in record.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    # bytes on macOS, elsewhere kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
     """Answer until the input ends."""
+    # Replies go to the standard output as it was; all that is printed from here on, to the standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")

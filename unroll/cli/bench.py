@@ -152,7 +152,7 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
 
 
 def as_tables(found: Measurements) -> list[Any]:
-    """What rich prints: for each subject a table, lines in which failed contenders say why, and the advice."""
+    """Return the parts that rich prints: for each subject a table, why contenders failed, and the advice."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -45,7 +45,6 @@ app.command("bench", short_help="Measure a layer or a model in every form.")(ben
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 
-
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
 
 
@@ -61,13 +60,11 @@ is one and --plan does not say."""
 
 TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 
-
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
 
 
 JUDGING = ("model", "target", "as_json")
 """What goes with --target"""
-
 
 UNROLLING = ("where", "plan")
 """What else goes with it if the model is to be unrolled"""

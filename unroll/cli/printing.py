@@ -1,4 +1,4 @@
-"""How the command line prints texts, tables, JSON and the progress of work: in full, and as they are."""
+"""Printing on the command line: texts, tables, JSON and the progress of work, in full and as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unroll.export.exporting import Export
 
 
 def console(**options: Any) -> Console:
-    """A console that takes no `:boom:` in a name for a picture."""
+    """Make a console that takes no `:boom:` in a name for a picture."""
     return Console(highlight=False, emoji=False, **options)
 
 
@@ -74,7 +74,7 @@ def plain(export: Export) -> dict[str, Any]:
 
 @contextmanager
 def show_parts() -> Iterator[Callable[[str], None]]:
-    """A function that shows which part of the work is being done, and for how long, on a terminal."""
+    """Show on a terminal, while this lasts, the part of the work being done and its time; yield what sets the part."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     errors = console(stderr=True)
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -83,5 +83,5 @@ def show_parts() -> Iterator[Callable[[str], None]]:
 
 
 def stdout_for(as_json: bool) -> Any:
-    """While this lasts, what others print does not get among the JSON."""
+    """Keep what others print out of the JSON while this lasts."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()

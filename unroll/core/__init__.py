@@ -1,1 +1,1 @@
-"""What everything else is built of."""
+"""The parts that all other folders are built of."""

@@ -12,11 +12,11 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import Recurrence
 
 AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}
-"""What autocast casts; it leaves float64 and integers alone."""
+"""The dtypes that autocast casts; it leaves float64 and integers alone."""
 
 
 def autocast_dtype(tensor: Any) -> torch.dtype | None:
-    """What autocast computes in on the tensor's device, or None where it is off."""
+    """Return the dtype in which autocast computes on the tensor's device, or None where it is off."""
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
@@ -35,7 +35,7 @@ def check_arguments(
     """Refuse what torch refuses, before anything is computed.
 
     Args:
-        recurrence: what the layer is.
+        recurrence: the layer without its tensors.
         place: its name, for the message.
         input: anything with `shape` (and `dtype` and `device`, if `weight` is given).
         state: None, a tensor, or for an LSTM the pair `(h_0, c_0)`.
@@ -56,6 +56,7 @@ def check_arguments(
         return good
 
     features = recurrence.input_size
+    # packed [rows, F]; a cell [F] or [B, F]; a layer [T, F] or [T, B, F], with batch_first [B, T, F]
     ranks = (2,) if rows is not None else (1, 2) if recurrence.is_cell else (2, 3)
     wanted = " or ".join(f"{rank}-D" for rank in ranks)
     known = expect(len(shape) in ranks, "input", f"is {len(shape)}-D, {list(shape)}", f"give a {wanted} tensor")
@@ -63,6 +64,7 @@ def check_arguments(
         fix = f"its last size must be input_size={features}"
         known = expect(shape[-1] == features, "input", f"has shape {list(shape)}", fix)
     batched = rows is not None or len(shape) == ranks[-1]
+    # axes where there is a batch; without one the steps are axis 0
     time, batch = (1, 0) if recurrence.batch_first else (0, 1)
     if known and rows is None and not recurrence.is_cell:
         length = shape[time if batched else 0]
@@ -84,6 +86,7 @@ def check_arguments(
             for name, tensor, size in zip(names, tensors, recurrence.state_sizes, strict=True):
                 checked.append((name, tensor))
                 if known:
+                    # a layer's [passes, B, size], a cell's [B, size]; without a batch there is no B
                     lead = () if recurrence.is_cell else (recurrence.passes,)
                     count = shape[0 if recurrence.is_cell else batch] if rows is None and batched else rows
                     form = (*lead, count, size) if batched else (*lead, size)
@@ -94,6 +97,7 @@ def check_arguments(
         for name, tensor in checked:
             fix = f"give {weight.device}, or move the module"
             expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", fix)
+            # dtypes may differ where autocast makes one of both
             cast = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
             good = tensor.dtype == weight.dtype or cast
             fix = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"

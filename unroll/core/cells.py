@@ -21,9 +21,8 @@ from unroll.core.weights import Affine, Precision, StepWeights, Tensorlike, Weig
 State = tuple[Tensorlike, ...]
 """`(h,)` or `(h, c)`, each `[B, size]`; an entry is None while it is still the zeros it began with."""
 
-
 Label = Callable[[Tensorlike, str], Tensorlike]
-"""Names a value (`label(value, "forget")`) and returns it."""
+"""A function that names a value (`label(value, "forget")`) and returns it."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +30,23 @@ class Cell:
     """One kind of recurrent cell."""
 
     gates: tuple[str, ...]
-    """In the order in which torch stacks them in the rows of a weight."""
+    """The gates, in the order in which torch stacks them in the rows of a weight."""
     sigmoid: tuple[str, ...]
     """Gates under a sigmoid. The last gate is the candidate, under the cell's other activation."""
     states: tuple[str, ...]
     folds: bool
-    """Whether the candidate's `b_hh` may be added to its `b_ih` (not in a GRU: reset scales it)."""
+    """True if the candidate's `b_hh` may be added to its `b_ih` (not in a GRU: reset scales it)."""
     step: Callable[[tuple[Tensorlike, ...], State, StepWeights, Label], State]
     """`step(x, state, weights, label) -> state`, for `x` already projected, one `[B, n]` a product."""
     waits: bool = False
-    """Whether the candidate's product needs the other gates first, so that it cannot be merged with theirs."""
+    """True if the candidate's product needs the other gates first, so that it cannot be merged with theirs."""
 
     @property
     def candidate(self) -> str:
         return next(gate for gate in self.gates if gate not in self.sigmoid)
 
     def products(self, layout: str) -> tuple[tuple[str, ...], ...]:
-        """Which gates share a product: `merged`, `paired` (sigmoid gates, candidate) or `split`."""
+        """Return the groups of gates that share a product: `merged`, `paired` (sigmoid gates, candidate) or `split`."""
         if layout == "split":
             return tuple((gate,) for gate in (*self.sigmoid, self.candidate))
         pair = (self.sigmoid, (self.candidate,))
@@ -55,7 +54,7 @@ class Cell:
         return tuple(group for group in groups if group)
 
     def input_products(self, layout: str) -> tuple[tuple[str, ...], ...]:
-        """Which gates share a product with `x`."""
+        """Return the groups of gates that share a product with `x`."""
         # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
         return self.products(layout if self.folds or layout == "split" else "paired")
 
@@ -76,6 +75,7 @@ class Cell:
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
         apart = () if self.folds else next(group for group in hidden if self.candidate in group)
 
+        # [gates * H, ...] becomes [H, ...] for each gate
         def by_gate(rows: Tensorlike) -> dict[str, Tensorlike]:
             parts = torch.chunk(rows, len(self.gates)) if len(self.gates) > 1 else (rows,)
             return dict(zip(self.gates, parts, strict=True))
@@ -88,6 +88,7 @@ class Cell:
             summed: bool = False,
         ) -> tuple[Affine, ...]:
             rows = by_gate(rows)
+            # [in, out] of a group, or summed [out, in]; its gates all have a bias in `biases`, or none has
             return tuple(
                 Affine(
                     torch.cat([rows[gate] for gate in group])
@@ -126,7 +127,7 @@ def _sigmoid_gates(
     label: Label,
     sigmoid: Callable[[Tensorlike], Tensorlike] = torch.sigmoid,
 ) -> list[Tensorlike]:
-    """The gates `names` out of one pre-activation that holds them all, or out of one each."""
+    """Return the gates `names`, out of one pre-activation that holds them all or out of one each."""
     activated = [sigmoid(part) for part in parts]
     gates = activated if len(parts) == len(names) else torch.chunk(activated[0], len(names), -1)
     return [label(gate, name) for gate, name in zip(gates, names, strict=True)]
@@ -138,9 +139,11 @@ def _lstm(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: 
     sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
     products = x if h is None else [w.onto(xi, h) for xi, w in zip(x, weights.hidden, strict=True)]
     pre = [weights.widen(product) for product in products]
+    # merged [B, 4 * H], in the order of the products: input, forget, output, candidate
     if len(pre) == 1:
         pre = torch.split(pre[0], [3 * size, size], -1)
     gates = pre[:-1]
+    # with peepholes i and f look at the old c, and o at the new one
     if weights.peephole is None:
         i, f, o = _sigmoid_gates(gates, ("input", "forget", "output"), label, sigmoid)
     else:
@@ -163,7 +166,7 @@ def _lstm(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: 
 
 
 def _peek(gate: Tensorlike, c: Tensorlike | None, weight: Tensorlike) -> Tensorlike:
-    """The pre-activation of a gate that looks at `c`."""
+    """Return the pre-activation of a gate that looks at `c`."""
     return gate if c is None else torch.add(gate, torch.mul(c, weight))
 
 
@@ -178,6 +181,7 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
     if hidden and h is not None:
         x_sigmoid = [w.onto(xi, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
     pre = [weights.widen(xi) for xi in x_sigmoid]
+    # merged: the product with h is one of all gates, [B, 3 * H], while those with x are two
     if not hidden and h_new is not None:
         h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
         pre = [torch.add(pre[0], h_sigmoid)]
@@ -201,7 +205,8 @@ def _gru_resetting_first(x: tuple[Tensorlike, ...], state: State, weights: StepW
 
 
 def _between(n: Tensorlike, z: Tensorlike, h: Tensorlike | None, weights: StepWeights, label: Label) -> State:
-    """The next `h` of a GRU, on the way from its candidate to the last one."""
+    """Return the next `h` of a GRU, between its candidate `n` and the last `h`."""
+    # (1 - z) * n + z * h
     h = torch.sub(n, torch.mul(z, n)) if h is None else torch.add(n, torch.mul(z, torch.sub(weights.widen(h), n)))
     return (label(weights.narrow(h), "h"),)
 
@@ -229,7 +234,6 @@ CELLS = {
     "RNN_RELU": Cell(("hidden",), (), ("h",), True, _rnn(torch.relu)),
 }
 """The cells by torch's name of the mode (`nn.RNNBase.mode`)."""
-
 
 ONNX_CELLS = {
     # As a GRU, but n = tanh(W_in x + b_in + W_hn (r * h) + b_hn): `linear_before_reset` 0, the standard's default

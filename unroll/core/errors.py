@@ -1,4 +1,4 @@
-"""Why something cannot be unrolled: places, findings, and what to do."""
+"""The reasons why something cannot be unrolled: places, findings, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Problem(NamedTuple):
     """One reason why something cannot be unrolled or run."""
 
     place: str
-    """Module path, node or argument"""
+    """The module path, node or argument"""
     finding: str
     fix: str
 

@@ -19,12 +19,12 @@ class Layout(NamedTuple):
     """The parameters as the steps want them."""
 
     passes: list[StepWeights]
-    """For each layer and direction"""
+    """The weights of each layer and direction"""
     stacks: list[StepWeights]
-    """For passes that go together, a step of theirs being one batched product: the directions of each layer, or all
-    layers; empty where each goes by itself"""
+    """The weights of passes that go together, a step of theirs being one batched product: the directions of each
+    layer, or all layers; empty where each goes by itself"""
     widths: tuple[int, ...]
-    """Features of what a step reads of the input, for each product"""
+    """The features of what a step reads of the input, for each product"""
 
 
 def lay_out(
@@ -51,6 +51,7 @@ def lay_out(
                 if m.bias is not None:
                     target(m.bias, f"bias_{kind}")
         passes.append(prepared)
+    # a stack has no `inputs` where these go over all steps at once, before the steps of the stack
     stacks = []
     if plan.directions == "stacked" and recurrence.bidirectional:
         for layer in range(recurrence.num_layers):
@@ -65,23 +66,23 @@ def lay_out(
 
 
 def precision_of(dtype: torch.dtype | None) -> Precision | None:
-    """The types for rows of `dtype`, where there are two."""
+    """Return the two types for rows of `dtype`, or None where there is one."""
     return Precision(dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else None
 
 
 class Frozen(NamedTuple):
-    """Where the weights of a frozen layer are, laid out for the steps."""
+    """The buffers that hold the weights of a frozen layer, laid out for the steps."""
 
     layout: Layout
-    """With names of buffers in place of tensors"""
+    """The layout, with names of buffers in place of tensors"""
     dtype: torch.dtype
-    """Of the parameters that they were made of"""
+    """The dtype of the parameters that they were made of"""
 
     @classmethod
     def of(
         cls, recurrence: Recurrence, weights: Sequence[Tensor], plan: Plan, keep: Callable[[str, Tensor], str]
     ) -> Frozen:
-        """Lay out weights, and keep the results: `keep` is given a name and a tensor, and says where it went."""
+        """Lay out weights, and keep the results: `keep` is given a name and a tensor, and returns the buffer's name."""
 
         def kept(prefix: str, prepared: StepWeights) -> StepWeights:
             # What is only a view of a parameter, such as a transposed projection, would change with it.
@@ -95,22 +96,22 @@ class Frozen(NamedTuple):
 
     @property
     def first(self) -> str:
-        """One of the buffers."""
+        """The name of one of the buffers."""
         return self.layout.passes[0].inputs[0].weight
 
     @property
     def names(self) -> list[str]:
-        """All buffers."""
+        """The names of all buffers."""
         found: list[str] = []
         self.mapped(lambda name, kind: found.append(name))
         return found
 
     def under(self, place: str) -> Frozen:
-        """The same, named from a module that has the layer at `place`."""
+        """Return the same, named from a module that has the layer at `place`."""
         return self._replace(layout=self.mapped(lambda name, kind: f"{place}.{name}"))
 
     def read(self, layer: Any, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
-        """The tensors, for a run of the layer on rows of `dtype`, in which autocast makes weights `cast`.
+        """Return the tensors, for a run of the layer on rows of `dtype`, in which autocast makes weights `cast`.
 
         Raises:
             UnrollError: for another dtype than that of the parameters: biases were added up in that one.
@@ -134,7 +135,7 @@ class Frozen(NamedTuple):
 
 
 def _mapped(prepared: StepWeights, change: Callable[[Any, str], Any]) -> StepWeights:
-    """The same with `change(value, kind)` in place of each value; kinds are such as `weight_hh0`."""
+    """Return the same with `change(value, kind)` in place of each value; kinds are such as `weight_hh0`."""
 
     def of(maps: Iterable[Affine], kind: str) -> tuple[Affine, ...]:
         return tuple(

@@ -11,15 +11,14 @@ from torch import nn
 from unroll.core.errors import Problem, Problems, UnrollError
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
-"""Which layers: a name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
-
+"""A choice of layers: name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
 
 Rules = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
-"""For classes of the user's own: a function from the layer to a module that stands in for it."""
+"""For each class of the user's own, a function from the layer to a module that stands in for it."""
 
 
 def read_where(where: Any) -> Any:
-    """An argument `where=`, several names in a list.
+    """Return an argument `where=`, several names in a list.
 
     Raises:
         UnrollError: for anything else; a class could be called like a function, but makes layers.
@@ -40,7 +39,7 @@ def read_where(where: Any) -> Any:
 
 
 def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
-    """Whether `where` picks a layer with these names."""
+    """Tell whether `where` picks a layer with these names."""
     if where is None:
         return True
     if callable(where):
@@ -50,7 +49,7 @@ def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
 
 
 def unknown_names(where: Where, names: Sequence[str], what: str = "layer") -> Problems:
-    """A problem for each pattern in `where` that picks none of these names."""
+    """Return a problem for each pattern in `where` that picks none of these names."""
     if where is None or callable(where):
         return Problems()
     known = ", ".join(names) or "none"
@@ -66,7 +65,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def check_rules(rules: Any) -> Rules:
-    """An argument `rules=`.
+    """Return an argument `rules=`, None as no rules.
 
     Raises:
         UnrollError: for what is no rule in any model.
@@ -85,7 +84,7 @@ def check_rules(rules: Any) -> Rules:
 
 
 def unknown_rules(unused: Iterable[type]) -> Problems:
-    """A problem for each class of a rule that is the class of no layer."""
+    """Return a problem for each class of a rule that is the class of no layer."""
     fix = "leave it out, or name the very class of the layer; base classes do not count"
     finding = "is the class of no layer to unroll"
     return Problems(Problem(f"rules={{{_named(kind)}: ...}}", finding, fix) for kind in unused)
@@ -98,13 +97,12 @@ def _named(kind: Any) -> str:
 Steps = int | Mapping[str, int] | None
 """The number of time steps, for all layers or by the layer's name."""
 
-
 FIXED = "fixed"
-"""For `steps`: a symbolic length is that of the example, where whoever traces guards it."""
+"""The value of `steps` by which a symbolic length is that of the example, where whoever traces guards it."""
 
 
 def unknown_steps(steps: Any, names: Iterable[str]) -> Problems:
-    """A problem for each layer in `steps`, if it is by name, that is not among these."""
+    """Return a problem for each layer in `steps`, if it is by name, that is not among these."""
     if not isinstance(steps, Mapping):
         return Problems()
     names = list(dict.fromkeys(names))
@@ -118,8 +116,8 @@ def choose_steps(place: str, known: Any, asked: Any) -> int | None:
 
     Args:
         place: the layer.
-        known: what its model tells.
-        asked: what was asked for it.
+        known: the number that its model tells.
+        asked: the number that was asked for it.
 
     Raises:
         UnrollError: if the two differ, or it is no number of steps.

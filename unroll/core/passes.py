@@ -15,14 +15,14 @@ from unroll.core.weights import StepWeights, Tensorlike
 
 
 class Run(NamedTuple):
-    """What all passes of a run of a layer have in common."""
+    """The values that all passes of a run of a layer have in common."""
 
     recurrence: Recurrence
     layout: Layout
     steps: Any
-    """How many: T"""
+    """The number of steps, T"""
     masks: list[Tensorlike] | None
-    """`[B, 1]` for each step, or None"""
+    """The mask of each step, `[B, 1]`, or None"""
     target: Target
 
     def step(self, scope: str, weights: StepWeights, masks: Any) -> Step:
@@ -36,7 +36,8 @@ class Run(NamedTuple):
         return step
 
     def pieces(self, rows: Tensorlike, sizes: Sequence[int] | None = None) -> Sequence[Tensorlike]:
-        """Divide projected rows, of which there may be `sizes`, into what each step reads."""
+        """Divide projected rows into what each step reads, in pieces of `sizes` if they are given."""
+        # true if a step only adds its product to x, and reads x in no other way; see `Target.divide`
         into_products = self.recurrence.cell.folds and not any(m.summed for m in self.layout.passes[0].hidden)
         return split_rows(rows, self.steps, sizes) if sizes or into_products else self.target.divide(rows, self.steps)
 
@@ -47,12 +48,12 @@ def run_pass(
     """Run pass number `k`.
 
     Args:
-        run: what it is a pass of.
+        run: the run that it is a pass of.
         k: its number, direction after direction and layer after layer.
-        rows: what it reads, `[T * B, features]`.
+        rows: the rows that it reads, `[T * B, features]`.
         start: the state it begins with.
-        over: what goes over the steps: `scan`, `scan_packed`, or the loop of a target, which is given the rows of all
-            steps and returns them.
+        over: the function that goes over the steps: `scan`, `scan_packed`, or the loop of a target, which is given the
+            rows of all steps and returns them.
         sizes: of packed rows.
 
     Returns:
@@ -63,6 +64,7 @@ def run_pass(
     projected = [inputs(rows) for inputs in weights.inputs]
     step = run.step(here, weights, run.masks)
     reverse = recurrence.directions[k % len(recurrence.directions)] == "reverse"
+    # a loop takes all rows, [T * B, n] for each product; otherwise xs[t] is what step t reads, [B, n] for each
     if run.target.loop is not None:
         xs: Any = tuple(run.target(x, "x") for x in projected)
         put_out, final = over(step, xs, start, reverse=reverse)

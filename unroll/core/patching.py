@@ -1,5 +1,5 @@
-"""What all threads share, changed for as long as something runs: torch's attributes and random numbers, warnings, the
-garbage collector.
+"""Changes, for as long as something runs, of what all threads share: torch's attributes and random numbers, warnings,
+the garbage collector.
 
 Nothing else in this library may do so. What a thread alone must know, it keeps in a `Local`.
 """
@@ -22,20 +22,17 @@ from torch.fx import _symbolic_trace
 
 T = TypeVar("T")
 
-
 ABSENT = object()
 """The value of an attribute that its owner does not have itself"""
 
-
 _LOCK = threading.RLock()
-"""Held while an attribute is exchanged, and never while waiting for anything"""
-
+"""The lock held while an attribute is exchanged, and never while waiting for anything"""
 
 _ALONE = threading.RLock()
 
 
 _STACKS: dict[tuple[int, str], tuple[Any, list[list[Any]]]] = {}
-"""By owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
+"""For an owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
 
 
 @contextmanager
@@ -61,6 +58,7 @@ def patched(owner: Any, **attributes: Any) -> Iterator[None]:
         (False, 1)
     """
     layers = {name: [value] for name, value in attributes.items()}  # lists, each of which is itself alone
+    # stack[0] is what was there before any context, and the last entry is what is found
     with _LOCK:
         for name, layer in layers.items():
             _, stack = _STACKS.setdefault((id(owner), name), (owner, [[_own(owner, name)]]))
@@ -87,7 +85,7 @@ def original(owner: Any, name: str) -> Any:
 
 
 def _own(owner: Any, name: str) -> Any:
-    """The attribute as its owner holds it, with a `staticmethod` around it where there is one."""
+    """Return the attribute as its owner holds it, with a `staticmethod` around it where there is one."""
     if name in vars(owner):
         return vars(owner)[name]
     slot = getattr(type(owner), name, None)  # such as a function's `__code__`
@@ -111,6 +109,7 @@ def alone() -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_ALONE)
+        # not imported for its lock alone
         if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
             stack.enter_context(dynamo.compile_lock)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
@@ -118,11 +117,12 @@ def alone() -> Iterator[None]:
 
 
 def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
-    """Stands in for what `torch.fx` replaces `nn.Module.__call__` by, which it does for all threads."""
+    """Stand in for what `torch.fx` replaces `nn.Module.__call__` by, which it does for all threads."""
     here, before = threading.get_ident(), getattr(kind, name)
 
     @functools.wraps(new)
     def called(*args: Any, **kwargs: Any) -> Any:
+        # other threads go on with what was there before
         traced = torch.compiler.is_dynamo_compiling() or threading.get_ident() == here
         return (new if traced else before)(*args, **kwargs)
 
@@ -146,7 +146,7 @@ class Local(Generic[T]):
 
     @property
     def value(self) -> T | None:
-        """What the last of the contexts that last has set; None outside of any."""
+        """The value that the last of the contexts that last has set; None outside of any."""
         entries = self._entries.get()
         return entries[-1][0] if entries else None
 
@@ -188,9 +188,11 @@ def seeded(seed: int | None = None) -> Iterator[None]:
         yield
 
 
+# contexts of `without_gc` that last, in all threads
 _growing = 0
 
 
+# whether the collector was on before the first of them
 _collects = True
 
 

@@ -1,4 +1,4 @@
-"""How the mathematics of a layer is laid out in a graph."""
+"""The choices by which the mathematics of a layer is laid out in a graph."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from unroll.core.errors import Problem, Problems, UnrollError
 
 Gates = Literal["merged", "paired", "split"]
 
-
 Directions = Literal["separate", "stacked"]
 
 
 Layers = Literal["sequential", "wavefront"]
-
 
 Products = Literal["matrix", "sums"]
 
@@ -55,7 +53,7 @@ class Plan:
 
     @staticmethod
     def of(plan: Plan | str | None) -> Plan:
-        """The plan that an argument `plan=` stands for.
+        """Return the plan that an argument `plan=` stands for.
 
         Args:
             plan: a plan; the name of one of `PRESETS`; fields and values, `gates=paired,time=8`; or None for the
@@ -90,18 +88,18 @@ class Plan:
         problems.check()
 
     def __str__(self) -> str:
-        """What it has that the default has not, as `of` reads it."""
+        """Return the choices that are not the default's, as `of` reads them."""
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(chosen) or "default"
 
     @property
     def block(self) -> int | None:
-        """Steps in a block of a loop; None where every step is written."""
+        """The number of steps in a block of a loop; None where every step is written."""
         return self.time if isinstance(self.time, int) else None
 
 
 def _read(text: str) -> Plan:
-    """A plan of fields and values, `gates=paired,time=8`."""
+    """Read a plan of fields and values, `gates=paired,time=8`."""
     known = [field.name for field in fields(Plan)]
     given: dict[str, Any] = {}
     for part in text.split(","):
@@ -118,7 +116,7 @@ def _read(text: str) -> Plan:
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
 
 
-# What speaks for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
+# Reasons for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
 # docs/benchmark.md; findings those of docs/contracts.md.
 PRESETS = {
     "default": Plan(),

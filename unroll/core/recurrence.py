@@ -1,4 +1,4 @@
-"""What a recurrent layer is, apart from its tensors, and how to read it from where it stands."""
+"""A recurrent layer apart from its tensors, and functions that read it from where it stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Frame(NamedTuple):
     """The sizes of an input around its features."""
 
     batched: bool
-    """Whether it has a batch"""
+    """True if it has a batch"""
     steps: Any
     """T; 1 of a cell"""
     batch: Any
@@ -54,17 +54,17 @@ class Recurrence:
 
     @property
     def output_size(self) -> int:
-        """Features of `h`, and of the output in one direction."""
+        """The features of `h`, and of the output in one direction."""
         return self.proj_size or self.hidden_size
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
-        """Features of each state: of `h`, and for an LSTM of `c`."""
+        """The features of each state: of `h`, and for an LSTM of `c`."""
         return (self.output_size, self.hidden_size)[: len(self.cell.states)]
 
     @property
     def passes(self) -> int:
-        """Sweeps over the sequence: layers times directions, the leading size of a state."""
+        """The number of scans over the sequence: layers times directions, the leading size of a state."""
         return self.num_layers * len(self.directions)
 
     @property
@@ -122,6 +122,7 @@ class Recurrence:
         rows, size = len(self.cell.gates) * self.hidden_size, self.output_size
         shapes: list[tuple[int, ...]] = []
         for k in range(self.passes):
+            # layers after the first read h of all directions
             first = k < len(self.directions)
             features = self.input_size if first else len(self.directions) * size
             shapes += [(rows, features), (rows, size)] + [(rows,)] * 2 * self.bias
@@ -140,12 +141,15 @@ class Recurrence:
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 
-
 CELL_MODES: dict[type[nn.Module], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU", nn.RNNCell: "RNN"}
+CLASS_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
+"""The classes whose modules give a layer its name"""
+KINDS = tuple(mode.lower() for mode in CELLS)
+"""The recurrences by the names of torch's functions and operators, `rnn_tanh`; those of a cell end with `_cell`"""
 
 
 def read_layer(layer: Any) -> Recurrence:
-    """The recurrence of an `nn.LSTM`, `nn.GRU`, `nn.RNN`, or of anything with their attributes.
+    """Read the recurrence of an `nn.LSTM`, `nn.GRU`, `nn.RNN`, or of anything with their attributes.
 
     Example:
         >>> read_layer(nn.GRU(3, 5, bidirectional=True)).passes
@@ -157,7 +161,7 @@ def read_layer(layer: Any) -> Recurrence:
 
 
 def read_cell(layer: Any, mode: str) -> Recurrence:
-    """The recurrence of an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`, given its mode from `CELL_MODES`.
+    """Read the recurrence of an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell`, given its mode from `CELL_MODES`.
 
     Example:
         >>> read_cell(nn.GRUCell(3, 5), "GRU").weight_names
@@ -195,7 +199,7 @@ def read_call(
     *,
     is_cell: bool = False,
 ) -> Recurrence:
-    """The recurrence of a call of `torch.lstm`, `torch.gru_cell` and the like, from its arguments.
+    """Read the recurrence of a call of `torch.lstm`, `torch.gru_cell` and the like, from its arguments.
 
     Args:
         kind: `lstm`, `gru`, `rnn_tanh` or `rnn_relu`.
@@ -208,6 +212,7 @@ def read_call(
         2
     """
     mode = kind.upper()
+    # w_ih is [gates * H, F], and w_hh [gates * H, P], where P is H without a projection
     (rows, input_size), (_, output_size) = shapes[:2]
     hidden_size = rows // len(CELLS[mode].gates)
     return Recurrence(
@@ -225,6 +230,6 @@ def read_call(
 
 
 def scope(recurrence: Recurrence, k: int) -> str:
-    """What pass number `k` is called: `l1`, `l1.reverse`."""
+    """Return the name of pass number `k`: `l1`, `l1.reverse`."""
     layer, direction = divmod(k, len(recurrence.directions))
     return f"l{layer}.reverse" if recurrence.directions[direction] else f"l{layer}"

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from unroll.core.weights import Tensorlike
 
 Divide = Callable[[Tensorlike, int], Sequence[Tensorlike]]
-"""`divide(rows, count)`: as many equal pieces"""
+"""A function `divide(rows, count)` that returns as many equal pieces"""
 
 
 def split_rows(rows: Tensorlike, count: int, sizes: Sequence[int] | None = None) -> Sequence[Tensorlike]:
@@ -24,11 +24,11 @@ def split_rows(rows: Tensorlike, count: int, sizes: Sequence[int] | None = None)
 
 
 STEPS_PER_COPY = 8
-"""Steps whose rows `copy_apart` copies together: so many kernels, or so many times fewer copies"""
+"""The steps whose rows `copy_apart` copies together: so many kernels, and so many times fewer copies"""
 
 
 def copy_apart(rows: Tensorlike, count: int) -> Sequence[Tensorlike]:
-    """Split rows into as many equal pieces, some after the other in memory of their own.
+    """Split rows into as many equal pieces, those of some steps together in memory of their own.
 
     Inductor's code for a CPU has a piece's place as a constant: a kernel of its own is compiled for each step that
     reads one. Copies of some steps, which Inductor leaves alone, begin anew at place 0.

@@ -17,22 +17,22 @@ Step = Callable[[int, Any, State], State]
 
 
 class Outputs:
-    """What the steps of one direction put out. It is put together when it is asked for."""
+    """The outputs of the steps of one direction, put together when they are asked for."""
 
     steps: Any
-    """How many: T"""
+    """The number of steps, T"""
 
     def at(self, t: int) -> Tensorlike:
-        """`h` after step `t`, `[B, P]`"""
+        """Return `h` after step `t`, `[B, P]`."""
         raise NotImplementedError
 
     def rows(self) -> Tensorlike:
-        """`h` after every step, `[T * B, P]`"""
+        """Return `h` after every step, `[T * B, P]`."""
         raise NotImplementedError
 
 
 class Pieces(Outputs):
-    """From `h` of each step."""
+    """Outputs made from `h` of each step."""
 
     def __init__(self, pieces: Sequence[Tensorlike]) -> None:
         self.pieces, self.steps = pieces, len(pieces)
@@ -45,7 +45,7 @@ class Pieces(Outputs):
 
 
 class Rows(Outputs):
-    """From `h` of all steps at once, of `size` features."""
+    """Outputs made from `h` of all steps at once, of `size` features."""
 
     def __init__(self, rows: Tensorlike, steps: Any, size: int) -> None:
         self.whole, self.steps, self.size = rows, steps, size
@@ -77,7 +77,7 @@ def scan(step: Step, xs: Sequence[Any], state: State, *, reverse: bool = False) 
 def scan_packed(
     step: Step, xs: Sequence[Any], state: State, *, sizes: Sequence[int], reverse: bool = False
 ) -> tuple[list[Tensorlike], State]:
-    """Like `scan`, over rows sorted by falling length: only the first `sizes[t]` rows have a step `t`.
+    """Run `step` like `scan`, over rows sorted by falling length: only the first `sizes[t]` rows have a step `t`.
 
     The state has `sizes[0]` rows. A row that ends leaves its last state behind; in reverse, a row
     joins the others with its initial state where it begins.
@@ -93,9 +93,11 @@ def scan_packed(
             return step(t, x, state)
 
         outputs, state = scan(shrinking, xs, state)
+        # rows that ended first are the last
         return outputs, _join([state, *reversed(left)])
 
     joining = [*ended[1:], sizes[-1]]  # rows whose last step is t
+    # initial states of the rows that begin, in reverse, at each t; the first rows, the longest, begin at the last t
     starts = _cut(state, joining[::-1])[::-1]
 
     def growing(t: int, x: Any, state: State) -> State:
@@ -113,5 +115,5 @@ def _join(states: list[State]) -> State:
 
 
 def mask_state(mask: Tensorlike, new: State, old: State) -> State:
-    """The new state in the rows that have a step, the old one in the others."""
+    """Return the new state in the rows that have a step, the old one in the others."""
     return tuple(torch.where(mask, n, s) for n, s in zip(new, old, strict=True))

@@ -24,12 +24,12 @@ from unroll.core.weights import StepWeights, Tensorlike
 
 
 class Result(NamedTuple):
-    """What the steps left, in pieces, so that a reader can take only those it needs."""
+    """The results of the steps, in pieces, so that a reader can take only those it needs."""
 
     outputs: list[Outputs]
-    """Of the last layer, for each direction"""
+    """The outputs of the last layer, for each direction"""
     finals: list[list[Tensorlike]]
-    """For `h`, and for an LSTM `c`: the last state of each layer and direction, `[B, size]`"""
+    """For `h`, and for an LSTM `c`, the last state of each layer and direction, `[B, size]`"""
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
     """Unroll a whole layer: all its steps, directions and stacked layers.
 
     Args:
-        recurrence: what the layer is.
+        recurrence: the layer without its tensors.
         layout: its weights, from `lay_out`.
         rows: the input, step after step, `[T * B, F]`.
         state: initial `h` (and `c`), each `[layers * directions, B, size]`, or flat, or None for zeros; None if
@@ -57,11 +57,12 @@ def run(
         mask: for padded rows, which of them have a step, boolean `[T * B, 1]`; the others keep
             their state. Needs an initial state.
         dropout: applied to the rows between layers, or None.
-        target: what is computed on or written into. Its loop, if it has one, goes over the steps.
+        target: the target that is computed on or written into. Its loop, if it has one, goes over the steps.
     """
     target.enter("state")
     starts = _starts(recurrence, layout.passes, state)
     looped = target.loop is not None
+    # a loop masks by itself; loops and packed rows go pass by pass, without stacks
     masks = None if mask is None or looped else list(target.divide(mask, steps))
     stacks = [] if sizes or looped else layout.stacks
     here = Run(recurrence, layout, steps, masks, target)
@@ -78,35 +79,37 @@ def run(
             if stacks:
                 outputs, states = run_directions(here, layer, rows, starts[2 * layer : 2 * layer + 2])
             else:
+                # passes of the layers below have their last states in `finals`
                 passes = range(len(finals), len(finals) + len(recurrence.directions))
                 ran = [run_pass(here, k, rows, starts[k], over, sizes) for k in passes]
                 outputs, states = [list(parts) for parts in zip(*ran, strict=True)]
             finals += states
+    # c went over the steps in the wider type, where there is one
     narrowed = [(h, *(layout.passes[0].narrow(c) for c in rest)) for h, *rest in finals]
     return Result(outputs, [list(parts) for parts in zip(*narrowed, strict=True)])
 
 
 def _starts(recurrence: Recurrence, passes: Sequence[StepWeights], state: tuple[Tensorlike, ...] | None) -> list[State]:
-    """The initial state of each layer and direction. `c` is carried in the wider type, where there is one."""
+    """Return the initial state of each layer and direction, `c` in the wider type, where there is one."""
     none = (None,) * recurrence.passes
     if state is None:
         state = (None,) * len(recurrence.state_sizes)
     starts: list[Sequence[Tensorlike]] = []
     for k, (s, size) in enumerate(zip(state, recurrence.state_sizes, strict=True)):
         if s is not None:
-            s = torch.reshape(s, (-1, size))
+            s = torch.reshape(s, (-1, size))  # [passes * B, size]
             s = passes[0].widen(s) if k else s
         starts.append(none if s is None else split_rows(s, recurrence.passes))
     return list(zip(*starts, strict=True))
 
 
 def _features(parts: Sequence[Tensorlike]) -> Tensorlike:
-    """Directions side by side."""
+    """Put directions side by side."""
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
 def flat_rows(recurrence: Recurrence, input: Tensorlike, *, batched: bool = True) -> Tensorlike:
-    """The input of a layer or cell as rows `[T * B, F]`, one step after the other."""
+    """Return the input of a layer or cell as rows `[T * B, F]`, one step after the other."""
     if recurrence.is_cell:
         return input if batched else torch.reshape(input, (1, recurrence.input_size))
     if batched and recurrence.batch_first:
@@ -115,12 +118,12 @@ def flat_rows(recurrence: Recurrence, input: Tensorlike, *, batched: bool = True
 
 
 def joined_rows(outputs: Sequence[Outputs]) -> Tensorlike:
-    """Output rows `[T * B, directions * P]` of one direction or both."""
+    """Return output rows `[T * B, directions * P]` of one direction or both."""
     return _features([output.rows() for output in outputs])
 
 
 def joined_output(recurrence: Recurrence, outputs: Sequence[Outputs], *, batched: bool = True) -> Tensorlike:
-    """The output as the layer gives it, of one direction or both."""
+    """Return the output as the layer gives it, of one direction or both."""
     rows = joined_rows(outputs)
     if not batched:
         return rows
@@ -131,7 +134,7 @@ def joined_output(recurrence: Recurrence, outputs: Sequence[Outputs], *, batched
 def joined_states(
     recurrence: Recurrence, finals: Sequence[Sequence[Tensorlike]], *, batched: bool = True
 ) -> list[Tensorlike]:
-    """The last `h` (and `c`) as the layer or cell gives them."""
+    """Return the last `h` (and `c`) as the layer or cell gives them."""
     states = []
     for parts, size in zip(finals, recurrence.state_sizes, strict=True):
         rows = join_rows(parts)

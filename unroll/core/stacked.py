@@ -25,7 +25,7 @@ def run_directions(
     run.target.enter(f"l{layer}.stacked")
 
     def side_by_side(ahead: Tensorlike, back: Tensorlike, width: int) -> Sequence[Tensorlike]:
-        """`[2, B, width]` for each step, of rows `[T * B, width]`."""
+        """Return `[2, B, width]` for each step, of rows `[T * B, width]`."""
         ahead, back = (torch.reshape(x, (steps, -1, width)) for x in (ahead, back))
         both = torch.stack([ahead, torch.flip(back, [0])], 1)
         return run.pieces(torch.reshape(both, (2 * steps, -1, width)))
@@ -121,7 +121,7 @@ def _draw_kept(run: Run, projected: Tensorlike, dropout: Dropout) -> list[Sequen
 
 
 class _Side(Outputs):
-    """One of two stacked directions."""
+    """The outputs of one of two stacked directions."""
 
     def __init__(self, hs: Sequence[Tensorlike], whole: Tensorlike, side: int, size: int) -> None:
         self.hs, self.whole, self.side, self.size, self.steps = hs, whole, side, size, len(hs)
@@ -135,7 +135,7 @@ class _Side(Outputs):
 
 
 class _LastLayer(Outputs):
-    """What the last layer put out: by itself in the first and last steps, and from step `begin` on in the stack."""
+    """The outputs of the last layer: by itself in the first and last steps, and from step `begin` on in the stack."""
 
     def __init__(self, alone: list[Tensorlike], stacked: list[Tensorlike], begin: int, count: int, size: int) -> None:
         self.alone, self.stacked, self.begin, self.count, self.size = alone, stacked, begin, count, size

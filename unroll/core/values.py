@@ -18,7 +18,7 @@ Loop = Callable[..., tuple[Any, tuple[Any, ...]]]
 
 
 class Target:
-    """What the recipe computes on or writes into. This one is for tensors: it has no use for names.
+    """The target that the recipe computes on or writes into. This one is for tensors: it has no use for names.
 
     Attributes:
         divide: how rows that steps read themselves, not as what a product is added to, become pieces: `split_rows`,
@@ -75,7 +75,7 @@ class Value:
 
 
 def _first(args: Any) -> Value:
-    """The first value among arguments, which may be lists."""
+    """Return the first value among arguments, which may be lists."""
     for arg in args:
         if isinstance(arg, (list, tuple)):
             arg = _first(arg)
@@ -99,9 +99,9 @@ class Writer(Target):
         return value.named(self.name(name))
 
     def name(self, what: str) -> str:
-        """Such as `encoder.lstm.l1.reverse.t7.forget`."""
+        """Return a full name, such as `encoder.lstm.l1.reverse.t7.forget`."""
         return f"{self.layer}.{self.scope}.{what}"
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """The value of a torch function, or the list of its values."""
+        """Return the value of a torch function, or the list of its values."""
         raise NotImplementedError

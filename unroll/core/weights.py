@@ -36,9 +36,9 @@ class Affine(NamedTuple):
     bias: Tensorlike | None = None
     """`[out]`, or stacked `[n, 1, out]`, or None"""
     stacked: bool = False
-    """Whether there are `n` maps, for an `x` of `[n, B, in]`"""
+    """True if there are `n` maps, for an `x` of `[n, B, in]`"""
     summed: bool = False
-    """Whether the product is written as a multiplication and a sum"""
+    """True if the product is written as a multiplication and a sum"""
 
     def __call__(self, x: Tensorlike | None) -> Tensorlike | None:
         if x is None:
@@ -46,45 +46,46 @@ class Affine(NamedTuple):
         return self.times(x) if self.bias is None else self.onto(self.bias, x)
 
     def times(self, x: Tensorlike) -> Tensorlike:
-        """`x @ weight`"""
+        """Return `x @ weight`."""
         if self.summed:
+            # [B, 1, in] * [out, in], summed over `in`
             return torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
         return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
 
     def onto(self, y: Tensorlike, x: Tensorlike) -> Tensorlike:
-        """`y + x @ weight`"""
+        """Return `y + x @ weight`."""
         if self.summed:
             return torch.add(y, self.times(x))
         return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
 
 
 class Precision(NamedTuple):
-    """For float16 and bfloat16: products and `h` in one type, gates and `c` in a wider one, as in fused kernels."""
+    """For float16 and bfloat16, a type of products and `h`, and a wider one of gates and `c`, as in fused kernels."""
 
     products: torch.dtype
     gates: torch.dtype
 
 
 class Variant(NamedTuple):
-    """How a step of the ONNX standard departs from torch's."""
+    """The ways in which a step of the ONNX standard departs from torch's."""
 
     activations: tuple[Callable[[Tensorlike], Tensorlike], ...] = ()
-    """In the standard's order: f of the sigmoid gates, g of the candidate, h of an LSTM's `c`. Empty for torch's."""
+    """Functions in the standard's order: f of gates, g of the candidate, h of an LSTM's `c`; empty for torch's."""
     clip: float | None = None
-    """What a gate's activation is applied to is first limited to `[-clip, clip]`; `c` is not, as in ONNX Runtime."""
+    """The limit of what a gate's activation is applied to, `[-clip, clip]`; `c` has none, as in ONNX Runtime."""
     coupled: bool = False
-    """An LSTM's forget gate is one minus its input gate (`input_forget`)."""
+    """True if an LSTM's forget gate is one minus its input gate (`input_forget`)."""
 
 
 class StepWeights(NamedTuple):
     """The parameters of one layer in one direction, as a step wants them: one product after another."""
 
     inputs: tuple[Affine, ...]
-    """Applied to all time steps at once; step `t` gets one `x` from each."""
+    """The maps applied to all time steps at once; step `t` gets one `x` from each."""
     hidden: tuple[Affine, ...]
-    """Applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
+    """The maps applied to `h` in every step. A bias here is one that must not be added to `x` instead."""
     projection: Affine | None
-    """From `H` to `P` features, or None"""
+    """The map from `H` to `P` features, or None"""
     hidden_size: int
     precision: Precision | None = None
     peephole: tuple[Tensorlike, ...] | None = None
@@ -94,26 +95,27 @@ class StepWeights(NamedTuple):
     def activations(
         self, *standard: Callable[[Tensorlike], Tensorlike]
     ) -> tuple[Callable[[Tensorlike], Tensorlike], ...]:
-        """The activations of a step, given torch's."""
+        """Return the activations of a step, given torch's."""
         if self.variant is None:
             return standard
         chosen, clip = self.variant.activations or standard, self.variant.clip
         if clip is None:
             return chosen
+        # f and g alone: h, of an LSTM's c, is not clipped
         clipped = ((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen[:2])
         return *clipped, *chosen[2:]
 
     def widen(self, value: Tensorlike) -> Tensorlike:
-        """A result of products, for the gates to work on."""
+        """Convert a result of products, for the gates to work on."""
         return value if self.precision is None else value.to(self.precision.gates)
 
     def narrow(self, value: Tensorlike) -> Tensorlike:
-        """A result of gates, for products to work on."""
+        """Convert a result of gates, for products to work on."""
         return value if self.precision is None else value.to(self.precision.products)
 
 
 def stack(passes: Sequence[StepWeights]) -> StepWeights:
-    """The parameters of passes of one kind, for steps on states `[n, B, size]`."""
+    """Stack the parameters of passes of one kind, for steps on states `[n, B, size]`."""
 
     def of(maps: Sequence[Affine]) -> Affine:
         biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]

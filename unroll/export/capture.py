@@ -39,7 +39,7 @@ def capture(
     where: Where = None,
     rules: Rules | None = None,
 ) -> ExportedProgram:
-    """The model as an ExportedProgram in which every recurrent layer is one `unroll::Recurrence` node.
+    """Return the model as an ExportedProgram in which every recurrent layer is one `unroll::Recurrence` node.
 
     Raises:
         UnrollError: for layers that cannot be honoured, for a model that changes its buffers, and if
@@ -57,7 +57,7 @@ def capture(
 
 
 def _changed_buffers(program: ExportedProgram) -> list[str]:
-    """Names of the buffers that a run changes, which a program tells only of functional operators."""
+    """Return the names of the buffers that a run changes, which a program tells only of functional operators."""
     if not program.graph_signature.buffers:
         return []
     return list(program.run_decompositions({}).graph_signature.buffers_to_mutate.values())
@@ -81,8 +81,7 @@ def _captured(
         finding = "is in training mode, in which an ONNX file cannot run it"
         raise UnrollError(Problem(type(model).__name__, finding, "call model.eval() first"))
     every = where is None
-    if rules is not None or not every:
-        model = replace(model, None, where, rules)
+    model = _apart(model) if rules is None and every else replace(model, None, where, rules)
     if not every and (problems := _left_out(model)):
         raise UnrollError(*problems)
     # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
@@ -107,7 +106,7 @@ def _captured(
 
 
 FIXED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
-"""What `torch.export` says of a size that cannot stay open"""
+"""The message of `torch.export` for a size that cannot stay open"""
 
 
 def _is_fixed(name: str, size: str) -> Problem:
@@ -118,8 +117,20 @@ def _is_fixed(name: str, size: str) -> Problem:
     return Problem(f"dynamic_shapes: {name}", finding, fix)
 
 
+def _apart(model: nn.Module) -> nn.Module:
+    """Return a copy that shares all tensors, if one can be made.
+
+    While `torch.export` runs a module, its parameters are fake, and what it assigns to itself stays; other threads may
+    use the model meanwhile.
+    """
+    try:
+        return replace(model, None, lambda name, layer: False)
+    except UnrollError:
+        return model
+
+
 def _left_out(model: nn.Module) -> list[Problem]:
-    """A problem for each layer that torch's exporter would write, and wrongly."""
+    """Return a problem for each layer that torch's exporter would write, and wrongly."""
     finding = "has proj_size, which torch's exporter writes wrongly, and is not chosen by where="
     return [
         Problem(name, finding, "let where= choose it too")

@@ -22,7 +22,7 @@ from unroll.extras import require
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_onnx` wrote, and what its checks found; printing it shows a table.
+    """The result of `export_onnx`: what it wrote, and what its checks found; printing it shows a table.
 
     Attributes:
         path: the file.
@@ -147,6 +147,7 @@ def export_onnx(
         original, given = model, kwargs
     report, refused = None, 0
     clock("save")
+    # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
         size = files.size(draft)
         if check:

@@ -16,7 +16,7 @@ OPTIONS = ("kwargs", "dynamic_shapes", "input_names", "output_names", "opset_ver
 
 
 def load_factory(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, Any]]:
-    """The model, its arguments if there are any, and options, that a `package.module:name` gives.
+    """Return the model, its arguments if there are any, and options, that a `package.module:name` gives.
 
     Raises:
         UnrollError: if there is no such thing, it fails, or gives something else.
@@ -56,7 +56,7 @@ def load_factory(factory: str) -> tuple[Any, tuple[Any, ...] | None, dict[str, A
 
 
 def _called(factory: str, function: Any) -> Any:
-    """What the function returns."""
+    """Call the function and return its result."""
     fix = "give a function that returns the model"
     if not callable(function):
         raise UnrollError(Problem(factory, f"is a {type(function).__name__}", fix))
@@ -73,7 +73,7 @@ def _called(factory: str, function: Any) -> Any:
 
 
 def options_of(factory: str, given: dict[str, Any], **asked: Any) -> dict[str, Any]:
-    """What the factory gives and what the command line asks, of which neither may overrule the other."""
+    """Return the options of the factory and of the command line, of which neither may overrule the other."""
     asked = {name: value for name, value in asked.items() if value is not None}
     if both := ", ".join(asked.keys() & given.keys()):
         raise UnrollError(Problem(factory, f"gives {both}, and so does the command line", "give it once"))

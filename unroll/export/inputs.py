@@ -17,14 +17,14 @@ from unroll.onnx.layers import DOMAIN
 def fresh_inputs(
     program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Random inputs like the given ones: once of their sizes, and with dynamic sizes longer and shorter."""
+    """Yield random inputs like the given ones: once of their sizes, and with dynamic sizes longer and shorter."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
     examples = [values.get(name) for name in program.graph_signature.user_inputs]
     dims = [size for e in examples if isinstance(e, Tensor) for size in e.shape if isinstance(size, torch.SymInt)]
     symbols: list[Any] = sorted({s for size in dims for s in size.node.expr.free_symbols}, key=str)
     hints = {s: size.node.shape_env.backed_var_to_val[s] for size in dims for s in size.node.expr.free_symbols}
-    variants = [hints]
+    variants = [hints]  # sizes by symbol: those of the example, then longer and shorter ones
     if symbols:
         limits = {s: program.range_constraints.get(s) for s in symbols}
         for change in (lambda n, k: n + 3 + k, lambda n, k: max(n // 2, 1)):
@@ -59,14 +59,14 @@ def _within(size: int, limits: Any) -> int:
 
 
 def _lengths(like: Tensor, shape: list[int], steps: int, falling: bool, generator: torch.Generator) -> Tensor:
-    """Random lengths up to `steps`, of which the first is the longest that there may be."""
+    """Draw lengths up to `steps`, of which the first is the longest that there may be."""
     lengths = torch.randint(1, steps + 1, shape, generator=generator)
     lengths[:1] = steps
     return (lengths.sort(descending=True).values if falling else lengths).to(like)
 
 
 def _drawn(like: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
-    """Random values as those of `like`: normal with its mean and spread, or picked among its integers."""
+    """Draw values as those of `like`: normal with its mean and spread, or picked among its integers."""
     like = like.detach().cpu()
     if like.is_floating_point():
         mean, spread = (like.double().mean(), like.double().std(correction=0)) if like.numel() else (0.0, 1.0)
@@ -78,7 +78,7 @@ def _drawn(like: Tensor, shape: list[int], generator: torch.Generator) -> Tensor
 
 
 def in_order(model: nn.Module | ExportedProgram, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments as the model's forward names them, which is the order of a file's inputs."""
+    """Put keyword arguments in the order of the model's forward, which is that of a file's inputs."""
     given = dict(kwargs or {})
     if not given or isinstance(model, (ExportedProgram, torch.jit.ScriptModule)):
         return given
@@ -87,16 +87,16 @@ def in_order(model: nn.Module | ExportedProgram, kwargs: Mapping[str, Any] | Non
 
 
 class Lengths(NamedTuple):
-    """What lengths of packed sequences may be."""
+    """The bounds of the lengths of packed sequences."""
 
     steps: Any
-    """The largest, a number or a symbolic one"""
+    """The largest length, a number or a symbolic one"""
     falling: bool
-    """Whether they must be sorted"""
+    """True if they must be sorted, the longest first"""
 
 
 def lengths_among(program: ExportedProgram) -> dict[str, Lengths]:
-    """The inputs of a captured program that are lengths of packed sequences, by name."""
+    """Return the inputs of a captured program that are lengths of packed sequences, by name."""
     found: dict[str, Lengths] = {}
     for node in program.graph.find_nodes(
         op="call_function", target=torch.ops.onnx_symbolic._symbolic_multi_out.default
@@ -107,12 +107,14 @@ def lengths_among(program: ExportedProgram) -> dict[str, Lengths]:
         before = _before(operands[-1])
         vectors = [n for n in before if n.op == "placeholder" and n.meta["val"].dim() == 1]
         if len(vectors) == 1:
+            # A program that sorts them itself takes them in any order.
             falling = not any("sort" in str(n.target) for n in before)
             found[vectors[0].name] = Lengths(operands[0].meta["val"].shape[0], falling)
     return found
 
 
 def _is_padded(node: fx.Node) -> bool:
+    # All whole numbers lie in one list; a position is where those of an attribute begin and end.
     keys: Any = node.kwargs["attr_keys"]
     values: Any = node.kwargs["attr_ints"]
     positions: Any = node.kwargs["attr_pos"]
@@ -120,7 +122,7 @@ def _is_padded(node: fx.Node) -> bool:
 
 
 def _before(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node's value is computed from, that is a tensor."""
+    """Return the node and all that its value is computed from, as far as they are tensors."""
     found: set[fx.Node] = set()
     left = [node]
     while left:

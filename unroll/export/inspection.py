@@ -1,4 +1,4 @@
-"""What recurrent layers a model has, and what unrolling would make of them."""
+"""The recurrent layers of a model, and what unrolling would make of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Inspection:
     problems: tuple[Problem, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "problems": [problem._asdict() for problem in self.problems],
@@ -88,7 +88,7 @@ def inspect_module(
     where: Where = None,
     plan: Plan | str | None = None,
 ) -> Inspection:
-    """The layers of a PyTorch model, as they would go to ONNX; without arguments, only what the modules tell.
+    """Return the layers of a PyTorch model, as they would go to ONNX; without arguments, only what the modules tell.
 
     Args:
         options: keyword arguments of `export_onnx`: `kwargs`, `dynamic_shapes` and `rules` are read.
@@ -108,7 +108,7 @@ def inspect_module(
 
 
 def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
-    """What the modules tell of themselves, if they can be unrolled; a program has none."""
+    """Return what the modules tell of themselves, if they can be unrolled; a program has none."""
     try:
         found = find(model, where, rules) if isinstance(model, nn.Module) else []
     except UnrollError:
@@ -135,7 +135,7 @@ def _described(recurrence: Recurrence, name: str, steps: int | None, parameters:
 
 
 def _read(call: Call) -> Layer:
-    """What a node tells."""
+    """Return what a node tells of its layer."""
     shapes = [call.shape(value) for value in call.parameters if value is not None]
     known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]
     parameters = sum(known) if len(known) == len(shapes) else None
@@ -143,13 +143,13 @@ def _read(call: Call) -> Layer:
 
 
 def _counted(layer: Layer, nodes: Iterable[ir.Node]) -> Layer:
-    """With what took its place among these."""
+    """Return the layer with the count and bytes of those nodes that took its place."""
     made = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
     return replace(layer, nodes=len(made), size=sum(map(_bytes, made)))
 
 
 def _bytes(node: ir.Node) -> int:
-    """Of a node in a file, without graphs in it, whose nodes are counted themselves."""
+    """Return the bytes of a node in a file, without those of nodes inside it, which are counted themselves."""
     held = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
     inside = sum(ir.to_proto(inner).ByteSize() for a in held for inner in a.as_graph())
     return ir.to_proto(node).ByteSize() - inside

@@ -30,7 +30,7 @@ class CallsAsNodes(TorchFunctionMode):
 
 
 def call_node(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
+    """Return what `torch.lstm`, `aten.gru_cell` and their kin return, from a node."""
     kind, form = form_of_call(func, args, kwargs)
     if form == "packed":
         fix = "export the module itself, whose calls of pack_padded_sequence are understood"
@@ -42,7 +42,7 @@ def call_node(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def layer_node(self: Any, input: Tensor, hx: Any = None) -> Any:
-    """Stands in for `Unrolled.forward`."""
+    """Stand in for `Unrolled.forward`."""
     if isinstance(input, PackedSequence):
         return packed_node(self, input, hx)
     recurrence, weights = self.recurrence, _weights(self)
@@ -51,7 +51,7 @@ def layer_node(self: Any, input: Tensor, hx: Any = None) -> Any:
 
 
 def _weights(layer: Any) -> list[Tensor]:
-    """In torch's order, or of a frozen layer as they were laid out."""
+    """Return the weights in torch's order, those of a frozen layer as they were laid out."""
     frozen = getattr(layer, "frozen", None)
     if frozen is None:  # also of torch's own layers
         return [weight for group in layer.all_weights for weight in group]
@@ -60,12 +60,12 @@ def _weights(layer: Any) -> list[Tensor]:
 
 
 def _plan(layer: Any) -> str:
-    """What a frozen layer was laid out for; empty for others."""
+    """Return the plan that a frozen layer was laid out for; empty for others."""
     return str(layer.plan) if getattr(layer, "frozen", None) else ""
 
 
 def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-    """What a layer, torch's or an `Unrolled` one, returns for a packed sequence, from a node that is given lengths."""
+    """Return what a layer, torch's or an `Unrolled` one, gives for a packed sequence, from a node given lengths."""
     place = getattr(layer, "place", type(layer).__name__)
     sizes = packed.batch_sizes
     if not isinstance(sizes, PaddedSizes):
@@ -77,6 +77,7 @@ def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequ
     check_arguments(recurrence, place, data, hx, weight=weights[0], rows=sizes.count)
     state: Any = sort_states(packed, hx)
     state = state and as_result(state)
+    # [T, B, F], of data that is not watched here; it may have other uses, and is marked again.
     rows = data.unflatten(0, (sizes.steps, sizes.count))
     mark(data)
     named = isinstance(layer, UnrolledLayer)
@@ -87,7 +88,7 @@ def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequ
 
 
 def refuse_packed(layer: nn.Module, packed: PackedSequence, hx: Any) -> Any:
-    """Stands in for torch's own layers where `where` chooses among layers: it has left them as they are."""
+    """Stand in for torch's own layers where `where` chooses among layers: it has left them as they are."""
     finding = "is given a packed sequence and is not chosen by where=; in a file it cannot stay as it is"
     raise UnrollError(Problem(type(layer).__name__, finding, "let where= choose it too"))
 
@@ -104,7 +105,7 @@ def _node(
     plan: str = "",
     lengths: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """The output of a layer and its last states, or the next states of a cell, from one node.
+    """Return the output of a layer and its last states, or the next states of a cell, from one node.
 
     With a `plan`, the weights are laid out for it already.
     With `lengths`, `[B]`, the input is padded, and the output all its rows, `[T * B, features]`; those that have ended
@@ -120,6 +121,7 @@ def _node(
     shapes = recurrence.state_shapes(frame)
     if not recurrence.is_cell:
         *lead, features = recurrence.output_shape(frame)
+        # A layer's output comes first among the results.
         rows = lead if lengths is None else [frame.steps * frame.batch]
         shapes.insert(0, (*rows, features))
     state = as_states(hx) or (None,) * len(recurrence.state_sizes)

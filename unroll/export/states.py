@@ -23,7 +23,7 @@ from unroll.streams.states import ARGUMENT, NEXT, zero_states
 def add_state_inputs(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Example inputs and dynamic shapes of a streaming model, with those of its states if they were left out.
+    """Return example inputs and dynamic shapes of a streaming model, with those of its states if they were left out.
 
     Dynamic shapes are then as the model it was made of takes them, and the states have an open number of rows
     where the inputs do.
@@ -53,12 +53,12 @@ def _names_state(dynamic_shapes: Any) -> bool:
 
 
 def _open_rows(state: Tensor) -> dict[int, Any]:
-    """That the number of rows of a state may follow that of the inputs."""
+    """Return the dynamic shape of a state whose number of rows may follow that of the inputs."""
     return {state.dim() - 2: Dim.AUTO} if state.dim() > 1 and state.shape[-2] > 1 else {}
 
 
 def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[str, Any]:
-    """Dynamic shapes for the arguments of the model inside, as `Streaming.forward` takes them."""
+    """Return dynamic shapes for the arguments of the model inside, as `Streaming.forward` takes them."""
     bound = list(inspect.signature(model.model.forward).bind_partial(*args).arguments)
     if isinstance(shapes, Mapping):
         positional = shapes[bound[0]] if len(bound) == 1 and isinstance(shapes.get(bound[0]), tuple) else None
@@ -89,9 +89,11 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
         return
     spec = program.call_spec.in_spec
     assert spec is not None
+    # Each argument as its number among the inputs: `state` maps a state's name to its input.
     args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     state: dict[str, int] = kwargs[ARGUMENT] if ARGUMENT in kwargs else args[-1]
     graph = written.graph
+    # The states are the last outputs, in the same order.
     results = len(graph.outputs) - len(state)
     named = {name: graph.inputs[k] for name, k in state.items()}
     named |= {f"{name}{NEXT}": value for name, value in zip(state, graph.outputs[results:])}
@@ -101,6 +103,7 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
         Problem(name, "is the name of a state and of something else", fix) for name in named if name in others
     )
     problems.check()
+    # Values inside make way for the names.
     for node in graph:
         for value in node.outputs:
             if value.name in named:

@@ -1,4 +1,4 @@
-"""What torch's exporter does for the rest of a model."""
+"""The translation of the rest of a model by torch's exporter."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ OLDEST = 14
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch says of its own workings."""
-    here = threading.get_ident()
+    """Keep back what torch says of its own workings while this lasts."""
+    here = threading.get_ident()  # what other threads log is shown as ever
 
     def is_shown(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or record.thread != here
@@ -55,7 +55,7 @@ def quiet() -> Iterator[None]:
 
 
 def named_dims(dynamic_shapes: Any) -> Any:
-    """With a `Dim` for each string."""
+    """Return dynamic shapes with a `Dim` for each string, the same for the same string."""
     dims: dict[str, Any] = {}
     return pytree.tree_map(lambda d: dims.setdefault(d, Dim(d)) if isinstance(d, str) else d, dynamic_shapes)
 
@@ -67,7 +67,7 @@ def translate(
     output_names: Sequence[str] | None,
     opset_version: int | None,
 ) -> ir.Model:
-    """What torch's exporter makes of the program, its recurrent layers still single nodes."""
+    """Translate the program by torch's exporter; its recurrent layers are still single nodes."""
     named = (("input_names", input_names), ("output_names", output_names))
     if texts := [(kind, names) for kind, names in named if isinstance(names, str)]:
         raise UnrollError(

@@ -1,4 +1,4 @@
-"""Whether an ONNX file is valid and computes what the original does."""
+"""Checks that an ONNX file is valid and computes what the original does."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.comparison import Report, Row, compare
+from unroll.comparison import ACROSS_RUNTIMES, Report, Row, compare
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.inputs import fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, session
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest difference from the original, relative to the largest value, by the least exact type in the model."""
-
 
 def operators(model: ir.Model) -> Counter[str]:
-    """How often each operator is written in a model, `domain::name` where the domain is not the standard's."""
+    """Count how often each operator is written in a model, `domain::name` where the domain is not the standard's."""
     return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in all_nodes(model))
 
 
@@ -76,7 +73,7 @@ def check_file(
 
 
 def _fault(path: str | os.PathLike[str]) -> Exception | None:
-    """What `onnx.checker` says against a file."""
+    """Return what `onnx.checker` says against a file; None if nothing."""
     try:
         onnx.checker.check_model(os.fspath(path))
     except Exception as error:
@@ -144,14 +141,17 @@ def check_values(
 
     leaves = [tuple(pytree.tree_leaves(pair)) for pair in inputs]
     tensors = [t for t in (*program.state_dict.values(), *leaves[0]) if isinstance(t, Tensor)]
-    rtol = max((TOLERANCES[t.dtype] for t in tensors if t.dtype in TOLERANCES), default=TOLERANCES[torch.float64])
+    rtol = max(
+        (ACROSS_RUNTIMES[t.dtype] for t in tensors if t.dtype in ACROSS_RUNTIMES),
+        default=ACROSS_RUNTIMES[torch.float64],
+    )
     report = compare(expected, rewritten, leaves, reference=False, rtol=rtol)
     rows = [row._replace(place=_renamed(row, output_names)) for row in report.rows]
     return Report(tuple(rows)).check(), refused
 
 
 def _renamed(row: Row, names: Sequence[str]) -> str:
-    """With the name of the output for its number."""
+    """Return the place of a row with the name of the output for its number."""
     before, bracket, number = row.place.rpartition("[")
     index = number.removesuffix("]")
     known = bracket and index.isdigit() and int(index) < len(names)

@@ -60,12 +60,13 @@ class MetadataCache:
 
     def __init__(self) -> None:
         self.kinds: dict[Any, FakeTensor] = {}
+        # The ids of the values of `kinds`, which keeps them alive.
         self.ours: set[int] = set()
         self.results: dict[Any, Any] = {}
         self.mode: Any = None
 
     def kind(self, value: Any) -> Any:
-        """The fake tensor that stands for all of this kind; anything else as it is."""
+        """Return the fake tensor that stands for all of this kind; anything else as it is."""
         if isinstance(value, (list, tuple)):
             return [self.kind(part) for part in value]
         if not isinstance(value, FakeTensor) or id(value) in self.ours:
@@ -81,12 +82,12 @@ class MetadataCache:
         return self.kinds[key]
 
     def like(self, tensor: torch.Tensor) -> FakeTensor:
-        """The metadata of a tensor that is none of the graph's values so far."""
+        """Return the metadata of a tensor that is none of the graph's values so far."""
         with self.mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)  # pyright: ignore[reportReturnType]
 
     def of(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The metadata of `target(*args, **kwargs)`, for nodes among the arguments."""
+        """Return the metadata of `target(*args, **kwargs)`, for nodes among the arguments."""
         if target is operator.getitem:
             return args[0].meta["val"][args[1]]
         operands = self._operands(args)
@@ -107,7 +108,7 @@ class MetadataCache:
 
 
 def _key(operands: Any) -> Any:
-    """What tells kinds of operands apart: fake tensors are one per kind."""
+    """Make a key of operands, in which a fake tensor has its `id`: there is one for each kind."""
     if isinstance(operands, list):
         return tuple(map(_key, operands))
     return id(operands) if isinstance(operands, FakeTensor) else operands
@@ -148,6 +149,7 @@ class AtenWriter(GraphWriter):
         if dim:
             parts = self.value("call_function", aten.split.Tensor, (value, shape[dim] // count, dim))
         else:  # so that rows of any number are divided without knowing how many
+            # [count, rows, ...]; a symbolic size is left to reshape, as -1.
             sizes = [size if isinstance(size, int) else -1 for size in (count, shape[0] // count, *shape[1:])]
             stacked = self.value("call_function", aten.reshape.default, (value, sizes))
             parts = self.value("call_function", aten.unbind.int, (stacked,))
@@ -165,7 +167,7 @@ class AtenWriter(GraphWriter):
 
 
 def writer_for(call: fx.Node, metadata: MetadataCache) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
-    """The writer for the dialect that a call is written in."""
+    """Choose the writer for the dialect that a call is written in."""
     described = all(isinstance(node.meta.get("val"), FakeTensor) for node in call.all_input_nodes)
     if described and isinstance(call.target, torch._ops.OpOverload):
         metadata.mode = metadata.mode or call.all_input_nodes[0].meta["val"].fake_mode

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, rnn
 
 from unroll.core.arguments import as_result, check_arguments
 from unroll.core.errors import Problem, Problems
-from unroll.core.recurrence import CELL_MODES, LAYERS, Recurrence, read_module
+from unroll.core.recurrence import CELL_MODES, CLASS_NAMES, LAYERS, Recurrence, read_module
 from unroll.graphs.functions import ARGUMENTS, FUNCTIONS, OPTIONS, bind, form_of_call, read_given
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
@@ -21,7 +21,7 @@ from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
 aten = torch.ops.aten
 
 Metadata = Mapping[fx.Node, Any]
-"""What is known of a graph's values: anything with `shape` and `dtype`"""
+"""The metadata that is known of a graph's values: anything with `shape` and `dtype`"""
 
 Reading = tuple[fx.Node, tuple[int, ...]]
 """A part of a node's result: the node, and the indices at which it is found in what that returns"""
@@ -30,16 +30,14 @@ ZEROS = (torch.zeros, aten.zeros.default, torch.zeros_like, aten.zeros_like.defa
 
 PLAIN_FORWARDS = (UnrolledLayer.forward, UnrolledCell.forward)
 
-CLASS_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
-
 
 class Call:
     """A node that runs a recurrent layer. The kinds of call say where they find what it is given."""
 
     name: str
-    """The layer's, for names and messages"""
+    """The layer's name, for names of nodes and for messages"""
     path: str
-    """Of the module that runs it; empty if that is the whole model"""
+    """The path of the module that runs it; empty if that is the whole model"""
     recurrence: Recurrence
     packed: bool
 
@@ -48,7 +46,7 @@ class Call:
 
     @property
     def names(self) -> list[str]:
-        """What `where` may call it."""
+        """The names that `where` may know it by."""
         return [self.name]
 
     @property
@@ -68,16 +66,16 @@ class Call:
 
     @property
     def finals(self) -> list[Reading]:
-        """Where the last states are in what the node returns."""
+        """The places of the last states in what the node returns."""
         raise NotImplementedError
 
     @property
     def is_stateless(self) -> bool:
-        """Whether it begins with zeros of the layer's own."""
+        """True if it begins with zeros of the layer's own."""
         raise NotImplementedError
 
     def give(self, states: Sequence[fx.Node]) -> None:
-        """Let it begin with these."""
+        """Let it begin with these states."""
         raise NotImplementedError
 
     def example(self, k: int, known: Metadata) -> Tensor | None:
@@ -86,13 +84,14 @@ class Call:
 
     @property
     def count(self) -> int:
-        """How many states it has."""
+        """The number of its states."""
         return len(self.recurrence.state_sizes)
 
     @property
     def starts(self) -> list[Reading]:
-        """Where the states that it is given come from."""
+        """The origins of the states that it is given."""
         if isinstance(self.hx, fx.Node):
+            # One node: the only state, or a pair of which state k is item k.
             node, path = _origin(self.hx)
             return [(node, (*path, k)) for k in range(self.count)] if self.count > 1 else [(node, path)]
         return [_origin(state) for state in self.hx or ()]
@@ -118,13 +117,14 @@ class ModuleCall(Call):
 
     @property
     def has_own_forward(self) -> bool:
-        """Whether the layer does more than torch's `forward`, or another thing."""
+        """True if the layer does more than torch's `forward`, or another thing."""
         plain = (*PLAIN_FORWARDS, *(kind.forward for kind in (*LAYERS, *CELL_MODES)))
         own = vars(self.layer).keys() & {"forward", "__call__", "carry"}
         return bool(own) or parametrize.type_before_parametrizations(self.layer).forward not in plain
 
     @property
     def finals(self) -> list[Reading]:
+        # (output, h) or (output, (h, c)); a cell returns its state alone.
         before = () if self.recurrence.is_cell else (1,)
         return [(self.node, (*before, k) if self.count > 1 else before) for k in range(self.count)]
 
@@ -197,6 +197,7 @@ class FunctionCall(Call):
     def finals(self) -> list[Reading]:
         if self.form == "cell":
             return [(self.node, (k,) if self.count > 1 else ()) for k in range(self.count)]
+        # (output, h) or (output, h, c), flat.
         return [(self.node, (1 + k,)) for k in range(self.count)]
 
     @property
@@ -206,6 +207,7 @@ class FunctionCall(Call):
 
     @property
     def is_stateless(self) -> bool:
+        # Zeros of another module's are a state that the model passes.
         here = _innermost(self.node)
         return all(_is_zeros(node) and _innermost(node) == here for node in self.zeros)
 
@@ -215,6 +217,7 @@ class FunctionCall(Call):
             self.node.update_kwarg("hx", hx)
         else:
             self.node.update_arg(ARGUMENTS[self.form].index("hx"), hx)
+        # The same zeros may be both h and c.
         for node in dict.fromkeys(old):
             if not node.users:
                 node.graph.erase_node(node)
@@ -270,13 +273,14 @@ def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def is_packed(input: Any) -> bool:
-    """Whether a node gives a `PackedSequence`: by packing, or as the output of a layer that is given one."""
+    """Tell whether a node gives a `PackedSequence`: by packing, or as the output of a layer that is given one."""
     while isinstance(input, fx.Node):
         if input.target in (rnn.pack_padded_sequence, rnn.pack_sequence, rnn.PackedSequence):
             return True
         if input.op == "call_method" and input.target in ("_replace", "to"):
             input = input.args[0]
             continue
+        # Item 0 of a layer's result is its output, packed if its input is.
         layer = input.args[0] if input.target is operator.getitem and input.args[1] == 0 else None
         if not isinstance(layer, fx.Node) or layer.op != "call_module":
             return False
@@ -294,15 +298,13 @@ def calling_module(node: fx.Node) -> tuple[str, str]:
     """Return path and class of the innermost module that a call came from, both empty if that is not known."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path, kind = stack[-1] if stack else ("", "")
+    # Dynamo's `L['self'].encoder['0']` becomes `encoder.0`.
     path = re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['\w+'\]\.?", "", path)).removeprefix(".")
     return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
 def _running_path(node: fx.Node) -> str:
-    """The name of the module that runs a functional call, whatever its class; of the node if there is none.
-
-    That of a layer that is the whole model is empty.
-    """
+    """Return the path of the module that runs a call, or the node's name if none does; "" for a layer by itself."""
     path, kind = calling_module(node)
     return path if kind in CLASS_NAMES else path or node.name
 
@@ -317,7 +319,7 @@ def _origin(node: Any) -> Reading:
 
 
 def _innermost(node: fx.Node) -> Any:
-    """The call of a module that a node was made in, the path and the class of that module, if its metadata tells."""
+    """Return key, path and class of the call of a module that a node was made in, if its metadata tells."""
     stack = list((node.meta.get("nn_module_stack") or {}).items())
     return (stack[-1][0], *stack[-1][1]) if stack else None
 
@@ -331,5 +333,5 @@ def _is_zeros(node: Any) -> bool:
 
 
 def _hints(shape: Sequence[Any]) -> list[int]:
-    """A shape in which sizes that are open have those of the example."""
+    """Return a shape in which sizes that are open are those of the example."""
     return [size.node.hint if isinstance(size, torch.SymInt) else int(size) for size in shape]

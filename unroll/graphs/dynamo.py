@@ -31,7 +31,7 @@ BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
 def unroll_backend(
     graph: fx.GraphModule, inputs: list[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """A backend of `torch.compile` that unrolls recurrent calls and hands the graph on to another backend.
+    """Unroll recurrent calls and hand the graph on to another backend, as a backend of `torch.compile`.
 
     Registered as `"unroll"`. Dynamo shows `nn.LSTM`, `nn.GRU` and `nn.RNN` to a backend only while
     `torch._dynamo.config.allow_rnn` is set, which `unroll.compile` does for the calls of its own
@@ -84,7 +84,7 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = None,
 ) -> Callable[..., Any]:
-    """`torch.compile` for a model with recurrent layers, without changing the model or any global setting.
+    """Compile a model with recurrent layers by `torch.compile`, without changing the model or any global setting.
 
     Args:
         model: a module or function, for inference or training.
@@ -119,7 +119,7 @@ def compile(
 
 
 def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | None) -> Any:
-    """What `torch.compile` wraps a model in, with the changes to torch that unrolling needs while Dynamo compiles."""
+    """Make `torch.compile`'s wrapper of a model, with the changes to torch that are needed while Dynamo compiles."""
 
     def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         check_graph(graph)
@@ -148,9 +148,9 @@ class _Compiling:
 
 
 def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
-    """For each guard, whether it is on something that is there when the compiled model is called.
+    """Tell for each guard whether what it is on is there when the compiled model is called.
 
-    What `keeping_rows` puts in the place of torch's own is there while Dynamo compiles alone.
+    What `keep_padding` puts in the place of torch's own is there only while Dynamo compiles.
     """
     return [
         not (
@@ -165,6 +165,7 @@ def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
 
 @contextmanager
 def _permission(plan: Plan, where: Where) -> Iterator[None]:
+    """Let Dynamo show recurrent layers to backends, and keep packed rows padded, while this lasts."""
     from torch._dynamo import config
 
     def on_packed(layer: Any, input: Any, hx: Any) -> Any:
@@ -173,6 +174,7 @@ def _permission(plan: Plan, where: Where) -> Iterator[None]:
             raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
         return run_packed(_Original(layer, plan), input, hx)
 
+    # A float such as dropout is to be a constant of the graph, not an input.
     with config.patch(allow_rnn=True, specialize_float=True), keep_padding(on_packed, dynamo=True):
         yield
 

@@ -36,11 +36,7 @@ def freeze_calls(
 
 
 def _freeze_call(module: fx.GraphModule, lowering: FunctionLowering) -> Frozen:
-    """Lay out the weights of a call, which its graph reads from attributes of its module.
-
-    Raises:
-        UnrollError: for weights that are computed in the graph or given to it, or are written to.
-    """
+    """Lay out the weights of a call; refuse those that are computed in the graph, given to it or written to."""
     place, weights = lowering.name, lowering.call.weights
     problems = Problems()
     for node in weights:
@@ -69,6 +65,7 @@ def drop_unread(module: fx.GraphModule, names: Iterable[str]) -> None:
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target in names and not node.users:
             module.graph.erase_node(node)
+    # The ids of tensors that the graph reads, as one tensor may have several names.
     used: set[int] = set()
     for node in module.graph.nodes:
         if node.op in ("get_attr", "call_module"):

@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 
-from unroll.core.recurrence import Recurrence, read_call
-
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
+from unroll.core.recurrence import KINDS, Recurrence, read_call
 
 OPTIONS = ("has_biases", "num_layers", "dropout", "bidirectional", "batch_first")
 
 
 def _functions() -> dict[Any, tuple[str, str]]:
-    """Every function that runs a recurrence: its kind, and the form of its arguments, `layer`, `packed` or `cell`."""
+    """Map functions that run a recurrence to its kind and the form of their arguments: `layer`, `packed` or `cell`."""
     found: dict[Any, tuple[str, str]] = {}
     for kind in KINDS:
         packet, cell = getattr(torch.ops.aten, kind), getattr(torch.ops.aten, f"{kind}_cell")
@@ -29,7 +26,6 @@ def _functions() -> dict[Any, tuple[str, str]]:
 
 FUNCTIONS = _functions()
 
-
 ARGUMENTS = {
     "layer": ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"],
     "packed": ["input", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional"],
@@ -38,7 +34,7 @@ ARGUMENTS = {
 
 
 def bind(form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a functional call by name; those of a cell as if it were a layer."""
+    """Return the arguments of a functional call by name; those of a cell as if it were a layer."""
     given = dict.fromkeys(ARGUMENTS[form]) | dict(zip(ARGUMENTS[form], args)) | dict(kwargs)
     if form == "cell":
         given["params"] = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
@@ -48,12 +44,13 @@ def bind(form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
 
 
 def form_of_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind of recurrence that a call of one of `FUNCTIONS` runs, and the form of its arguments."""
+    """Return the kind of recurrence that a call of one of `FUNCTIONS` runs, and the form of its arguments."""
     kind, form = FUNCTIONS[function]
+    # The fourth argument is `params` in the packed form, `has_biases` in the other.
     packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (list, tuple)))
     return kind, "packed" if form == "layer" and packed else form
 
 
 def read_given(kind: str, form: str, given: Mapping[str, Any], shapes: Sequence[Any]) -> Recurrence:
-    """The recurrence of a call, from its bound arguments and the shapes of its weights."""
+    """Read the recurrence of a call from its bound arguments and the shapes of its weights."""
     return read_call(kind, shapes, **{key: given[key] for key in OPTIONS}, is_cell=form == "cell")

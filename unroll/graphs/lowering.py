@@ -33,14 +33,14 @@ class Lowering(Generic[AnyCall]):
     recurrence: Recurrence
     plan: Plan
     dtype: torch.dtype
-    """Of the weights"""
+    """The dtype of the weights"""
     key: Any
-    """The same for calls with the same weights"""
+    """A key that calls with the same weights share"""
     packed = False
     mask: Any = None
-    """Which rows have a step, `[T * B, 1]`, where they differ"""
+    """The rows that have a step, boolean `[T * B, 1]`, where not all have"""
     frozen: Frozen | None = None
-    """Where weights are that were laid out before, named from the graph's module"""
+    """The buffers of weights that were laid out before, named from the graph's module"""
 
     def __init__(self, call: AnyCall, writer: GraphWriter, known: Metadata, steps: Any) -> None:
         self.call, self.writer, self.known, self.name = call, writer, known, call.name
@@ -58,6 +58,7 @@ class Lowering(Generic[AnyCall]):
     def choose_steps(self, known: Any, asked: Any) -> int:
         """Choose the number of steps, from what is known and what was asked for."""
         if isinstance(known, torch.SymInt):
+            # With FIXED, whoever traced guards the length of the example.
             known = int(known) if asked == FIXED else None
         asked = None if asked == FIXED else asked.get(self.name) if isinstance(asked, Mapping) else asked
         found = choose_steps(self.name, known, asked)
@@ -78,7 +79,7 @@ class Lowering(Generic[AnyCall]):
         return lay_out(self.recurrence, weights, self.plan, self.dtype, self.writer)
 
     def dropout(self) -> Callable[[Value], Value] | None:
-        """Return what runs between layers."""
+        """Return the function that runs between layers."""
         raise NotImplementedError
 
     def rows(self, input: Value) -> Value:
@@ -115,6 +116,7 @@ class Lowering(Generic[AnyCall]):
             self.state = state
             if asserts:
                 self.assert_shapes(input, state)
+            # Zeros are left out of step 0; an only step keeps them, or the weights they meet would have no gradient.
             if state is not None and self.steps > 1 and not self.packed and all(s.target in ZEROS for s in state):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
@@ -156,6 +158,7 @@ class Lowering(Generic[AnyCall]):
         expected = (*batch, *steps) if recurrence.batch_first else (*steps, *batch)
         what = "" if recurrence.is_cell else f"{self.steps} time steps of "
         same(shape, (*expected, features), f"the input must have {what}{features} features, as unrolled for; {again}")
+        # A state is [passes, B, size], a cell's [B, size]; B is that of the input, which the running graph tells.
         lead = [] if recurrence.is_cell else [recurrence.passes]
         for name, tensor, size in zip(recurrence.cell.states, state or (), recurrence.state_sizes):
             form = (*lead, *batch, size)
@@ -166,7 +169,7 @@ class Lowering(Generic[AnyCall]):
 
 
 class ModuleLowering(Lowering[ModuleCall]):
-    """Of `call_module` of an `Unrolled` layer, whose place in the module tree goes on holding the weights."""
+    """The lowering of `call_module` of an `Unrolled` layer, whose place in the module tree keeps the weights."""
 
     def __init__(self, call: ModuleCall, known: Metadata, steps: Any) -> None:
         self.key = call.name
@@ -213,7 +216,7 @@ class ModuleLowering(Lowering[ModuleCall]):
 
 
 class FunctionLowering(Lowering[FunctionCall]):
-    """Of `call_function` of `torch.lstm`, `aten.lstm.input`, `torch.lstm_cell` and their kin."""
+    """The lowering of `call_function` of `torch.lstm`, `aten.lstm.input`, `torch.lstm_cell` and their kin."""
 
     def __init__(
         self,
@@ -258,7 +261,8 @@ def read_frozen(frozen: Frozen, name: str, writer: GraphWriter) -> Layout:
 
 
 def erase_dead(nodes: Iterable[fx.Node]) -> None:
-    """Remove what nobody reads, of nodes in the order in which they were made."""
+    """Erase those that nobody reads, of nodes in the order in which they were made."""
+    # From the last, so that what only dead nodes read is dead by its turn.
     for node in reversed(list(nodes)):
         if not node.users and node.target is not torch._assert:
             node.graph.erase_node(node)

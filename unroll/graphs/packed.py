@@ -19,7 +19,7 @@ from unroll.packed.sequences import Ragged, initial_states, pad_rows, restore_or
 
 
 class PackedModuleLowering(ModuleLowering):
-    """Of `call_module` of an `Unrolled` layer on a `PackedSequence` of no more steps than it was unrolled for.
+    """The lowering of `call_module` of an `Unrolled` layer on a `PackedSequence` of at most the steps unrolled for.
 
     Rows are padded to all steps, with those past the end of a sequence masked, and unpadded again afterwards.
     """
@@ -50,6 +50,7 @@ class PackedModuleLowering(ModuleLowering):
     def returned(self, results: Results) -> tuple[Returned, list[Returned]]:
         finals = schedule.joined_states(self.recurrence, results.result.finals)
         rows: Any = schedule.joined_rows(results.result.outputs)
+        # Of rank 0: no index into a PackedSequence reads a part of the output.
         packed = self.writer.value("call_function", unpad_rows, (self.call.input, rows, self.steps))
         return undivided(packed, 0), [undivided(self._ordered(whole), 3) for whole in finals]
 
@@ -59,7 +60,7 @@ class PackedModuleLowering(ModuleLowering):
 
 
 class PackedFunctionLowering(FunctionLowering):
-    """Of a functional call on packed rows, whose batch sizes are known only when it runs.
+    """The lowering of a functional call on packed rows, whose batch sizes are known only when it runs.
 
     The rows are padded to as many for each step as the first step has, with those past the end of
     a sequence masked, and unpadded again after the steps. Dropout between layers therefore draws for
@@ -83,10 +84,12 @@ class PackedFunctionLowering(FunctionLowering):
         self.writer.node("call_function", torch._assert, (same, message))
 
     def rows(self, input: Any) -> Any:
+        # B, from h of [passes, B, P].
         count = self._size(self.state[0], 1)
         sizes: Any = Value(self.writer, node=self.call.given["batch_sizes"])
         self.ragged = Ragged(sizes, count, self.writer.call(torch.arange, (count,), {}))
         self.mask = self._beside(input, self.ragged.mask())
+        # [T * B, F], where a row that has ended is its own first step again.
         return torch.index_select(input, 0, self._beside(input, self.ragged.padded()))
 
     def returned(self, results: Results) -> tuple[Returned, list[Returned]]:
@@ -97,13 +100,13 @@ class PackedFunctionLowering(FunctionLowering):
         return undivided(rows, 2), results.states()
 
     def _size(self, node: fx.Node, dim: int) -> Any:
-        """A size of a tensor: a number if it is known, else a value."""
+        """Return a size of a tensor: a number if it is known, else a value."""
         size = self.known[node].shape[dim] if node in self.known else None
         if isinstance(size, int):
             return size
         return self.writer.value("call_function", torch.ops.aten.sym_size.int, (node, dim))
 
     def _beside(self, input: Value, index: Any) -> Any:
-        """An index, which comes from batch sizes on the CPU, on the device of what it is for."""
+        """Move an index, which comes from batch sizes on the CPU, to the device of what it is for."""
         device = getattr(self.known.get(input.node), "device", torch.device("cpu"))
         return index if device.type == "cpu" else index.to(device)

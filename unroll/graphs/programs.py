@@ -28,7 +28,7 @@ from unroll.graphs.rewrite import find_calls, rewrite
 
 
 def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> ExportedProgram:
-    """A copy of the program with explicit gate operations in place of recurrent operators.
+    """Return a copy of the program with explicit gate operations in place of recurrent operators.
 
     Parameters, buffers and constants are those of the original; their names, the dynamic shapes and the
     signature stay.
@@ -53,6 +53,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
             if part is not module:
                 part.recompile()
                 continue
+            # Signatures name the nodes of results, which are gone by now.
             for old, new in (pair for call in calls for pair in call.replaced.items()):
                 signature.replace_all_uses(old.name, new.name)
                 for entry in calls_graph:
@@ -87,7 +88,7 @@ def rebuilt(
 
 
 def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with graphs of its own, which shares tensors and the contents of metadata."""
+    """Return a copy with graphs of its own, which shares tensors and the contents of metadata."""
     graph = copy.deepcopy(module.graph)
     for new, old in zip(graph.nodes, module.graph.nodes, strict=True):
         if new.name != old.name:  # a name of Python's, such as `input`, which the signature keeps all the same
@@ -101,7 +102,7 @@ def copied_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
-    """A copy with names of its own."""
+    """Return a copy with names of its own."""
     if entry.signature is None:
         return entry
     inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
@@ -109,7 +110,7 @@ def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
 
 
 def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., Any]]:
-    """Decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
+    """Return decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
 
     They keep dropout between layers in training, which torch's own lose. `unroll(program)` gives the
     same operations and is much faster; the table is for those who decompose the rest of a program too.
@@ -135,7 +136,7 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
 
 
 def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> Any:
-    """What the operator computes, on tensors."""
+    """Compute on tensors what the operator computes, in explicit steps."""
     given = bind(form, args, kwargs)
     weights = [weight for weight in given["params"] if weight is not None]
     recurrence = read_given(kind, form, given, [weight.shape for weight in weights[:2]])

@@ -35,7 +35,7 @@ def undivided(whole: Value, rank: int) -> Returned:
 
 
 class Results:
-    """What the steps left, as a layer's results.
+    """The results of a layer, made of what its steps left.
 
     Args:
         writer: of the graph.
@@ -68,7 +68,7 @@ class Results:
         return undivided(torch.clone(whole), rank)  # pyright: ignore[reportArgumentType]
 
     def _read_state(self, k: int, index: tuple[Any, ...]) -> Any:
-        """`h_n[-1]`, and the like: the state of one layer and direction."""
+        """Return the state of one layer and direction, for `h_n[-1]` and the like; None for other indices."""
         first, *rest = index
         parts = self.result.finals[k]
         if self.recurrence.is_cell or not isinstance(first, int) or not -len(parts) <= first < len(parts):
@@ -77,7 +77,7 @@ class Results:
         return self._item(part, tuple(rest))
 
     def _view(self, outputs: list[Outputs], step: int | None) -> Returned:
-        """The output of some directions, at one step or at all."""
+        """Return the output of some directions, at one step or at all."""
         whole: Any
         if step is None:
             whole = schedule.joined_output(self.recurrence, outputs, batched=self.batched)
@@ -89,9 +89,10 @@ class Results:
         return self._returned(whole, rank, partial(self._read_output, outputs, step))
 
     def _read_output(self, outputs: list[Outputs], step: int | None, index: tuple[Any, ...]) -> Any:
-        """`output[:, -1]`, `output[..., :hidden_size]` and the like: one step, or one direction."""
+        """Return one step or direction, for `output[:, -1]`, `output[..., :size]` and the like; None for the whole."""
         rest, chosen, at = list(index), outputs, step
         size, features = self.recurrence.output_size, index[-1]
+        # Features are [forward, reverse], `size` of each: an index inside of one half needs that direction alone.
         if len(outputs) == 2 and isinstance(features, int) and -2 * size <= features < 2 * size:
             side, rest[-1] = divmod(features % (2 * size), size)
             chosen = outputs[side : side + 1]
@@ -105,13 +106,14 @@ class Results:
         time, steps = self.recurrence.time_axis if self.batched else 0, outputs[0].steps
         if step is None and isinstance(index[time], int) and -steps <= index[time] < steps:
             at = rest.pop(time) % steps
+        # Neither direction nor step has narrowed it.
         if chosen is outputs and at == step:
             return None
         view = self._view(chosen, at)
         return view if all(part == ALL for part in rest) else self._item(view.whole, tuple(rest))
 
     def _item(self, value: Any, index: tuple[Any, ...]) -> Value:
-        """`value[index]`, or the value where that is all of it."""
+        """Return `value[index]`, or the value where that is all of it."""
         return value if all(part == ALL for part in index) else self.writer.index(value, index)
 
 
@@ -128,6 +130,7 @@ def hand_over(node: fx.Node, result: Any, replaced: dict[fx.Node, fx.Node]) -> N
             index = constant_index(user, node, result.rank)
             whole = index == (ALL,) * result.rank
             part = result if whole else result.read(index) if index else None
+            # A tensor with parts of its own, of which the users of `user` may need still less.
             if isinstance(part, Returned):
                 hand_over(user, part, replaced)
                 node.graph.erase_node(user)
@@ -142,6 +145,7 @@ def hand_over(node: fx.Node, result: Any, replaced: dict[fx.Node, fx.Node]) -> N
             hand_over(user, result[position], replaced)
             node.graph.erase_node(user)
             continue
+        # Anything else reads the whole.
         whole = _whole(result)
         user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: whole if n is node else n)
         if isinstance(whole, fx.Node):
@@ -149,5 +153,5 @@ def hand_over(node: fx.Node, result: Any, replaced: dict[fx.Node, fx.Node]) -> N
 
 
 def _whole(result: Any) -> Any:
-    """The nodes of a result, in its structure."""
+    """Return the nodes of a result, in its structure."""
     return result.whole.node if isinstance(result, Returned) else tuple(map(_whole, result))

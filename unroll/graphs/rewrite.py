@@ -32,7 +32,7 @@ def unroll_graph(
     steps: Steps,
     freeze: bool = False,
 ) -> fx.GraphModule:
-    """A copy of the graph module with explicit gate operations in place of recurrent calls."""
+    """Return a copy of the graph module with explicit gate operations in place of recurrent calls."""
     parts = graph_parts(module)
     functional = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     copied: Any = replace(module, plan, where, rules, others=functional, freeze=freeze)
@@ -50,6 +50,7 @@ def unroll_graph(
     problems += refused
     modules = [node.target for node in copied.graph.find_nodes(op="call_module") if _is_unrolled(copied, node)]
     problems += unknown_steps(steps, [*functional, *modules])
+    # What stopped the run on fake tensors is why other things are unknown.
     if run.problem and any("unknown" in problem.finding for problem in problems):
         problems.insert(0, run.problem)
     problems.check()
@@ -74,7 +75,7 @@ def find_calls(
     original: nn.Module | None = None,
     modules: bool = True,
 ) -> list[Lowering]:
-    """The calls in a graph module that run a recurrence.
+    """Find the calls in a graph module that run a recurrence.
 
     Args:
         module: the graph module.
@@ -118,4 +119,5 @@ def rewrite(graph: fx.Graph, calls: Sequence[Lowering], *, asserts: bool = True)
     prepared: dict[Any, Layout] = {}
     for call in calls:
         call.write(prepared, asserts=asserts)
+    # Only now, as later calls may read weights that earlier ones laid out.
     erase_dead(node for call in calls for node in call.writer.made)

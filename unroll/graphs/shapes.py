@@ -26,9 +26,10 @@ class FakeRun(fx.Interpreter):
     """Runs a graph on fake tensors, without the steps of its layers, and keeps the results."""
 
     problem: Problem | None = None
-    """Why it stopped before the end, if it did"""
+    """The reason that it stopped before the end, if it did"""
 
     def of(self, args: Any) -> dict[fx.Node, torch.Tensor]:
+        """Run the graph on fake tensors like `args`, and return those of its nodes, as far as the run went."""
         self.found: dict[fx.Node, torch.Tensor] = {}
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), as_args(args))
@@ -44,11 +45,12 @@ class FakeRun(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         form = form_of(n)
-        # Packed rows are divided by the contents of a tensor, which a fake one lacks.
+        # Packed rows are split by the contents of a tensor, which a fake one lacks.
         result = self._packed(n) if form and form[1] == "packed" else super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.found[n] = result
         elif is_padded(result):
+            # [T, B, F], as of an input that is not packed.
             self.found[n] = result.data.unflatten(0, (result.batch_sizes.steps, result.batch_sizes.count))
         return result
 
@@ -79,7 +81,7 @@ class FakeRun(fx.Interpreter):
 
 
 def _on_packed(recurrence: Recurrence, place: str, input: Any, state: Any) -> tuple[PackedSequence, Any]:
-    """What a layer returns for padded rows, without its steps: anything of the right sizes."""
+    """Return anything of the right sizes for a layer's results on padded rows, without its steps."""
     frame = Frame(True, input.batch_sizes.steps, input.batch_sizes.count)
     check_arguments(recurrence, place, input.data, state, rows=frame.batch)
     states = [input.data.new_empty(shape) for shape in recurrence.state_shapes(frame)]
@@ -88,5 +90,5 @@ def _on_packed(recurrence: Recurrence, place: str, input: Any, state: Any) -> tu
 
 
 def _layer_on_packed(layer: Any, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
-    """The same of torch's own layers, which `where` has not chosen."""
+    """Do the same for torch's own layers, which `where` has not chosen."""
     return _on_packed(read_layer(layer), type(layer).__name__, input, hx)

@@ -49,7 +49,7 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
 
 @contextmanager
 def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
-    """While this lasts, a `PackedSequence` made of values of the graph is a node."""
+    """Make a `PackedSequence` of values of the graph a node, while this lasts."""
     made = PackedSequence.__new__
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:

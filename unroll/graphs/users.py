@@ -1,4 +1,4 @@
-"""What the users of a node read of it, and whether they write into it in place."""
+"""Users of a node: the parts that they read of it, and writes into it in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 
 def constant_index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] | None:
-    """The index at which `user` reads `node`, an entry for each dimension, if it does and with constants."""
+    """Return the index at which `user` reads `node`, an entry for each dimension, if it does and with constants."""
     if not user.args or user.args[0] is not node or user.kwargs:
         return None
     index: Any
@@ -24,6 +24,7 @@ def constant_index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] |
             index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
     elif user.target in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
         dim, *rest = user.args[1:] or (0,)
+        # aten's slice(dim, start) has a start, where Python's slice of one argument has an end.
         part = (
             rest[0] if user.target is torch.ops.aten.select.int else slice(*(rest if len(rest) != 1 else (*rest, None)))
         )
@@ -37,6 +38,7 @@ def constant_index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] |
         for entry in index
         for part in ((entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,))
     ]
+    # Entries that are None or bool add dimensions; nodes and tensors are no constants.
     if len(index) > rank or not all(part is None or type(part) is int for part in parts) or None in index:
         return None
     index += (slice(None),) * (rank - len(index))
@@ -56,13 +58,12 @@ VIEWS = {
 }
 """Operations whose results may share the memory of their operand"""
 
-
 WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"}
 """Functions of `operator` that write into their first operand"""
 
 
 def is_written(node: fx.Node) -> bool:
-    """Whether something writes into a result of `node` in place, or into a view of one.
+    """Tell whether something writes into a result of `node` in place, or into a view of one.
 
     Example:
         >>> graph = torch.fx.symbolic_trace(lambda x: (x + 1)[0].mul_(2)).graph
@@ -73,7 +74,7 @@ def is_written(node: fx.Node) -> bool:
 
 
 def writers(node: fx.Node) -> Iterator[fx.Node]:
-    """What writes into a result of `node` in place, or into a view of one."""
+    """Yield the nodes that write into a result of `node` in place, or into a view of one."""
     stack, seen = [node], {node}
     while stack:
         for user in stack.pop().users:

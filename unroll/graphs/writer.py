@@ -12,7 +12,7 @@ from torch import fx
 from unroll.core.rows import copy_apart
 from unroll.core.values import Value, Writer
 
-# What the nodes written for a call take over from it.
+# Metadata that nodes written for a call take over from it.
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
 
 
@@ -50,16 +50,16 @@ class GraphWriter(Writer):
         return self.items(result, len(args[1]) if func is torch.split else args[1])
 
     def items(self, values: Value, count: int) -> list[Value]:
-        """The values of a node that returns a tuple."""
+        """Return the values of a node that returns a tuple."""
         return [self.value("call_function", operator.getitem, (values, i)) for i in range(count)]
 
     def index(self, value: Value, index: tuple[Any, ...]) -> Value:
-        """`value[index]`"""
+        """Return `value[index]`."""
         return self.value("call_function", operator.getitem, (value, index))
 
 
 def nodes_of(args: Any) -> Any:
-    """Arguments with the nodes of their values."""
+    """Return arguments with nodes in the place of values."""
     if isinstance(args, Value):
         return args.node
     if isinstance(args, (tuple, list)):

@@ -24,7 +24,7 @@ class FoundLayer(NamedTuple):
     """A recurrent layer in a module tree."""
 
     names: list[str]
-    """Everything it is called there"""
+    """All its names there"""
     layer: nn.Module
 
 
@@ -33,7 +33,7 @@ LEAVES = (torch.Tensor, torch.jit.ScriptModule, type, types.ModuleType, str, byt
 
 
 def walk_objects(root: Any) -> Iterator[tuple[str, Any]]:
-    """Modules, tensors, functions and methods that can be reached from a module, each with every name it has.
+    """Yield modules, tensors, functions and methods that can be reached from a module, each with every name it has.
 
     Looks into attributes, containers, plain objects and functions, where layers hide from `named_modules()`.
     What a function has captured is named in angle brackets, `act.<layer>`.
@@ -44,6 +44,7 @@ def walk_objects(root: Any) -> Iterator[tuple[str, Any]]:
         name, value = stack.pop()
         if isinstance(value, (nn.Module, torch.Tensor, types.FunctionType, types.MethodType)):
             yield name, value
+        # An object comes up under each of its names, and is looked into under the first.
         if id(value) not in seen and not isinstance(value, LEAVES):
             seen.add(id(value))
             stack.extend(reversed(list(_parts(name, value))))
@@ -85,7 +86,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function holds besides its arguments: enclosed variables and defaults."""
+    """Yield what a function holds besides its arguments: enclosed variables and defaults."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if is_filled(cell):
             yield name, cell.cell_contents
@@ -104,7 +105,7 @@ def is_filled(cell: types.CellType) -> bool:
 def find(
     root: nn.Module, where: Where = None, rules: Rules | None = None, others: Iterable[str] = ()
 ) -> list[FoundLayer]:
-    """The recurrent layers under `root` that `where` picks: torch's, their subclasses, those `rules` names.
+    """Find the recurrent layers under `root` that `where` picks: torch's, their subclasses, those `rules` names.
 
     `others` are names that `where` may pick besides, of layers that are no modules.
 
@@ -140,7 +141,7 @@ def find(
 
 
 def _named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with all their names, of TorchScript only the outermost."""
+    """Yield all modules with all their names, of TorchScript only the outermost."""
     scripted: tuple[str, ...] = ()
     for name, module in root.named_modules(remove_duplicate=False):
         if not name.startswith(scripted):
@@ -154,12 +155,12 @@ def _holds_recurrent(module: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)` or `module.compile()`."""
+    """Tell whether it is compiled, by `torch.compile(module)` or `module.compile()`."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _shared_layers(module: nn.Module) -> Iterator[tuple[type, str]]:
-    """Recurrent layers that are attributes of a module's class."""
+    """Yield recurrent layers that are attributes of a module's class."""
     for kind in type(module).__mro__:
         yield from (
             (kind, key) for key, part in vars(kind).items() if isinstance(part, nn.Module) and is_recurrent(part)
@@ -167,7 +168,7 @@ def _shared_layers(module: nn.Module) -> Iterator[tuple[type, str]]:
 
 
 def is_recurrent(value: Any) -> bool:
-    """Whether this is a module that runs a recurrent operator itself."""
+    """Tell whether this is a module that runs a recurrent operator itself."""
     if isinstance(value, torch.jit.ScriptModule):
         return any(graph.findAllNodes(kind) for graph in method_graphs(value) for kind in SCRIPT_KINDS)
     return isinstance(value, (nn.RNNBase, nn.RNNCellBase, *QUANTIZED))

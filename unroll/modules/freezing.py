@@ -55,6 +55,7 @@ def freeze_layer(layer: Any) -> None:
 
 
 def freeze_layers(layers: Iterable[Unrolled]) -> None:
+    """Freeze each of the layers, and raise all their problems at once."""
     problems = Problems()
     for layer in layers:
         with problems:

@@ -22,17 +22,17 @@ from unroll.modules.running import own, run_packed, run_rows
 from unroll.torchscript import kernels
 from unroll.torchscript.kernels import Scriptable, make_scriptable
 
-# What the weights of a layer were laid out for, besides their own names.
+# Attributes that a frozen layer's weights were laid out for, besides their own names.
 SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
 SETTLED |= {"proj_size"}
 
 
 STAND_IN: Local[Callable[[Any, Any, Any], Any]] = Local("stand_in")
-"""In a thread that captures models with layers as single nodes: what `layer(input, hx)` is there"""
+"""The stand-in for `layer(input, hx)` in a thread that captures models with layers as single nodes"""
 
 
 class Unrolled(nn.Module):
-    """What stands where a recurrent layer stood: the same parameters and attributes, explicit steps.
+    """A module that stands where a recurrent layer stood: the same parameters and attributes, explicit steps.
 
     Made by `unroll.unroll`, never by hand. Options such as `dropout` and `batch_first` are read at
     every call, as torch's layers read theirs, and so are the weights.
@@ -111,7 +111,7 @@ class Unrolled(nn.Module):
 
 
 def _instead(layer: Unrolled) -> Callable[[Any, Any, Any], Any] | None:
-    """Return what is to be done with a layer, its input and state in place of its steps, if anything is."""
+    """Return the function of a layer, its input and state to call in place of its steps, if there is one."""
     if not torch.compiler.is_dynamo_compiling() and STAND_IN.value is not None:
         return STAND_IN.value
     if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():  # that exporter wants plain operators
@@ -222,6 +222,7 @@ def _run_cell(cell: UnrolledCell, input: Any, hx: Any) -> Any:
     return as_result(schedule.joined_states(recurrence, result.finals, batched=batched))
 
 
+# One for each signature of `forward`, whose types TorchScript reads.
 class ScriptableLSTM(Scriptable, UnrolledLayer):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -267,4 +268,4 @@ SCRIPTABLE: dict[tuple[bool, int], type[Unrolled]] = {
     (True, 2): ScriptableLSTMCell,
     (True, 1): ScriptableCell,
 }
-"""By whether it is a cell, and by the number of states"""
+"""The classes by whether they are for a cell, and by the number of states"""

@@ -24,7 +24,7 @@ VERSION = TorchVersion(torch.__version__)
 
 
 def is_captured(rows: Tensor) -> bool:
-    """Whether a graph is being made of what runs now. Otherwise there is no loop to be had: Python has its own.
+    """Tell whether a graph is being made of what runs now. Otherwise there is no loop to be had: Python has its own.
 
     `torch.compiler.is_compiling` alone is true in all threads while one of them exports.
     """
@@ -32,7 +32,7 @@ def is_captured(rows: Tensor) -> bool:
 
 
 def is_trained(place: str, tensors: Iterable[Any]) -> bool:
-    """Whether gradients are to go through a loop where they would be wrong, in silence: compiled, before PyTorch 2.15.
+    """Tell whether gradients would go through a loop that gets them wrong, in silence: compiled, before PyTorch 2.15.
 
     Dynamo then stops with the reason, or without `fullgraph` goes on, and the steps are to be written one by one.
 
@@ -55,7 +55,7 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
 
 
 def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tuple[Tensor, State]]:
-    """What `schedule.run` takes as `loop`.
+    """Make the loop of a `Target`, over blocks of steps.
 
     Where the number of steps is known, those that fill no block come after the loop. Where it is symbolic, the last
     block is filled up, and steps past the end leave the state as it is; there are then always two blocks or more, as
@@ -68,11 +68,12 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
     """
 
     def loop(step: Step, xs: tuple[Tensor, ...], state: State, *, reverse: bool) -> tuple[Tensor, State]:
+        # Each [T, B, n], the mask last.
         pieces = [x.reshape(steps, -1, x.shape[-1]) for x in (*xs, *([] if mask is None else [mask]))]
 
         def run(state: State, pieces: list[Tensor]) -> tuple[State, Tensor]:
-            """Explicit steps over pieces `[k, B, n]`: what they read, the mask, and where the last block is filled up,
-            their numbers.
+            """Run explicit steps over pieces `[k, B, n]`: what they read, the mask, and where the last block is filled
+            up, their numbers.
             """
 
             def masked_step(t: int, x: tuple[Tensor, ...], state: State) -> State:
@@ -88,6 +89,7 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
 
         if has_static_value(steps):  # Dynamo takes a symbolic number for an int
             looped = steps // block * block if steps >= 2 * block else 0
+            # Part 0 is the loop's, part 1 the rest, which runs first in reverse.
             parts = [[p[:looped] for p in pieces], [p[looped:] for p in pieces]]
             found: list[Tensor] = []
             for k in (1, 0) if reverse else (0, 1):
@@ -99,6 +101,7 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
                     continue
                 found.append(rows)
             return torch.cat(found[::-1] if reverse else found).flatten(0, 1), state
+        # ceil(T / block) + 1, which is never 1.
         blocks = (steps + 2 * block - 1) // block
         padded = [functional.pad(p, (0, 0, 0, 0, 0, blocks * block - steps)) for p in pieces]
         padded.append(torch.arange(blocks * block, device=xs[0].device))
@@ -113,7 +116,7 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
 def _scan(
     run: Callable, pieces: list[Tensor], state: State, block: int, blocks: Any, *, reverse: bool
 ) -> tuple[Tensor, State]:
-    """`h` after every step, `[blocks * block, B, P]`, and the last state."""
+    """Return `h` after every step, `[blocks * block, B, P]`, and the last state."""
     from torch._higher_order_ops import scan
 
     xs = [piece.reshape(blocks, block, *piece.shape[1:]) for piece in pieces]

@@ -33,7 +33,7 @@ def replace(
     freeze: bool = False,
     unused: set[type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """A copy of the tree with `Unrolled` layers, sharing every tensor with the original.
+    """Return a copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
     are `Unrolled` already keep their plan, unless `where` picks them or there are no others. With `freeze`, those that
@@ -57,6 +57,7 @@ def replace(
             kind = parametrize.type_before_parametrizations(layer)
             if kind in rules:
                 unused.discard(kind)
+                # A stand-in may hold a layer of the same class, which would be replaced without end.
                 others_ruled = {k: rule for k, rule in rules.items() if k is not kind}
                 stand_in = _by_rule(names[0], kind, rules[kind], layer)
                 memo[id(layer)] = replace(stand_in, plan, rules=others_ruled, freeze=freeze, unused=unused)
@@ -81,7 +82,7 @@ def replace(
 
 
 def _by_rule(name: str, kind: type, rule: Callable[[Any], nn.Module], layer: nn.Module) -> nn.Module:
-    """Return what a rule makes of a layer."""
+    """Return the module that a rule makes of a layer."""
     stand_in = rule(layer)
     if not isinstance(stand_in, nn.Module):
         finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
@@ -90,7 +91,7 @@ def _by_rule(name: str, kind: type, rule: Callable[[Any], nn.Module], layer: nn.
 
 
 def _script(name: str, layer: torch.jit.ScriptModule, plan: Plan | None, *, freeze: bool) -> nn.Module:
-    """Return a scripted layer unrolled."""
+    """Unroll a scripted layer."""
     if freeze:
         finding = "is a ScriptModule, which unroll does not freeze"
         raise UnrollError(Problem(name, finding, "leave freeze out, and use torch.jit.freeze"))
@@ -125,6 +126,7 @@ def _copy_tree(
         for name, layer, shell in shells:
             _copy_attributes(shell, layer, name, plan, memo)
         copied = copy.deepcopy(root, memo)
+        # Last, when what the cells hold has its copy in the memo.
         for function in functions:
             _fill(memo[id(function)], function, memo)
     except UnrollError:
@@ -144,14 +146,14 @@ def _give_plan(root: nn.Module, plan: Plan, where: Where) -> None:
 
 
 def _captures_layer(value: Any) -> bool:
-    """Whether this is a function that holds a recurrent layer, however deep."""
+    """Tell whether this is a function that holds a recurrent layer, however deep."""
     if not isinstance(value, types.FunctionType):
         return False
     return any(isinstance(part, nn.Module) and is_recurrent(part) for _, part in walk_objects(value))
 
 
 def _empty_copy(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """A function with the same code and empty cells; `copy.deepcopy` would go on using the function itself."""
+    """Return a function with the same code and empty cells; `copy.deepcopy` would go on using the function itself."""
     cells = tuple(memo[id(cell)] for cell in function.__closure__ or ())
     return types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
 
@@ -171,7 +173,7 @@ def _fill(copied: types.FunctionType, function: types.FunctionType, memo: dict[i
 
 
 def _rebound(method: types.MethodType, stand_in: Any) -> Any:
-    """What a stored method of a layer is for its stand-in; None if it is a method of a base class alone."""
+    """Return a stored method of a layer as its stand-in has it; None if it is a method of a base class alone."""
     name, kinds = method.__name__, type(method.__self__).__mro__
     if getattr(kinds[0], name, None) is method.__func__:
         return getattr(stand_in, name, None)

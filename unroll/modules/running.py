@@ -25,7 +25,7 @@ from unroll.packed.sequences import PaddedSizes, known_sizes, restore_order, sor
 
 
 class Layer(Protocol):
-    """What is asked of a layer to run it."""
+    """The attributes that a layer needs to be run."""
 
     @property
     def place(self) -> str: ...
@@ -57,11 +57,12 @@ def run_rows(
     sizes: list[int] | None = None,
     padded: PaddedSizes | None = None,
 ) -> schedule.Result:
-    """Run all steps of a layer over `rows`, `[T * B, F]`, of packed rows with their sizes."""
+    """Run all steps of a layer over `rows`, `[T * B, F]`; over packed or padded ones with their sizes."""
     recurrence = layer.recurrence
     promoting = False
     cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
     if cast:
+        # If only products are cast, what follows them promotes their type to that of the rest.
         promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
         if not promoting:
             rows = rows.to(cast)
@@ -114,6 +115,7 @@ def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequ
     states = restore_order(input, schedule.joined_states(recurrence, result.finals))
     rows = schedule.joined_rows(result.outputs)
     if padded:
+        # The input was unmarked for the layer alone: other uses of it are watched again.
         rows, _ = mark(padded.filled(rows)), mark(data)
     else:
         rows = own(rows, steps)
@@ -130,12 +132,12 @@ def own(result: Tensor, steps: Any = 1) -> Tensor:
 
 
 def _is_compiled_for_cpu(rows: Tensor) -> bool:
-    """Whether Dynamo, not for an export, captures what runs now."""
+    """Tell whether Dynamo, not for an export, captures what runs now on a CPU."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
 
 
 def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
-    """Whether torch, under autocast, runs this layer in the lower precision throughout.
+    """Tell whether torch, under autocast, runs this layer in the lower precision throughout.
 
     So do cuDNN and, for a padded LSTM without projection, oneDNN. Elsewhere only the products are cast.
     """

@@ -1,4 +1,4 @@
-"""Which class stands in for a recurrent layer, also for subclasses of the user's own.
+"""The classes that stand in for recurrent layers, also for subclasses of the user's own.
 
 A subclass that prepares its arguments and calls `super().forward` keeps its code: the class is built
 once more on top of `Unrolled`, and the `super()` in its methods bound to the new class.
@@ -21,7 +21,7 @@ from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
 TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
 
 
-# What a subclass may define without changing what the layer computes. `forward` is looked at more closely.
+# Names that a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
 HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
 
@@ -31,7 +31,7 @@ KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind 
 
 
 def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
-    """The class that stands in for a recurrent layer's.
+    """Return the class that stands in for a recurrent layer's.
 
     Raises:
         UnrollError: for a class that does something of its own that cannot be honoured.
@@ -51,7 +51,7 @@ def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
 
 
 def _objection(kind: type) -> str | None:
-    """Why methods of this class, a subclass or a mixin, cannot run on top of `Unrolled`, if so."""
+    """Say why methods of this class, a subclass or a mixin, cannot run on top of `Unrolled`; None if they can."""
     if kind in (*TORCH_CLASSES, nn.Module, object) or kind.__module__ in ("typing", "abc"):
         return None
     own = {name for name in vars(kind) if name in vars(nn.RNNBase) or name in vars(nn.LSTM)} - HARMLESS
@@ -79,7 +79,7 @@ def _objection(kind: type) -> str | None:
 
 
 def _function(method: Any) -> tuple[types.FunctionType | None, str]:
-    """The function in a class's namespace, and in what it is wrapped there."""
+    """Return the function in an entry of a class's namespace, and the name of what wraps it there."""
     inner = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
     wrapped = "" if inner is method else type(method).__name__
     return (inner, wrapped) if isinstance(inner, types.FunctionType) else (None, wrapped)
@@ -104,7 +104,7 @@ def assign_class(layer: Any, kind: type) -> None:
 
 @functools.cache
 def rebase(kind: type) -> type:
-    """The class as it would be with `Unrolled` layers for bases in place of torch's."""
+    """Return the class as it would be with `Unrolled` layers for bases in place of torch's."""
     if not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
         return kind
     if kind in TORCH_CLASSES:
@@ -113,6 +113,7 @@ def rebase(kind: type) -> type:
     namespace = {
         name: _rebound(value, cell) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
     }
+    # No import finds the new class: pickles have the class that it was made of.
     namespace |= {"__reduce_ex__": _reduce, "_origin": kind}
     new = types.new_class(kind.__name__, tuple(map(rebase, kind.__bases__)), {}, lambda body: body.update(namespace))
     cell.cell_contents = new
@@ -120,7 +121,7 @@ def rebase(kind: type) -> type:
 
 
 def _rebound(value: Any, cell: types.CellType) -> Any:
-    """A function with the cell that `super()` reads replaced."""
+    """Return a function with the cell that `super()` reads replaced."""
     if not isinstance(value, types.FunctionType) or "__class__" not in value.__code__.co_freevars:
         return value
     free = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
@@ -135,6 +136,6 @@ def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
 
 
 def _empty(origin: type) -> Unrolled:
-    """An instance without contents of the class that stands in for `origin`, for unpickling."""
+    """Make an instance without contents of the class that stands in for `origin`, for unpickling."""
     kind: Any = rebase(origin)
     return kind.__new__(kind)

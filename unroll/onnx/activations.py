@@ -14,7 +14,7 @@ from unroll.core.weights import Tensorlike
 
 
 class Activation(NamedTuple):
-    """A function of `x`, `alpha` and `beta`, with what the standard takes for parameters that are not given.
+    """A function of `x`, `alpha` and `beta`, with the standard's defaults for the two parameters.
 
     A parameter is None if the function takes none, and NaN if it must be given.
     """
@@ -25,7 +25,7 @@ class Activation(NamedTuple):
 
 
 def _single(value: float) -> float:
-    """As an attribute of a node holds it, in float32."""
+    """Round a value to float32, in which an attribute of a node holds it."""
     return torch.tensor(value, dtype=torch.float32).item()
 
 
@@ -44,13 +44,13 @@ ACTIVATIONS = {
     "softsign": Activation(lambda x, alpha, beta: functional.softsign(x)),
     "softplus": Activation(lambda x, alpha, beta: functional.softplus(x)),
 }
-"""By the standard's names, in lower case: their case does not matter."""
+"""The functions by the standard's names, in lower case: their case does not matter."""
 
 
 def read_activations(
     place: str, names: Sequence[str], alphas: Sequence[float], betas: Sequence[float]
 ) -> list[Callable[[Tensorlike], Tensorlike]]:
-    """The functions that a node's attributes name.
+    """Return the functions that a node's attributes name.
 
     Functions that take an alpha take the next of `alphas`, or their default when none is left; betas likewise.
 
@@ -66,6 +66,7 @@ def read_activations(
     unknown = [name for name in names if name.lower() not in ACTIVATIONS]
     if unknown:
         raise UnrollError(*(Problem(place, f"the activation {name!r} is unknown", f"use {known}") for name in unknown))
+    # Taken from in the order of the names; what is left at the end, no function takes.
     given = {"alpha": iter(alphas), "beta": iter(betas)}
     functions, problems = [], Problems()
     for name in names:

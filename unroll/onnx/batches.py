@@ -1,4 +1,4 @@
-"""Which sequences, states and lengths of a model may come with different numbers of rows."""
+"""Sequences, states and lengths of a model that may come with different numbers of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unroll.onnx.layers import LayerCall
 
 
 class Batches:
-    """What is known, before a model runs, of the rows of its values.
+    """All that is known, before a model runs, of the rows of its values.
 
     Of a model that came through `torch.export`, all sizes follow from those of its inputs: values of a single open
     input fit together, and those of two once a call has counted rows of both.
@@ -24,7 +24,9 @@ class Batches:
         self.graph = graph
         self.fixed = fixed
         self.open = frozenset(v for v in graph.inputs if v.shape is None or not v.shape.is_static())
+        # Disjoint groups of open inputs: those of one group fit together.
         self.fitting = [frozenset([value]) for value in self.open]
+        # Of each value, the open inputs that it is computed from; a node that holds graphs may read any.
         self.sources = {value: self.open & {value} for value in graph.inputs}
         for node in graph:
             holds_graphs = any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
@@ -32,11 +34,11 @@ class Batches:
             self.sources |= dict.fromkeys(node.outputs, frozenset[ir.Value]().union(*read))
 
     def trusts(self, value: ir.Value) -> bool:
-        """Whether the sizes that are known of a value are checked in a run."""
+        """Tell whether the sizes that are known of a value are checked in a run."""
         return self.fixed or value in self.graph.inputs or known_tensor(value) is not None
 
     def uncounted(self, call: Call) -> list[ir.Value]:
-        """The states and lengths of a call whose rows must be counted when the model runs.
+        """Return the states and lengths of a call whose rows must be counted when the model runs.
 
         Calls are to be asked about in the order in which they run.
         """
@@ -44,6 +46,7 @@ class Batches:
             return []
         shape = call.shape(call.given)
         count = shape[call.batch] if shape else None
+        # Known sizes of a layer were compared when it was captured, those of a standard node when it was read.
         if isinstance(call, LayerCall):
             return [] if count is not None else [value for value in call.rows if not self._fit(call, value)]
         if count is None or not self.trusts(call.given):
@@ -51,7 +54,7 @@ class Batches:
         return [value for value in call.rows if None in (call.shape(value) or [None]) or not self.trusts(value)]
 
     def _fit(self, call: LayerCall, value: ir.Value) -> bool:
-        """Whether a value is known to have as many rows as the sequence of its call; after the call it is."""
+        """Tell whether a value is known to have as many rows as its call's sequence; after the call it is known."""
         used = self._open_inputs(call.given), self._open_inputs(value)
         if any(used[0] | used[1] <= group for group in self.fitting):
             return True
@@ -64,5 +67,5 @@ class Batches:
         return False
 
     def _open_inputs(self, value: ir.Value) -> frozenset[ir.Value]:
-        """Those inputs of the model with open sizes that a value is computed from; all if that cannot be told."""
+        """Return the inputs with open sizes that a value is computed from; all if that cannot be told."""
         return frozenset() if value.is_initializer() else self.sources.get(value, self.open)

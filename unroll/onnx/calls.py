@@ -28,12 +28,12 @@ class Call:
     recurrence: Recurrence
     batched = True
     plan: Plan | None = None
-    """Of a layer that has its own, frozen in it"""
+    """The plan that a frozen layer was laid out for; None for others"""
     zeros_past_end = True
-    """Whether the output of a row that has ended is read, and must be zeros then"""
+    """True if the output of a row that has ended is read, and must be zeros then"""
     variants: Sequence[Variant | None] = ()
     uncounted: Collection[ir.Value] = ()
-    """Of the states and lengths, those whose rows the running model must count, as they may be too many or too few"""
+    """The states and lengths whose rows the running model must count, as they may be too many or too few"""
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         self.node = node
@@ -43,13 +43,13 @@ class Call:
         self.guarded: Sequence[int] = [self.time] if guarded else []
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
-        """The parameters of each layer and direction, as tensors where they are known and else as values."""
+        """Return the parameters of each layer and direction, as tensors where they are known and else as values."""
         raise NotImplementedError
 
     def results(
         self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Tensorlike, Tensorlike]
     ) -> list[Tensorlike]:
-        """What the node returns, in its order."""
+        """Return the node's results in its order; `lead` is T and B, each of shape `[1]`."""
         raise NotImplementedError
 
     @property
@@ -73,7 +73,7 @@ class Call:
 
     @property
     def rows(self) -> list[ir.Value]:
-        """What must have as many rows as the input, a state or lengths."""
+        """The states and lengths, which must have as many rows as the input."""
         return [value for value in self.states if value is not None and not is_zero(value)]
 
     @property
@@ -83,7 +83,7 @@ class Call:
 
     @property
     def rank(self) -> int:
-        """Of the input, and of a state."""
+        """The number of dimensions of the input, and of a state."""
         return self.recurrence.rank(batched=self.batched)
 
     def input(self, k: int) -> ir.Value | None:
@@ -101,7 +101,7 @@ class Call:
         return default if attribute is None else attribute.value
 
     def shape(self, value: ir.Value | None) -> tuple[int | None, ...] | None:
-        """The sizes of a value, with None for those that are not known."""
+        """Return the sizes of a value, None for each that is not known; None if not even their number is."""
         shape = None if value is None else value.shape
         if shape is None:
             tensor = None if value is None else constant(value)
@@ -120,7 +120,7 @@ class Call:
         raise UnrollError(Problem(self.name, "the type of its input is unknown", fix))
 
     def _steps(self, steps: Steps) -> tuple[int | None, bool]:
-        """The number of time steps, or None if only the running model knows it; and whether it must be checked then."""
+        """Return the number of time steps, None if it is open, and whether the running model must check it."""
         if self.recurrence.is_cell:
             return 1, False
         asked = steps.get(self.name) if isinstance(steps, Mapping) else steps
@@ -140,7 +140,7 @@ class Call:
         return lay_out(self.recurrence, self.weights(writer), plan, self.dtype, writer)
 
     def operand(self, writer: OnnxWriter, k: int, rank: int) -> Any:
-        """An input of the node: a tensor if it is constant, else a value."""
+        """Return an input of the node: a tensor if it is constant, else a value; None if it is not given."""
         value = self.input(k)
         if value is None:
             return None

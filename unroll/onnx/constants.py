@@ -12,7 +12,7 @@ from unroll.core.errors import Problem, UnrollError
 
 
 def known_constant(value: ir.Value) -> Any:
-    """What a value always is, if that is known: an initializer that is no input of the model, or a constant."""
+    """Return what a value always is, if known: an initializer that is no input of the model, or a constant."""
     if value.is_graph_input():
         return None
     producer = value.producer()
@@ -22,7 +22,7 @@ def known_constant(value: ir.Value) -> Any:
 
 
 def known_tensor(value: ir.Value) -> torch.Tensor | None:
-    """What a value always is, as a tensor of torch, if that is known."""
+    """Return what a value always is, as a tensor of torch, if that is known."""
     tensor = known_constant(value)
     if tensor is None:
         return None
@@ -37,13 +37,13 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
         raise UnrollError(
             Problem(str(value.name), f"its data is in a file that cannot be read ({error})", fix)
         ) from error
-    if dtype is torch.bfloat16:
+    if dtype is torch.bfloat16:  # no type of numpy's own: taken by its bits
         return torch.from_numpy(array.view("uint16").copy()).view(dtype)
     return torch.from_numpy(array.copy())
 
 
 def constant(value: ir.Value) -> Any:
-    """The tensor of an initializer or a `Constant` node, if the value is one."""
+    """Return the tensor of an initializer or a `Constant` node, if the value is one."""
     producer = value.producer()
     if (
         producer is not None
@@ -57,7 +57,7 @@ def constant(value: ir.Value) -> Any:
 
 
 def is_zero(value: ir.Value) -> bool:
-    """Whether a value is known to be zeros, also of a size that only the running model knows."""
+    """Tell whether a value is known to be zeros, also of a size that only the running model knows."""
     producer = value.producer()
     if producer is not None and producer.domain == "" and producer.op_type in ("Expand", "Identity"):
         first = producer.inputs[0]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from unroll.core.errors import Problem, UnrollError
 
 LARGEST = 1_800_000_000
-"""Bytes of weights from which they go into a file of their own: no protocol buffer may pass 2 GB."""
+"""Bytes of weights above which they go into a file of their own: no protocol buffer may pass 2 GB."""
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -48,7 +48,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGES
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a file can be written there.
+    """Return the path, if a file can be written there.
 
     Raises:
         UnrollError: if its directory does not exist, or it is one.
@@ -78,7 +78,7 @@ def write_then_move(model: ir.Model, path: Path, *, largest: int = LARGEST) -> I
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says of what the system refuses which file was to be written."""
+    """Turn a refusal of the system, while this lasts, into an error that names the file."""
     try:
         yield
     except OSError as error:
@@ -87,5 +87,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, with those of the weights beside it."""
+    """Return the bytes of a file, with those of the weights beside it."""
     return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())

@@ -18,11 +18,10 @@ from unroll.onnx.constants import known_tensor
 from unroll.onnx.writer import OnnxWriter, reshape_to
 
 DOMAIN = "unroll"
-"""Of the operator `Recurrence`: a whole layer or cell of torch, on its way through torch's exporter."""
-
+"""The domain of the operator `Recurrence`."""
 
 LAYER = "unroll.layer"
-"""Under which the metadata of such a node may hold the layer's name."""
+"""The key under which the metadata of such a node may hold the layer's name."""
 
 
 class LayerCall(Call):
@@ -61,7 +60,7 @@ class LayerCall(Call):
     def lay_out(self, writer: OnnxWriter, plan: Plan) -> Layout:
         if self.plan is None:
             return super().lay_out(writer, plan)
-        # Its form follows from the plan; what is in it was laid out before.
+        # The form follows from the plan; what is in it was laid out before, and is read in the order of the inputs.
         shapes = [torch.empty(shape, device="meta") for shape in self.recurrence.weight_shapes]
         form = lay_out(self.recurrence, self.recurrence.weights(shapes), self.plan)
         constants = (known_tensor(value) for value in self.parameters if value is not None)
@@ -85,6 +84,7 @@ class LayerCall(Call):
             return [schedule.joined_rows(result.outputs), *states]
         if self.steps is not None or not self.batched:
             return [schedule.joined_output(recurrence, result.outputs, batched=self.batched), *states]
+        # T is open: the rows get their axes from the running model.
         size = len(result.outputs) * recurrence.output_size
         rows = schedule.joined_rows(result.outputs)
         output = reshape_to(writer, rows, *lead, size)

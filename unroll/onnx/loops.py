@@ -46,6 +46,7 @@ def over_blocks(
         block: steps in the body.
     """
     block = block if steps is None else min(block, steps)
+    # Unless T is known to be a multiple of the block, the last block may not be full.
     filling = block > 1 and (steps is None or steps % block > 0)
 
     def loop(step: Callable, xs: tuple[Any, ...], state: State, *, reverse: bool) -> tuple[Any, State]:
@@ -56,6 +57,7 @@ def over_blocks(
         blocks = _Blocks.of(writer, lead, block, reverse)
         if filling:
             rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
+        # [count, block * B, size]: a turn of the loop reads one block of each.
         reads = [
             _Entry(reshape_to(writer, x, blocks.count, blocks.rows, size), size)
             for x, size in zip(rows, sizes, strict=True)
@@ -66,17 +68,18 @@ def over_blocks(
         ]
         scan = _Scan(writer, recurrence.cell.states, block, reverse=reverse)
         scan.write_body(step, starts, reads, masked=mask is not None, all_states=filling)
-        writer.enter(here)
+        writer.enter(here)  # the steps have entered scopes of their own
         finals, outputs = scan.write(starts, reads)
         if not filling:
             return outputs[0], tuple(finals)
+        # `finals` are the states after the rows of zeros: the true ones are taken from the states of all steps.
         return blocks.all_steps(outputs[0]), tuple(map(blocks.last_step, outputs))
 
     return loop
 
 
 class _Entry(NamedTuple):
-    """A value that goes into a loop, and the features of what its body gets of it."""
+    """A value that goes into a loop, and the features of the rows that its body gets of it."""
 
     value: Any
     width: int
@@ -113,6 +116,7 @@ class _Scan:
         before = tuple(self._input(f"before.{name}", start) for name, start in zip(self.states, starts, strict=True))
         read = [self._input(f"x.{k}", entry) for k, entry in enumerate(reads)]
         block, count = self.block, len(reads) - masked
+        # pieces[k][t]: the rows `[B, width]` that step t reads of sequence k; left[t]: the states after step t.
         pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
         left: list[State] = [()] * block
 
@@ -123,6 +127,7 @@ class _Scan:
 
         _, after = scan(noted, list(zip(*pieces, strict=True)), before, reverse=self.reverse)
         put_out = list(zip(*left, strict=True))[: len(starts) if all_states else 1]
+        # With a single step, an Identity: its state is an output of the body already.
         joined = [torch.cat(list(parts)) if block > 1 else body.op("Identity", *parts) for parts in put_out]
         joined = [body(value, f"outputs.{name}") for value, name in zip(joined, self.states, strict=False)]
         results: list[Any] = [value.node for value in (*after, *joined)]
@@ -148,6 +153,7 @@ class _Scan:
         given = [entry.value.node for entry in (*starts, *reads)]
         outputs = writer.node("Scan", given, names[: len(self.results)], attributes)
         finals = [writer.value(v, start.value.dtype, 2) for v, start in zip(outputs, starts, strict=False)]
+        # The node puts out [count, block * B, width].
         stacked = [
             torch.reshape(writer.value(v, start.value.dtype, 3), (-1, start.width))
             for v, start in zip(outputs[len(starts) :], starts, strict=False)
@@ -156,14 +162,14 @@ class _Scan:
 
 
 class _Blocks(NamedTuple):
-    """A sequence in blocks of steps, the last of which is filled up: at the end at which the steps arrive."""
+    """A sequence in blocks of steps, filled up to whole blocks at the end at which the steps arrive."""
 
     writer: OnnxWriter
     reverse: bool
     count: Tensorlike
-    """How many blocks there are, of shape `[1]` as all here"""
+    """The number of blocks, of shape `[1]` as all here"""
     rows: Tensorlike
-    """Of a block"""
+    """Rows of a block"""
     batch: Tensorlike
     """Rows of a step"""
     total: Tensorlike
@@ -178,21 +184,22 @@ class _Blocks(NamedTuple):
         if block == 1:
             count, rows = steps, batch
         else:
+            # count = ceil(T / block)
             count, rows = op("Div", op("Add", steps, [block - 1]), [block]), op("Mul", batch, [block])
         total = op("Mul", steps, batch)
         return cls(writer, reverse, count, rows, batch, total, op("Sub", op("Mul", count, rows), total))
 
     def filled(self, x: Tensorlike, size: int) -> Tensorlike:
-        """Rows `[total, size]` with those that are missing."""
+        """Add to rows `[total, size]` those that are missing."""
         more = zeros(self.writer, self.missing, size, x.dtype)
         return torch.cat([more, x] if self.reverse else [x, more])
 
     def all_steps(self, filled: Tensorlike) -> Tensorlike:
-        """Without the rows that were filled in."""
+        """Return the rows without those that were filled in."""
         return self._between(filled, self.missing if self.reverse else [0], self.total)
 
     def last_step(self, filled: Tensorlike) -> Tensorlike:
-        """The rows of the step that comes last before those that were filled in."""
+        """Return the rows of the step that comes last before those that were filled in."""
         begin = self.missing if self.reverse else self.writer.op("Sub", self.total, self.batch, rank=1)
         return self._between(filled, begin, self.batch)
 

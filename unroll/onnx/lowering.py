@@ -19,7 +19,7 @@ from unroll.onnx.constants import known_constant
 from unroll.onnx.writer import OnnxWriter, require_count, reshape_by, shape_of, zeros
 
 States = tuple[Tensorlike | None, ...]
-"""One for each of the cell's; None for zeros"""
+"""A value for each state of the cell; None for zeros"""
 
 
 class Lowering:
@@ -54,10 +54,11 @@ class Lowering:
                 writer, recurrence, lead, layout.widths, dtypes, padding, steps=call.steps, block=block
             )
         elif padding is not None:
-            state = self._write_zeros(state)
+            state = self._write_zeros(state)  # a row without a step keeps its state, which must be there
         steps = call.steps or 1
         result = schedule.run(recurrence, layout, rows, state, steps=steps, mask=padding, target=writer)
         writer.enter("results")
+        # Rows that have ended kept their state: it is no output.
         if padding is not None and call.zeros_past_end:
             size = recurrence.output_size
             shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
@@ -65,7 +66,7 @@ class Lowering:
         return call.results(writer, result, (self.steps, self.batch))
 
     def _sizes(self, x: Tensorlike) -> tuple[Tensorlike, Tensorlike]:
-        """T and B when the model runs, each of shape `[1]`. Not written unless something reads it."""
+        """Return T and B of the running model, each of shape `[1]`, not written unless something reads them."""
         writer = self.writer
         shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
 
@@ -80,21 +81,15 @@ class Lowering:
         return size(self.call.time), size(self.call.batch)
 
     def _guard(self, x: Tensorlike, axis: int) -> Tensorlike:
-        """The input, by an operator that fails for another number of steps, or of features, than is written out.
-
-        A Split into one piece of that many does; two Reshapes in a row would be made one by ONNX Runtime, and pass.
-        """
+        """Return the input, by an operator that fails unless an axis has the size that is written out."""
         size = self.call.steps if axis == self.call.time else self.recurrence.input_size
         assert size is not None
+        # A Split into one piece: two Reshapes in a row would be made one by ONNX Runtime, and pass.
         (piece,) = self.writer.split(x, [size], axis)
         return piece
 
     def _count_rows(self, state: States) -> States:
-        """The state, as rows where they must be counted: a Reshape fails for another number than the input's.
-
-        It does so if it allows zeros, as it can from version 14 on. Before, ONNX Runtime puts -1 for a size that is
-        not known; there a Split into one piece counts.
-        """
+        """Return the states; where rows must be counted, an operator fails for another number than the input's."""
         writer, sizes = self.writer, self.recurrence.state_sizes
         count = self._rows_of_all()
         shapes = {size: shape_of(writer, count, size) for size in sizes}
@@ -102,6 +97,8 @@ class Lowering:
         def counted(given: ir.Value | None, value: Tensorlike | None, size: int) -> Tensorlike | None:
             if value is None or given not in self.call.uncounted:
                 return value
+            # A Reshape counts if it allows zeros, as it can from version 14 on. Before, ONNX Runtime puts -1 for a size
+            # that is not known; there a Split into one piece counts.
             if writer.opset < 14:
                 return require_count(writer, value, self.batch, value.rank - 2)
             rows = reshape_by(writer, value, shapes[size], rank=2)
@@ -111,18 +108,18 @@ class Lowering:
         return tuple(map(counted, self.call.states, state, sizes))
 
     def _write_zeros(self, state: States) -> States:
-        """The state, with zeros written out."""
+        """Return the states, with zeros written out."""
         count, make = self._rows_of_all(), partial(zeros, self.writer)
         sizes = self.recurrence.state_sizes
         return tuple(make(count, size, self.call.dtype) if s is None else s for s, size in zip(state, sizes))
 
     def _rows_of_all(self) -> Tensorlike:
-        """How many rows the states of all layers and directions have."""
+        """Return the number of rows of the states of all layers and directions, of shape `[1]`."""
         passes = self.recurrence.passes
         return self.batch if passes == 1 else self.writer.op("Mul", self.batch, [passes], rank=1)
 
     def _mask(self, *, looping: bool) -> Tensorlike | None:
-        """`[T * B, 1]`, boolean: the rows that have a step; None if all have."""
+        """Return the mask `[T * B, 1]`, boolean, of the rows that have a step; None if all have."""
         call, writer = self.call, self.writer
         if call.lengths is None:
             return None
@@ -140,16 +137,18 @@ class Lowering:
             steps = torch.reshape(steps, (-1, 1))
         if call.lengths in call.uncounted:
             lengths = require_count(writer, lengths, self.batch, 0)
+        # [T, 1] < [1, B]
         going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
         return torch.reshape(going, (-1, 1))
 
     def _lay_out(self, plan: Plan, prepared: dict[Any, Layout]) -> Layout:
-        """The weights as the steps want them, laid out once for nodes that share them."""
+        """Return the weights as the steps want them, laid out once for nodes that share them."""
         call = self.call
         known = all(value is None or known_constant(value) is not None for value in call.parameters)
         key = (call.recurrence, tuple(map(id, call.parameters))) if known else call
         if key not in prepared:
             prepared[key] = call.lay_out(self.writer, plan)
+        # What is shared has no variant, which is the node's own; directions go together only if they have the same.
         if not call.variants:
             return prepared[key]
         passes, stacks, widths = prepared[key]

@@ -27,13 +27,12 @@ from unroll.onnx.writer import Constants, OnnxWriter
 
 OLDEST_OPSET = 13
 
-
 PLAN = PRESETS["onnxruntime"]
-"""For callers that ask for none"""
+"""The plan for callers that ask for none"""
 
 
 def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> Any:
-    """A copy of an ONNX model with plain operators in place of its recurrent nodes.
+    """Return a copy of an ONNX model with plain operators in place of its recurrent nodes.
 
     See `unroll.unroll`. Where the number of time steps is known, or given by `steps`, every step is written out;
     else, or if the plan has blocks, the steps run in a `Scan`, a block in each turn, or a single step.
@@ -58,12 +57,12 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = N
 
 
 def from_torch(name: str, node: Any) -> bool:
-    """For `where`: the nodes that stand for layers of torch which were chosen before."""
+    """Tell, for `where`, whether a node stands for a layer of torch, which was chosen before."""
     return node.domain == DOMAIN
 
 
 def is_recurrent(node: ir.Node) -> bool:
-    """Whether this pass has something to do with a node."""
+    """Tell whether a node is one that this pass replaces."""
     return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
 
 
@@ -84,7 +83,7 @@ def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None =
 
 
 def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Call], Problems]:
-    """The recurrent nodes that `where` picks, read and checked, and everything that cannot be honoured.
+    """Read and check the recurrent nodes that `where` picks; return them, and everything that cannot be honoured.
 
     Functions that hold such nodes are written out in the model.
 
@@ -140,12 +139,12 @@ def _any(node: ir.Node) -> Any:
 
 
 def _is_open(value: ir.Value | None) -> bool:
-    """Whether shape inference might tell more about a value."""
+    """Tell whether shape inference might tell more about a value."""
     return value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape.dims)
 
 
 def _label(node: ir.Node) -> str:
-    """What a node is called in messages, and in the names of what replaces it."""
+    """Return the name of a node in messages, and in the names of what replaces it."""
     name = node.metadata_props.get(LAYER)
     if not name and node.domain == DOMAIN:  # torch's exporter tells the path of the module that a node came from
         name = ["", *ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))][-2]
@@ -154,21 +153,21 @@ def _label(node: ir.Node) -> str:
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """The nodes of a model, with those inside of others and of its functions."""
+    """Yield the nodes of a model, with those inside of others and of its functions."""
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
 
 
 def _names(model: ir.Model) -> Iterator[str]:
-    """Everything that has a name in the main graph and the graphs in it."""
+    """Yield the names of everything in the main graph and the graphs in it."""
     for graph in (model.graph, *model.graph.subgraphs()):
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         yield from (item.name for item in (*values, *graph) if item.name)
 
 
 def _normalize(model: ir.Model) -> None:
-    """Write what the standard allows to be written in two ways in one: its domain's name, and sizes that are open."""
+    """Write in one way what the standard allows in two: its domain's name, and sizes that are open."""
     for holder in (model, *model.functions.values()):
         if "ai.onnx" in holder.opset_imports:
             holder.opset_imports[""] = holder.opset_imports.pop("ai.onnx")
@@ -180,6 +179,7 @@ def _normalize(model: ir.Model) -> None:
 
 def _inline(model: ir.Model) -> None:
     """Write out the functions that hold recurrent nodes, so that shapes and weights can be seen from inside."""
+    # A function that calls one of these is one too: repeated until none is added.
     holding: set[ir.OperatorIdentifier] = set()
     while True:
         found = {
@@ -212,6 +212,7 @@ def _replace(call: Call, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Lay
     for old, result in zip(node.outputs, results, strict=False):
         if old.uses() or old.is_graph_output():
             hand_over(old, result.node, writer)
+    # What is read shows only now that the results are handed over.
     kept = without_unread(writer.made)
     for made in kept:
         for value in made.outputs:

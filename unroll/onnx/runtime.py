@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime."""
+"""ONNX files loaded into ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unroll.core.errors import Problem, UnrollError
 
 
 def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
-    """An ONNX Runtime session on the CPU, for one thread, with a file that is called `name` in messages."""
+    """Load a file into ONNX Runtime, on the CPU and for one thread; messages call it `name`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -27,7 +27,7 @@ def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
         raise UnrollError(Problem(os.fspath(name), finding, fix)) from error
 
 
-# What to do, by what the reason of ONNX Runtime holds.
+# By a part of what ONNX Runtime says: what to do.
 FIXES = {
     "NOT_IMPLEMENTED": "export in float32, or pass check=False for another runtime",
     "under development": "ask for an older opset_version, or pass check=False for another runtime",

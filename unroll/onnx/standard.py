@@ -20,14 +20,12 @@ from unroll.onnx.writer import OnnxWriter, reshape_to
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""
 
-
 GATES = {
     "LSTM": ("input", "output", "forget", "cell"),
     "GRU": ("update", "reset", "new"),
     "RNN": ("hidden",),
 }
-"""In the order in which the standard stacks them."""
-
+"""The gates of each operator, in the order in which the standard stacks them."""
 
 ACTIVATED = {
     "LSTM": ["Sigmoid", "Tanh", "Tanh"],
@@ -36,11 +34,11 @@ ACTIVATED = {
     "RNN_TANH": ["Tanh"],
     "RNN_RELU": ["Relu"],
 }
-"""The standard's activations for what a node runs, if it names no others."""
+"""The standard's activations of one direction, by mode, for a node that names no others."""
 
 
 def _fits(shape: Sequence[int | None], wanted: Sequence[int | str]) -> bool:
-    """Whether sizes, None for those that are unknown, are these, whose names stand for any."""
+    """Tell whether sizes, None where unknown, are as wanted; a name stands for any size."""
     pairs = zip(shape, wanted, strict=False)
     return len(shape) == len(wanted) and all(n is None or isinstance(m, str) or n == m for n, m in pairs)
 
@@ -77,6 +75,7 @@ class StandardCall(Call):
             problems += self._misfits(1 + both, hidden, features)
         problems.check()
         assert hidden is not None and features is not None
+        # torch's GRU is the one with `linear_before_reset`. Other activations of an RNN are left to `_variants`.
         mode = kind
         if kind == "GRU" and not self.attribute("linear_before_reset", 0):
             mode = "GRU_RESETTING_FIRST"
@@ -106,7 +105,7 @@ class StandardCall(Call):
             self.guarded = [*self.guarded, 2]
 
     def _misfits(self, directions: int, hidden: int, features: int) -> list[Problem]:
-        """A problem for each input whose shape is known and is not what the standard demands of it."""
+        """Return a problem for each input whose shape is known and is not what the standard demands of it."""
         count, swap = len(GATES[self.node.op_type]), self.attribute("layout", 0)
         shapes = [self.shape(self.input(k)) for k in range(8)]
         x = shapes[0] or ()
@@ -129,7 +128,7 @@ class StandardCall(Call):
         ]
 
     def _variants(self) -> list[Variant | None]:
-        """For each direction, how its steps differ from torch's."""
+        """Return for each direction how its steps differ from torch's, None if they do not."""
         directions = len(self.recurrence.directions)
         names = list(self.attribute("activations") or ())
         standard = ACTIVATED[self.recurrence.mode]
@@ -180,14 +179,14 @@ class StandardCall(Call):
         directions, size = len(self.recurrence.directions), self.recurrence.hidden_size
 
         def each(tensor: Any, shape: tuple[int, ...]) -> list[Any]:
-            """One for each direction."""
+            """Cut a tensor into one of `shape` for each direction."""
             if tensor is None:
                 return [None] * directions
             parts = torch.chunk(tensor, directions) if directions > 1 else (tensor,)
             return [torch.reshape(part, shape) for part in parts]
 
         def ordered(rows: Any, places: Sequence[int]) -> Any:
-            """With the gates in torch's order."""
+            """Return rows with the gates at `places` one after the other."""
             parts = torch.chunk(rows, len(places)) if len(places) > 1 else (rows,)
             return torch.cat([parts[k] for k in places])
 
@@ -208,6 +207,7 @@ class StandardCall(Call):
     ) -> list[Tensorlike]:
         recurrence = self.recurrence
         size, swap = recurrence.hidden_size, recurrence.batch_first
+        # Of each direction [T, 1, B, H]; Y is [T, D, B, H], with the batch first [B, T, D, H].
         if self.steps is not None:
             y = [torch.reshape(output.rows(), (self.steps, 1, -1, size)) for output in result.outputs]
         else:

@@ -14,6 +14,7 @@ def hand_over(old: ir.Value, new: ir.Value, writer: OnnxWriter) -> None:
     """Let a new value be read wherever the old one was, under its name if it leaves the graph."""
     name = old.name
     if old.is_graph_output():
+        # What is an output already, or was not made for this node, cannot take the name.
         if new.is_graph_output() or new.producer() not in writer.made:
             (new,) = writer.node("Identity", [new], [writer.name("copy")])
         old.name = None
@@ -23,8 +24,8 @@ def hand_over(old: ir.Value, new: ir.Value, writer: OnnxWriter) -> None:
 
 
 def without_unread(made: list[ir.Node]) -> list[ir.Node]:
-    """The nodes that something reads, of nodes in the order in which they were made."""
-    kept = []
+    """Return the nodes that something reads, of nodes in the order in which they were made."""
+    kept = []  # from the last to the first: a node that is dropped reads nothing any more
     for node in reversed(made):
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
             if node.op_type == "Scan":

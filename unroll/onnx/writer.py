@@ -59,7 +59,7 @@ class Constants:
         self.stored: dict[Any, tuple[ir.Value, Any]] = {}
 
     def get(self, key: Any, make: Callable[[], Any], keep: Any = None) -> ir.Value:
-        """The initializer for `key`, made on first use; `keep` is kept alive with it."""
+        """Return the initializer for `key`, made on first use; `keep` is kept alive with it."""
         if key not in self.stored:
             tensor = make()
             value = ir.Value(
@@ -92,7 +92,7 @@ class OnnxWriter(Writer):
         self.depth = 0
 
     def inner(self) -> OnnxWriter:
-        """A writer for the body of a loop in the same layer, which names things as this one does."""
+        """Return a writer for the body of a loop in the same layer, which names things as this one does."""
         writer = OnnxWriter(self.layer, self.constants, self.opset, self.taken)
         writer.numbers, writer.tensor_names = self.numbers, self.tensor_names
         writer.outer, writer.depth = self, self.depth + 1
@@ -108,7 +108,7 @@ class OnnxWriter(Writer):
         return super().__call__(value, name)
 
     def unique(self, name: str) -> str:
-        """The name, with a number if it is taken."""
+        """Return the name, with a number if it is taken."""
         candidate = name
         while candidate in self.taken:
             self.numbers[name] = self.numbers.get(name, 0) + 1
@@ -117,7 +117,7 @@ class OnnxWriter(Writer):
         return candidate
 
     def value(self, node: Any, dtype: torch.dtype, rank: int) -> Any:
-        """A value that is in the graph already."""
+        """Return a stand-in for a value that is in the graph already."""
         return OnnxValue(self, node=node, dtype=dtype, rank=rank)
 
     def op(
@@ -128,10 +128,11 @@ class OnnxWriter(Writer):
         rank: int | None = None,
         attributes: dict[str, Any] | None = None,
     ) -> Any:
-        """The result of an operator; its type is that of the first input that is not boolean, if not given.
+        """Return the result of an operator; its type is that of the first input that is not boolean, if not given.
 
         Inputs may be values, tensors, numbers (of that type), lists of integers, or None.
         """
+        # Numbers among the operands get the type of this one.
         values = [v for v in inputs if isinstance(v, OnnxValue)]
         like = next((v for v in values if v.dtype is not torch.bool), values[0])
 
@@ -152,12 +153,13 @@ class OnnxWriter(Writer):
         return outputs
 
     def operand(self, value: Any, dtype: torch.dtype) -> ir.Value | None:
-        """What a node reads for a value, a tensor, a number or a list of integers."""
+        """Return what a node reads for a value, a tensor, a number or a list of integers."""
         if value is None:
             return None
         if isinstance(value, OnnxValue):
             return value.node
         if isinstance(value, torch.Tensor):
+            # Known by its id, which no other object gets while the tensor is kept.
             _, name = self.tensor_names.get(id(value)) or (None, self.name("constant"))
             return self.constants.get(id(value), lambda: self._stored(value, name), keep=value)
         tensor = torch.tensor(value, dtype=torch.int64 if isinstance(value, (list, tuple)) else dtype)
@@ -175,7 +177,7 @@ class OnnxWriter(Writer):
         return CALLS[func](writer, *args, **kwargs)
 
     def _innermost(self, args: Sequence[Any]) -> OnnxWriter:
-        """What reads a value of a loop's body belongs there, whatever else it reads."""
+        """Return the writer of the innermost body among arguments: what reads a value of it belongs there."""
         writer = self
         for arg in args:
             if isinstance(arg, OnnxValue):
@@ -189,12 +191,12 @@ class OnnxWriter(Writer):
         return writer
 
     def split(self, value: OnnxValue, sizes: int | Sequence[int], dim: int = 0) -> list[OnnxValue]:
-        """As many equal pieces, or pieces of these sizes. One node, whose outputs are named one by one."""
+        """Split into as many equal pieces, or pieces of these sizes, by one node whose outputs are named one by one."""
         count = sizes if isinstance(sizes, int) else len(sizes)
         attributes: dict[str, Any] = {"axis": dim % value.rank}
         if isinstance(sizes, int) and self.opset >= 18:
             attributes["num_outputs"] = count
-        outputs: list[ir.Value] = []
+        outputs: list[ir.Value] = []  # of the node, once a piece is read
 
         def write(k: int, name: str | None) -> ir.Value:
             if not outputs:
@@ -221,7 +223,7 @@ def _transpose(writer: OnnxWriter, value: OnnxValue, first: int, second: int) ->
 
 
 def _reshape(writer: OnnxWriter, value: OnnxValue, shape: Sequence[int]) -> Any:
-    """Rows that are to be rows stay as they are: a second Reshape would let ONNX Runtime drop the first."""
+    """Reshape, but leave rows that stay rows: a second Reshape would let ONNX Runtime drop the first."""
     if value.width is not None and tuple(shape) == (-1, value.width):
         return value
     return writer.op("Reshape", value, list(shape), rank=len(shape))
@@ -252,7 +254,7 @@ def _summed(writer: OnnxWriter, value: OnnxValue, dims: list[int]) -> Any:
 
 
 def _flipped(writer: OnnxWriter, value: OnnxValue, dims: Sequence[int]) -> Any:
-    """By steps of -1, from the last (-1) to before the first."""
+    """Flip by steps of -1, from the last (-1) to before the first."""
     return writer.op("Slice", value, [-1] * len(dims), [-(2**31)] * len(dims), list(dims), [-1] * len(dims))
 
 
@@ -289,7 +291,7 @@ CALLS: dict[Callable, Callable[..., Any]] = {
 
 
 def zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) -> Tensorlike:
-    """`[B, size]`, for `B` of shape `[1]`."""
+    """Return zeros `[B, size]`, for `B` of shape `[1]`."""
     zero = writer.operand(0.0, dtype)
     assert zero is not None
     made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
@@ -298,21 +300,21 @@ def zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) 
 
 
 def shape_of(writer: OnnxWriter, *sizes: Tensorlike | int) -> Tensorlike:
-    """A shape made of sizes known now and of others known when the model runs."""
+    """Return a shape made of sizes known now and of others known when the model runs."""
     return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
 
 
 def reshape_to(writer: OnnxWriter, value: Tensorlike, *sizes: Tensorlike | int) -> Tensorlike:
-    """A value with these sizes, of which any may be zero."""
+    """Reshape a value to these sizes, of which any may be zero."""
     return reshape_by(writer, value, shape_of(writer, *sizes), rank=len(sizes))
 
 
 def reshape_by(writer: OnnxWriter, value: Tensorlike, shape: Tensorlike, rank: int) -> Tensorlike:
-    """A value with a shape from `shape_of`."""
+    """Reshape a value to a shape from `shape_of`."""
     attributes = {"allowzero": 1} if writer.opset >= 14 else None
     return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
 
 
 def require_count(writer: OnnxWriter, value: Tensorlike, count: Tensorlike, axis: int) -> Tensorlike:
-    """The value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
+    """Return the value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
     return writer.op("Split", value, count, attributes={"axis": axis})

@@ -36,11 +36,12 @@ from unroll.packed.sequences import is_padded, refuse_ragged
 
 
 def _forward_for(kind: Any, on_layer: OnLayer) -> Callable[..., Any]:
-    """The `forward` of a kind of layer while rows are kept."""
+    """Return the `forward` of a kind of layer while padding is kept."""
     original = patching.original(kind, "forward")
 
     def forward(self: Any, input: Any, hx: Any = None) -> Any:
         if is_padded(input):
+            # this thread's own, whoever has replaced `forward` last; see `PaddedFunctions._check`
             run = on_layer
             if not torch.compiler.is_dynamo_compiling() and PADDING.value is not None:
                 run = PADDING.value.on_layer
@@ -54,11 +55,11 @@ def _forward_for(kind: Any, on_layer: OnLayer) -> Callable[..., Any]:
 
 @contextmanager
 def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo: bool = False) -> Iterator[None]:
-    """While this lasts, sequences are packed with all their rows where a graph is made in this thread.
+    """Pack sequences with all their rows while this lasts, where a graph is made in this thread.
 
     Args:
-        on_layer: runs torch's own layers on them.
-        check: stops a graph that is given bad lengths.
+        on_layer: a function that runs torch's own layers on them.
+        check: a function that stops a graph that is given bad lengths.
         dynamo: whether Dynamo is to read torch's functions of packing, which it otherwise leaves out, and the longest
             of some lengths. Of what runs as plain Python, `CAPTURED` tells when a graph is made.
     """
@@ -72,6 +73,7 @@ def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo:
         stack.enter_context(PADDING.set(Padding(on_layer, check)))
         functions = PaddedFunctions(patching.original(rnn, "_VF"), check, packs, pads)
         stack.enter_context(patched(rnn, _VF=functions))
+        # code is exchanged, and not the functions: models may hold these themselves
         stack.enter_context(patched(PACKS, __code__=packs_padded.__code__))
         stack.enter_context(patched(PADS, __code__=pads_padded.__code__))
         for kind in LAYERS:
@@ -80,14 +82,14 @@ def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo:
 
 
 def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
-    """Stands in for torch's own layers, which cannot run on padded rows."""
+    """Stand in for torch's own layers, which cannot run on padded rows."""
     finding = "is given a packed sequence inside of unroll.packing(), which keeps the padding"
     raise UnrollError(Problem(type(layer).__name__, finding, "export or compile unroll(model)"))
 
 
 @contextmanager
 def packing() -> Iterator[None]:
-    """Lets `torch.export` and `torch.compile` take unrolled models that pack sequences, with lengths as a real input.
+    """Let `torch.export` and `torch.compile` take unrolled models that pack sequences, with lengths as a real input.
 
     While it lasts, `pack_padded_sequence` keeps the padding and the lengths, `Unrolled` layers leave the state of a
     row alone in the steps after its end, and `pad_packed_sequence` writes the padding anew; the results are the same.

@@ -21,49 +21,48 @@ from unroll.packed.sequences import PLACE, PaddedSizes, refuse_ragged
 
 Check = Callable[[Tensor, Tensor, str], Tensor]
 
-
 OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
 
 
 class Padding(NamedTuple):
-    """How a thread packs while a graph is made."""
+    """The way in which a thread packs while a graph is made."""
 
     on_layer: OnLayer
-    """Runs torch's own layers on padded rows"""
+    """The function that runs torch's own layers on padded rows"""
     check: Check
-    """Stops a graph that is given bad lengths"""
+    """The function that stops a graph that is given bad lengths"""
 
 
 PADDING: Local[Padding] = Local("padding")
-"""Of a thread that packs with padding where it makes a graph"""
+"""Set in a thread that packs with padding where it makes a graph"""
 
 
 def is_padding() -> bool:
-    """Whether this thread packs with padding. Dynamo asks it once, in the thread in which it reads."""
+    """Tell whether this thread packs with padding. Dynamo asks it once, in the thread in which it reads."""
     return PADDING.value is not None
 
 
 @functools.cache
 def unread() -> tuple[Any, Any]:
-    """Torch's own functions, which Dynamo leaves out as ever where a thread does not pack with padding."""
+    """Return torch's own functions, which Dynamo leaves out as ever where a thread does not pack with padding."""
     torch.compiler.assume_constant_result(is_padding)
     torch.compiler.allow_in_graph([mark, unmark])
     return torch.compiler.disable(PACKS_RAGGED), torch.compiler.disable(PADS_RAGGED)
 
 
 def _padding() -> bool:
-    """Whether a graph is made, in this thread, that packs with padding."""
+    """Tell whether a graph is made, in this thread, that packs with padding."""
     return is_padding() if torch.compiler.is_dynamo_compiling() else bool(CAPTURED.value) and is_padding()
 
 
 def stop_by_assertion(lengths: Tensor, good: Tensor, message: str) -> Tensor:
-    """The lengths, from a graph that stops with the message unless all of `good` is true."""
+    """Return the lengths, from a graph that stops with the message unless all of `good` is true."""
     torch._assert_async(good.all(), message)
     return lengths
 
 
 def stop_by_index(lengths: Tensor, good: Tensor, message: str) -> Tensor:
-    """The same where there are no assertions: what is not good reads beyond the end of a table of one zero."""
+    """Return the same where there are no assertions: what is not good reads beyond the end of a table of one zero."""
     table = torch.zeros(1, dtype=lengths.dtype, device=lengths.device)
     return lengths + table.index_select(0, (~good).to(torch.int64))
 
@@ -80,7 +79,7 @@ class PaddedFunctions:
 
     @property
     def _check(self) -> Check:
-        """That of this thread, whoever has replaced torch's functions last. While Dynamo reads, that is this thread."""
+        """This thread's check, whoever has replaced torch's functions last. While Dynamo reads, that is this thread."""
         if torch.compiler.is_dynamo_compiling() or PADDING.value is None:
             return self.check
         return PADDING.value.check
@@ -95,7 +94,7 @@ class PaddedFunctions:
         return PACKS_RAGGED(input, lengths, batch_first, enforce_sorted)
 
     def _counted(self, input: Tensor, lengths: Any, batch_first: bool) -> Any:
-        """The lengths, of which there must be one for each row: with fewer, sorting would leave rows out."""
+        """Return the lengths, of which there must be one for each row: with fewer, sorting would leave rows out."""
         if isinstance(lengths, Tensor) and lengths.dim() != 1:
             return lengths
         found = lengths.shape[0] if isinstance(lengths, Tensor) else len(lengths)
@@ -129,8 +128,10 @@ class PaddedFunctions:
         check = self._check
         within = (lengths > 0) & (lengths <= steps)
         lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
+        # none is longer than the one before it; the first has none before
         falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
         lengths = check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
+        # [T, B] as [T * B, 1], like the rows
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
         sizes = PaddedSizes(lengths, steps, count, mask)
         return mark(sizes.filled(input.reshape(-1, *features))), sizes
@@ -150,6 +151,7 @@ class PaddedFunctions:
         features = data.shape[1:]
         mask = sizes.mask.reshape(-1, *[1] * len(features))
         padding = data.new_full((), padding_value)  # a number would make floats of integers
+        # unmarked for this use alone: the model may have others
         result = torch.where(mask, unmark(data), padding).unflatten(0, (steps, sizes.count))
         mark(data)
         if total_length is None:
@@ -160,6 +162,7 @@ class PaddedFunctions:
         elif not statically_known_true(total_length == steps):
             message = f"pad_packed_sequence: total_length={total_length} is less than the longest length"
             lengths = self._check(lengths, lengths <= total_length, message)
+            # from the last axis on: features and B stay, and T becomes total_length, which may be less
             room = [0, 0] * (len(features) + 1) + [0, total_length - steps]
             result = functional.pad(result, room, value=padding_value)
         order = packed.unsorted_indices
@@ -170,7 +173,6 @@ class PaddedFunctions:
 
 PACKS: Any = rnn.pack_padded_sequence
 
-
 PADS: Any = rnn.pad_packed_sequence
 
 
@@ -179,10 +181,10 @@ PACKS_RAGGED, PADS_RAGGED = (FunctionType(function.__code__, rnn.__dict__) for f
 
 
 def packs_padded(input, lengths, batch_first=False, enforce_sorted=True):
-    """The code of torch's function while rows are kept, to be run among torch's names. Its own counts no lengths."""
+    """Pack, as the code of torch's function while padding is kept, among torch's names. Its own counts no lengths."""
     return _VF.pack_padded_sequence(input, lengths, batch_first, enforce_sorted)  # noqa: F821 # pyright: ignore
 
 
 def pads_padded(sequence, batch_first=False, padding_value=0.0, total_length=None):
-    """The code of torch's function while rows are kept, to be run among torch's names. Its own asks for batch sizes."""
+    """Pad, as the code of torch's function while padding is kept, among torch's names. Its own asks for batch sizes."""
     return _VF.pad_packed_sequence(sequence, batch_first, padding_value, total_length)  # noqa: F821 # pyright: ignore

@@ -1,6 +1,6 @@
 """Watches what models do with rows of which some are padding, and refuses what may mix them.
 
-`watched` and `released` say where such rows come from, and where they go to what knows of the padding. In plain Python
+`mark` and `unmark` say where such rows come from, and where they go to what knows of the padding. In plain Python
 tensors are followed as a model runs; Dynamo leaves the two as nodes in its graph, which is then read and rid of them.
 """
 
@@ -26,30 +26,27 @@ from unroll.packed.row_rules import NEW, Seen, mixes_rows
 
 PLACE = "packed.data"
 
-
 FIX = "do it before packing or after padding, or rewrite the FX graph, where rows stay packed"
 
 
 _PADDED = WeakTensorKeyDictionary()
 """Tensors with rows of padding among their rows"""
 
-
-GUARDED: Local[bool] = Local("watched")
-"""Set in a thread whose exports are watched"""
-
+GUARDED: Local[bool] = Local("guarded")
+"""True in a thread whose exports are watched"""
 
 CAPTURED: Local[bool] = Local("captured")
-"""Set in a thread while a graph is made of what runs in it as plain Python"""
+"""True in a thread while a graph is made of what runs in it as plain Python"""
 
 
 def mark(rows: Tensor) -> Tensor:
-    """These rows, to be watched: some are padding."""
+    """Have these rows watched, some of which are padding, and return them."""
     _PADDED[rows] = True
     return rows
 
 
 def unmark(rows: Tensor) -> Tensor:
-    """These rows, for what knows of the padding; where they have other uses, `watched` must follow."""
+    """Watch these rows no more, for what knows of the padding; where they have other uses, `mark` must follow."""
     _PADDED.pop(rows, None)
     return rows
 
@@ -78,6 +75,7 @@ class PaddingGuard(TorchFunctionMode):
         if mixes_rows(name, seen, seen_kwargs):
             raise _refused(name)
         result = func(*args, **kwargs)
+        # what is made of padded rows has padded rows
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and name not in NEW:
                 mark(tensor)
@@ -96,7 +94,7 @@ def _any_padded(values: Any) -> bool:
 
 
 def _name(function: Any) -> str:
-    """As the table of rules calls a function: `add` for `Tensor.add_`, `Tensor.__add__` and `aten.add.Tensor`."""
+    """Name a function as the table of rules does: `add` for `Tensor.add_`, `Tensor.__add__` and `aten.add.Tensor`."""
     name = getattr(function, "__name__", str(function))
     if name in ("__get__", "__set__"):  # of an attribute
         name = function.__self__.__name__
@@ -105,7 +103,7 @@ def _name(function: Any) -> str:
 
 @contextmanager
 def guard_export() -> Iterator[None]:
-    """While this lasts, models are watched that `torch.export` runs as plain Python."""
+    """Watch models that `torch.export` runs as plain Python while this lasts."""
     from torch.export import _trace
 
     export = patching.original(_trace, "_export")
@@ -122,9 +120,7 @@ def guard_export() -> Iterator[None]:
 
 @contextmanager
 def guard_run(model: nn.Module) -> Iterator[None]:
-    """While this lasts, a graph is made of what the model runs as plain Python, which is watched; it returns no padded
-    rows.
-    """
+    """Watch what the model runs as plain Python, for a graph, while this lasts; it may return no padded rows."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -144,7 +140,7 @@ def _tensors(results: Any) -> list[Any]:
 
 @contextmanager
 def guard_dynamo() -> Iterator[None]:
-    """While this lasts, graphs that Dynamo makes are watched."""
+    """Watch graphs that Dynamo makes while this lasts."""
     from torch._dynamo.output_graph import OutputGraph
 
     compiled = patching.original(OutputGraph, "call_user_compiler")
@@ -165,7 +161,7 @@ def check_graph(module: fx.GraphModule) -> None:
         UnrollError: where rows are mixed, or leave the graph.
     """
     graph = module.graph
-    found: set[fx.Node] = set()
+    found: set[fx.Node] = set()  # with rows of padding in their values; nodes come after what they read
     for node in graph.nodes:
         if node.op == "output":
             if found.intersection(node.all_input_nodes):
@@ -175,6 +171,7 @@ def check_graph(module: fx.GraphModule) -> None:
         elif node.target is not unmark and found.intersection(node.all_input_nodes):
             if _mixes(node, found):
                 raise _refused(_target(node))
+            # a result without tensors, such as a size, has no rows
             given = pytree.tree_leaves(node.meta.get("example_value"))
             if _target(node) not in NEW and any(isinstance(value, Tensor) for value in given):
                 found.add(node)
@@ -195,8 +192,8 @@ def _target(node: fx.Node) -> str:
 
 
 def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
-    """Whether a node that is given padded rows may mix them."""
-    if node.op == "call_module":
+    """Tell whether a node that is given padded rows may mix them."""
+    if node.op == "call_module":  # what it does is not in the graph
         return True
     if node.target is operator.getitem and not isinstance(node.args[0].meta.get("example_value"), Tensor):  # pyright: ignore
         return False  # one of several results
@@ -206,5 +203,6 @@ def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
         return pytree.tree_map_only(Tensor, lambda t: Seen(t.shape, given in found), value)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), seen)
+    # of an attribute the name stands for the function; see `_target`
     args = args[:1] if node.target is getattr else args
     return mixes_rows(_target(node), args, kwargs)

@@ -1,4 +1,4 @@
-"""Which functions of torch treat each row by itself, so that rows of padding among them do no harm.
+"""The functions of torch that treat each row by itself, so that rows of padding among them do no harm.
 
 A table, by the functions' names: `torch.add`, `Tensor.add_`, `+` and `aten.add.Tensor` are all `add`. What is not in
 it may mix rows, as far as is known here.
@@ -33,8 +33,7 @@ ELEMENTWISE = _names(
     ifloordiv imod ipow iand ior ixor idiv data
     """
 )
-"""With scalars, with each other, and with tensors that have no rows"""
-
+"""Functions of each entry, with scalars, with each other, and with tensors that have no rows"""
 
 READS = _names(
     """
@@ -44,25 +43,24 @@ READS = _names(
     hash
     """
 )
-"""What they return is no tensor"""
-
+"""Functions whose result is no tensor"""
 
 NEW = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
-"""What they return is like their argument in dtype and device alone, and has none of its rows"""
+"""Functions whose result is like their argument in dtype and device alone, and has none of its rows"""
 
 
 class Along(NamedTuple):
-    """Where a function is told its dimensions. They may be any but that of the rows."""
+    """The place where a function is told its dimensions, which may be any but that of the rows."""
 
     position: int
     keyword: str = "dim"
     default: Any = None
     new: int = 0
-    """Dimensions that the result has more"""
+    """The number of dimensions that the result has more"""
     many: bool = False
-    """Whether all arguments from here on are dimensions"""
+    """True if all arguments from here on are dimensions"""
     others: bool = False
-    """Whether there may be a tensor without rows among the arguments"""
+    """True if there may be a tensor without rows among the arguments"""
 
 
 DIMENSIONS = {
@@ -104,7 +102,7 @@ INPUT_FIRST = {
     "group_norm": 2,
     "batch_norm": 2,
 }
-"""Functions of rows and of weights, and how many dimensions the rows must have"""
+"""Functions of rows and of weights, and the least number of dimensions that the rows must have"""
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,11 @@ class Seen:
 
     shape: Sequence[Any]
     padded: bool
-    """Whether rows of padding are among its rows, which dimension 0 counts"""
+    """True if rows of padding are among its rows, which dimension 0 counts"""
 
 
 def mixes_rows(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function may mix the rows of its arguments, with a `Seen` for each tensor in these.
+    """Tell whether a function may mix the rows of its arguments, with a `Seen` for each tensor in these.
 
     Example:
         >>> rows = Seen((12, 4), padded=True)
@@ -164,11 +162,12 @@ def _tensors(value: Any) -> Iterator[Seen]:
 
 
 def _broadcast(tensors: list[Seen]) -> bool:
-    """Whether rows meet rows alone, or what has none."""
+    """Tell whether rows meet rows alone, or what has none."""
     ranks = {len(t.shape) for t in tensors if t.padded}
     if len(ranks) != 1:
         return False
     (rank,) = ranks
+    # tensors of lower rank do not reach dimension 0; of size 1 there, all rows meet the same
     return all(
         t.padded or len(t.shape) < rank or (len(t.shape) == rank and statically_known_true(t.shape[0] == 1))
         for t in tensors
@@ -183,11 +182,13 @@ def _input_first(name: str, args: list[Any], kwargs: dict[str, Any], tensors: li
     if rank < INPUT_FIRST[name]:
         return False
     if name in ("matmul", "mm", "imatmul"):
+        # of more, a weight's dimensions of its own would be taken for those of the rows
         return all(len(t.shape) <= 2 for t in tensors[1:])
     if name in ("layer_norm", "rms_norm"):
+        # the last dimensions are normalized over, as many as there are sizes
         sizes = given.get(1, kwargs.get("normalized_shape"))
         return len(sizes if isinstance(sizes, (list, tuple)) else [sizes]) < rank
-    if name == "batch_norm":
+    if name == "batch_norm":  # in training its mean is over rows
         return given.get(5, kwargs.get("training", False)) is False
     if name == "embedding":  # neither may change the table, nor count how often an entry is read
         return given.get(3, kwargs.get("max_norm")) is None and not given.get(5, kwargs.get("scale_grad_by_freq"))
@@ -203,6 +204,7 @@ def _along(spec: Along, args: list[Any], kwargs: dict[str, Any], tensors: list[S
         names = (spec.keyword, "dim", "axis", "dims", "dim0", "dim1", "axis0", "axis1")
         dims = [kwargs[key] for key in dict.fromkeys(names) if key in kwargs] or [spec.default]
     dims = [d for group in dims for d in (group if isinstance(group, (list, tuple)) else [group])]
+    # dimension 0 may be given as -rank too; None, for all dimensions, is no int
     rank = shapes[0] + spec.new
     return bool(dims) and all(type(d) is int and d % rank != 0 for d in dims)
 
@@ -221,7 +223,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _reshaped(shape: list[Any], args: list[Any], kwargs: dict[str, Any]) -> bool:
     first, *features = _sizes(args, kwargs)
-    if _same(first, -1):
+    if _same(first, -1):  # as many rows, if each keeps its number of entries
         return _same(math.prod(features), math.prod(shape[1:]))
     return _same(first, shape[0])
 
@@ -251,18 +253,19 @@ FORMS: dict[str, Form] = {
 
 
 def _index(rows: Seen, index: Any) -> bool:
-    """Whether an index takes all rows as they are."""
+    """Tell whether an index takes all rows as they are."""
     parts = list(index) if isinstance(index, tuple) else [index]
     taken = [part for part in parts if part is not None and part is not Ellipsis]
     whole = isinstance(parts[0], slice) and parts[0] == slice(None)
     if not whole and not (parts[0] is Ellipsis and len(taken) < len(rows.shape)):
         return False
+    # two lists, or a list and a number, may have their axis put before that of the rows
     lists = [part for part in taken if not isinstance(part, (int, slice))]
     return not lists or (len(lists) == 1 and not any(isinstance(p, int) for p in taken) and not _any_padded(lists))
 
 
 def _fits(value: Any, rows: Seen, index: Any) -> bool:
-    """Whether a value for indexed rows is of the same rows, or has none."""
+    """Tell whether a value for indexed rows is of the same rows, or has none."""
     if not isinstance(value, Seen) or not value.shape:
         return True
     parts = list(index) if isinstance(index, tuple) else [index]

@@ -25,26 +25,26 @@ PLACE = "pack_padded_sequence"
 
 
 class PaddedSizes:
-    """What a padded batch has in place of `batch_sizes`, in a `PackedSequence` whose data are all its rows.
+    """The stand-in of a padded batch for `batch_sizes`, in a `PackedSequence` whose data are all its rows.
 
     Attributes:
         lengths: steps of each row, sorted falling, int64 `[B]`.
         steps: T, of the padding.
         count: B.
-        mask: which rows have a step, boolean `[T * B, 1]`.
+        mask: true for rows that have a step, boolean `[T * B, 1]`.
 
     Raises:
         UnrollError: for all that batch sizes are asked for, which depends on lengths.
     """
 
     device = torch.device("cpu")
-    """Where torch wants batch sizes to be"""
+    """The device on which torch wants batch sizes"""
 
     def __init__(self, lengths: Tensor, steps: int, count: int, mask: Tensor) -> None:
         self.lengths, self.steps, self.count, self.mask = lengths, steps, count, mask
 
     def filled(self, rows: Tensor) -> Tensor:
-        """These rows, `[T * B, ...]`, with the first step of a row in place of all that follows its end.
+        """Return these rows, `[T * B, ...]`, with the first step of a row in place of all that follows its end.
 
         What is computed from padding is thrown away, but a gradient of 0 comes back, and is NaN behind a function
         that has none there, such as a norm of zeros. A step of the same row has a gradient if the row has one.
@@ -73,7 +73,7 @@ class PaddedSizes:
 
 
 def _refuse_to_leave(sizes: PaddedSizes) -> NoReturn:
-    """What `torch.export` calls to take a model's results apart, of which these are no part that a graph can have."""
+    """Refuse `torch.export`, which takes a model's results apart: these are no part that a graph can have."""
     finding = "leaves the model, in a sequence with rows of padding among its rows"
     raise UnrollError(Problem("packed.batch_sizes", finding, "return what pad_packed_sequence makes of it"))
 
@@ -82,19 +82,19 @@ pytree.register_pytree_node(PaddedSizes, _refuse_to_leave, _refuse_to_leave)  # 
 
 
 def is_padded(input: Any) -> bool:
-    """Whether this is a `PackedSequence` whose rows are padded."""
+    """Tell whether this is a `PackedSequence` whose rows are padded."""
     return isinstance(input, PackedSequence) and isinstance(input.batch_sizes, PaddedSizes)
 
 
 def refuse_ragged(place: str) -> NoReturn:
-    """A sequence without its padding, given to a graph."""
+    """Refuse a sequence without its padding that is given to a graph."""
     finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
     fix = "pack it in the model, and export or compile that within `with unroll.packing():`"
     raise UnrollError(Problem(place, finding, fix))
 
 
 def known_sizes(packed: PackedSequence, place: str) -> list[int]:
-    """The batch sizes of a sequence without its padding, unless it is the input of a graph, which knows none."""
+    """Return the batch sizes of a sequence without its padding, unless it is the input of a graph, which knows none."""
     if has_static_value(packed.batch_sizes.shape[0]):
         sizes = packed.batch_sizes.tolist()
         if all(has_static_value(size) for size in sizes):
@@ -103,19 +103,19 @@ def known_sizes(packed: PackedSequence, place: str) -> list[int]:
 
 
 def sort_states(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
-    """An initial state in the order of a packed sequence's rows."""
+    """Return an initial state in the order of a packed sequence's rows."""
     state, order = as_states(hx), packed.sorted_indices
     return state if state is None or order is None else tuple(s.index_select(1, order) for s in state)
 
 
 def restore_order(packed: PackedSequence, states: Sequence[Tensor]) -> list[Tensor]:
-    """Last states in the order that rows had before they were packed."""
+    """Return last states in the order that rows had before they were packed."""
     order = packed.unsorted_indices
     return list(states) if order is None else [state.index_select(1, order) for state in states]
 
 
 class Ragged:
-    """Where rows without padding are among rows with it, as a recipe of tensor-like values.
+    """The places of rows without padding among rows with it, as a recipe of tensor-like values.
 
     Step `t` has the rows `begins[t]` up to `ends[t]` of those without padding, and with it the rows `t * count` up to
     `t * count + sizes[t]`; those up to `(t + 1) * count` have ended.
@@ -130,26 +130,28 @@ class Ragged:
         self.count, self.row = count, row
         self.ends = torch.cumsum(sizes, 0)
         self.begins = torch.sub(self.ends, sizes)
+        # [T, count]: true if row b has a step t
         self.going = torch.lt(row, torch.reshape(sizes, (-1, 1)))
 
     def mask(self) -> Tensorlike:
-        """Return which rows with padding have a step, boolean `[T * count, 1]`."""
+        """Return the rows with padding that have a step, as a boolean `[T * count, 1]`."""
         return torch.reshape(self.going, (-1, 1))
 
     def padded(self) -> Tensorlike:
-        """Return which row each of those with padding is, `[T * count]`: that of the first step where it has ended."""
+        """Return the row that each with padding is, `[T * count]`: that of the first step where it has ended."""
         index = torch.where(self.going, torch.add(self.row, torch.reshape(self.begins, (-1, 1))), self.row)
         return torch.reshape(index, (-1,))
 
     def unpadded(self, entry: Tensorlike) -> Tensorlike:
-        """Return where the rows without padding, of these numbers, are among those with padding."""
+        """Return the places of the rows without padding, of these numbers, among those with padding."""
+        # an entry's step is the number of steps that end at or before it
         step = torch.searchsorted(self.ends, entry, right=True)
         position = torch.sub(entry, torch.index_select(self.begins, 0, step))
         return torch.add(torch.mul(step, self.count), position)
 
 
 def pad_rows(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
-    """The rows of a packed sequence padded to `steps`, `[T * B, F]`, and which of them have a step, `[T * B, 1]`."""
+    """Pad the rows of a packed sequence to `steps`, `[T * B, F]`; and tell which have a step, `[T * B, 1]`."""
     sizes: Any = packed.batch_sizes
     found = sizes.steps if is_padded(packed) else len(sizes)
     torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
@@ -174,12 +176,13 @@ def unpad_rows(packed: PackedSequence, rows: Tensor, steps: int) -> PackedSequen
 
 
 def _ragged(packed: PackedSequence, steps: int) -> Ragged:
+    # no row has the steps after the longest sequence
     sizes = functional.pad(packed.batch_sizes, (0, steps - len(packed.batch_sizes)))
     return Ragged(sizes, int(sizes[0]), torch.arange(int(sizes[0])))
 
 
 def initial_states(packed: PackedSequence, hx: Any, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """The initial states in the order of the rows, zeros for None; passes and features of each are in `shapes`."""
+    """Return initial states in the order of the rows, zeros for None; passes and features of each are in `shapes`."""
     sizes: Any = packed.batch_sizes
     count = sizes.count if is_padded(packed) else int(sizes[0])
     state = sort_states(packed, hx)

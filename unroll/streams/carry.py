@@ -60,12 +60,12 @@ class Carry:
         self.packed = False
 
     def problem(self, finding: str) -> Problem:
-        """Say that a run differs from the first one."""
+        """Return the problem of a run that differs from the first one."""
         fix = "give pieces in which it is called as with the example, or change the model"
         return Problem(self.place, finding, fix)
 
     def chain_of(self, hx: Any) -> int | None:
-        """The chain that a call with this state belongs to; None if the state is the model's own."""
+        """Return the chain that a call with this state belongs to; None if the state is the model's own."""
         if hx is None:
             return len(self.chains)
         states: Any = as_states(hx)
@@ -76,7 +76,7 @@ class Carry:
         return None
 
     def _is_written(self, chain: int) -> bool:
-        """Whether the model has changed, in place, what it got from a chain."""
+        """Tell whether the model has changed, in place, what it got from a chain."""
         if torch.compiler.is_dynamo_compiling():  # the example has told
             return False
         return [state._version for state in self.handed[chain]] != self.versions[chain]
@@ -95,7 +95,7 @@ class Carry:
         return output, self.take(chain, final)
 
     def start(self, chain: int | None, hx: Any) -> Any:
-        """Return what a call is given for its state."""
+        """Return the state for a call: its own, or for one that begins a chain that which was given from outside."""
         if chain is None or hx is not None:
             return hx
         if self.count is not None and chain >= self.count:
@@ -107,11 +107,12 @@ class Carry:
         return as_result(self.given[chain])
 
     def take(self, chain: int | None, final: Any) -> Any:
-        """Keep what a call left, and return what the model gets."""
+        """Keep the last state of a call for its chain, and return the copy that the model gets."""
         if chain is None:
             return final
         states: Any = as_states(final)
         handed = tuple(_copied(state) for state in states)
+        # In place of the chain's last entry, or added to the lists where the call begins it.
         self.chains[chain : chain + 1] = [states]
         self.handed[chain : chain + 1] = [handed]
         self.versions[chain : chain + 1] = [
@@ -121,7 +122,7 @@ class Carry:
 
 
 def _copied(state: Tensor) -> Tensor:
-    """A copy, of which torch counts how often it is written to; not so of tensors made in inference mode."""
+    """Copy a state, so that torch counts writes to the copy; it counts none to tensors made in inference mode."""
     if torch.compiler.is_dynamo_compiling() or not state.is_inference():
         return state.clone()
     with torch.inference_mode(False):

@@ -23,14 +23,16 @@ class Chain:
         self.first = self.last = first
 
     def continues(self, call: Call) -> bool:
+        """Tell whether a call begins with the last states of the chain, as they are."""
         if call.starts != self.last.finals:
             return False
         parts = [part for reading in self.last.finals for part in _parts(*reading)]
+        # Nodes compare by their order in the graph.
         return not any(writer < call.node for part in parts for writer in writers(part))
 
 
 def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[str, Chain]:
-    """The states of a graph, as the names that `call_name` makes for them without `h` and `c`.
+    """Find the chains of a graph, by the names that `call_name` makes for their states without `h` and `c`.
 
     Raises:
         UnrollError: with every layer that cannot be streamed.
@@ -60,6 +62,7 @@ def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[s
             chain.last = call
         else:
             foreign[call.path] = call
+    # A state of the model's own is left alone where all calls of the layer have one.
     problems += [Problem(call.place, *MIXED_STATES) for name, call in foreign.items() if chains[name]]
     problems += _out_of_reach(module, where)
     found: dict[str, Chain] = {}
@@ -76,7 +79,7 @@ def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[s
 
 
 def _read(module: fx.GraphModule, node: fx.Node, known: Metadata) -> Call | None:
-    """The call that a node is, if it is one of a recurrent layer."""
+    """Read the call that a node is, if it is one of a recurrent layer."""
     call = call_of(module, node, known)
     if isinstance(call, ModuleCall) and call.has_own_forward:
         finding = "has a forward of its own, which does not tell what state it begins with"
@@ -85,7 +88,7 @@ def _read(module: fx.GraphModule, node: fx.Node, known: Metadata) -> Call | None
 
 
 def _out_of_reach(module: fx.GraphModule, where: Where) -> Iterator[Problem]:
-    """Layers inside of what the graph calls as a whole: other modules, branches and loops."""
+    """Yield a problem for each layer inside of what the graph calls as a whole: other modules, branches and loops."""
     fix = "use streaming(module), or trace into it"
     for part in graph_parts(module)[1:]:
         for node in part.graph.nodes:
@@ -100,7 +103,7 @@ def _out_of_reach(module: fx.GraphModule, where: Where) -> Iterator[Problem]:
 
 
 def _parts(node: fx.Node, path: tuple[int, ...]) -> Iterator[fx.Node]:
-    """The nodes that hold this part of what a node returned."""
+    """Yield the nodes that hold this part of what a node returned."""
     if not path:
         yield node
         return

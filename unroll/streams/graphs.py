@@ -27,7 +27,7 @@ from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, withou
 
 
 def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) -> fx.GraphModule:
-    """A copy of the graph that takes a dictionary `state` after its other arguments, and returns output and state."""
+    """Copy the graph, to take a dictionary `state` after its other arguments and to return output and state."""
     if isinstance(module.graph._codegen, _PyTreeCodeGen):
         fix = "give the ExportedProgram that it comes from"
         raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", fix))
@@ -57,7 +57,7 @@ def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) ->
 
 
 def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
-    """A copy of the program with a further keyword argument `state`, that returns output and state."""
+    """Copy the program, to take a further keyword argument `state` and to return output and state."""
     module = copied_graph(program.graph_module)
     graph, known = module.graph, tensor_metadata(module)
     chains = find_chains(module, where, known)
@@ -87,6 +87,7 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
     for node in finals.values():
         signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=node.name), None))
 
+    # The states are the last leaves of arguments and results, in the order of `example`.
     structure = dict.fromkeys(example, 0)
     returned = pytree.tree_unflatten([0] * call.out_spec.num_leaves, call.out_spec)
     call = replace(
@@ -102,7 +103,7 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
 
 
 def example_state(model: Any) -> State | None:
-    """Zeros for the states of a graph or program with named ones, shaped as in the example; None for others."""
+    """Return zeros for the named states of a graph or program, shaped as in the example; None if it has none."""
     if isinstance(model, ExportedProgram):
         state = (model.example_inputs or ((), {}))[1].get(ARGUMENT)
         return state if isinstance(state, dict) else None
@@ -112,11 +113,11 @@ def example_state(model: Any) -> State | None:
 
 
 def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = None) -> State:
-    """Zeros to begin with.
+    """Return zeros to begin with.
 
     Args:
         model: a graph or program with named states.
-        batch: rows of the states, as for `states.zeros`; of a program with fixed sizes, those that it has.
+        batch: rows of the states, as for `zero_states`; of a program with fixed sizes, those that it has.
     """
     if isinstance(model, fx.GraphModule):
         told = _told(model)
@@ -135,13 +136,13 @@ def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = N
 
 
 def _told(module: fx.GraphModule) -> dict[str, Any]:
-    """The metadata of the argument for the states: zeros by name, and the names of those without rows."""
+    """Return the metadata of the argument for the states: zeros by name, and the names of those without rows."""
     metadata = [node.meta for node in module.graph.find_nodes(op="placeholder") if "states" in node.meta]
     return metadata[0] if metadata else {}
 
 
 def _sizes(program: ExportedProgram) -> dict[str, list[Any]]:
-    """The shape of each state that a program asks for, with symbols where that is open."""
+    """Return the shape of each state that a program asks for, with symbols where that is open."""
     spec = program.call_spec.in_spec
     assert spec is not None
     order = pytree.tree_unflatten(list(program.graph_signature.user_inputs), spec)[1][ARGUMENT]
@@ -150,7 +151,7 @@ def _sizes(program: ExportedProgram) -> dict[str, list[Any]]:
 
 
 def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Problems]:
-    """What the metadata tells and a run on fake tensors like the arguments besides, and why that stopped if it did."""
+    """Return what metadata and a run on fake tensors like the arguments tell, and why that stopped if it did."""
     known, problems = tensor_metadata(module), Problems()
     if args:
         trial = copied_graph(module)
@@ -165,7 +166,7 @@ def _known(module: fx.GraphModule, args: tuple[Any, ...]) -> tuple[dict[fx.Node,
 
 
 def _states(chains: Mapping[str, Chain]) -> dict[str, tuple[Chain, int]]:
-    """By the name of each state: its chain, and its number in that."""
+    """Return, by the name of each state, its chain and its number in that."""
     return {
         call_name(name, 0, part): (chain, k)
         for name, chain in chains.items()
@@ -174,7 +175,7 @@ def _states(chains: Mapping[str, Chain]) -> dict[str, tuple[Chain, int]]:
 
 
 def _examples(chains: Mapping[str, Chain], known: Metadata, problems: Sequence[Problem] = ()) -> State:
-    """A tensor like each state, by its name. The problems are why it may not be known."""
+    """Make a tensor like each state, by its name. The problems are why it may not be known."""
     found = {name: chain.first.example(k, known) for name, (chain, k) in _states(chains).items()}
     unknown = dict.fromkeys(chain.first.place for name, (chain, _) in _states(chains).items() if found[name] is None)
     if unknown:
@@ -184,7 +185,7 @@ def _examples(chains: Mapping[str, Chain], known: Metadata, problems: Sequence[P
 
 
 def _values(chains: Mapping[str, Chain]) -> dict[str, Any]:
-    """The metadata of the zeros in whose place a state comes, by its name."""
+    """Return the metadata of the zeros in whose place a state comes, by its name."""
     return {
         name: chain.first.zeros[k].meta["val"]
         for name, (chain, k) in _states(chains).items()
@@ -200,7 +201,7 @@ def _rewire(chains: Mapping[str, Chain], inputs: Mapping[str, fx.Node]) -> dict[
 
 
 def _copied(node: fx.Node, path: tuple[int, ...]) -> fx.Node:
-    """A copy of a part of what a node returned, made before anything can write into that."""
+    """Copy a part of what a node returned, before anything can write into that."""
     with node.graph.inserting_before(node.next):
         value = node.meta.get("val")
         for index in path:

@@ -71,7 +71,7 @@ class Streaming(nn.Module):
         return ", ".join(self.example)
 
     def initial_state(self, batch: int | None = None) -> State:
-        """Zeros, in the type and on the device of the layers' weights.
+        """Return zeros, in the type and on the device of the layers' weights.
 
         Args:
             batch: rows of the states; where layers run on several rows for each item of a batch, of the states with
@@ -103,7 +103,7 @@ class Streaming(nn.Module):
                 carry.clear()
 
     def _finals(self, carries: list[Carry]) -> State:
-        """The state that the run has come to."""
+        """Return the state that the run has come to."""
         found: State = {}
         for layer, carry in zip(self.layers, carries):
             if len(carry.chains) != carry.count:
@@ -121,7 +121,7 @@ def _carry(layer: Any) -> Carry:
 
 
 def state_names(carry: Carry, layer: Unrolled) -> list[tuple[str, ...]]:
-    """What the states of a layer are called, for each of its chains."""
+    """Return the names of a layer's states, for each of its chains."""
     return [tuple(call_name(carry.name, k, s) for s in layer.recurrence.cell.states) for k in range(carry.count or 0)]
 
 
@@ -133,10 +133,11 @@ def stream_module(
     rules: Rules | None,
     plan: Plan | None,
 ) -> Streaming:
+    """Make a streaming model of a copy, after two runs of another on the example."""
     names = chosen_names(model, where, rules)
 
     def fresh() -> tuple[nn.Module, list[tuple[Unrolled, Carry]]]:
-        """A copy, and those of its layers that may keep their state."""
+        """Make a copy, and attach a carry to those of its layers that may keep their state."""
         copied = replace(model, plan, where, rules)
         found: dict[int, tuple[Unrolled, list[str]]] = {}
         for name, value in (*copied.named_modules(remove_duplicate=False), *walk_objects(copied)):
@@ -165,6 +166,7 @@ def stream_module(
     if not example and not problems:
         problems.append(no_state(type(model).__name__))
     problems.check()
+    # The trial may hold states of its runs in attributes; its counts go to a copy that never ran.
     copied, fresh_layers = fresh()
     for (_, carry), (_, tried) in zip(fresh_layers, layers, strict=True):
         carry.count = tried.count
@@ -174,7 +176,7 @@ def stream_module(
 
 
 def chosen_names(model: nn.Module, where: Where, rules: Rules | None) -> list[str]:
-    """The names of the layers that `where` picks, of those that are unrolled already too."""
+    """Return the names of the layers that `where` picks, of those that are unrolled already too."""
     names = [name for found in find(model, where, rules) for name in found.names]
     for name, value in (*model.named_modules(remove_duplicate=False), *walk_objects(model)):
         if isinstance(value, Unrolled) and chooses(where, [name], value):
@@ -183,26 +185,27 @@ def chosen_names(model: nn.Module, where: Where, rules: Rules | None) -> list[st
 
 
 def _under(called: list[str], names: list[str]) -> bool:
-    """Whether a layer is one of these, or part of what stands in for one."""
+    """Tell whether a layer is one of these, or part of what stands in for one."""
     return any(name in names or name.startswith(tuple(f"{n}." for n in names if n) or ("\0",)) for name in called)
 
 
 def _tried(
     model: nn.Module, layers: list[tuple[Unrolled, Carry]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Carry]:
-    """What each layer's calls were in one run."""
+    """Run a model once, and return what the calls of each layer were."""
     for _, carry in layers:
         carry.clear()
         carry.running = True
     model(*args, **kwargs)
     seen = []
     for _, carry in layers:
+        # Shallow: `clear` makes new lists, and leaves these to the copy.
         seen.append(copy.copy(carry))
     return seen
 
 
 def _objections(carry: Carry, first: Carry, second: Carry) -> Iterator[Problem]:
-    """Why a layer cannot be streamed, by what two runs on the same input were like."""
+    """Yield the problems of a layer that cannot be streamed, by what two runs on the same input were like."""
     if second.packed:
         yield packed_problem(carry.place)
     if second.chains and second.foreign:
@@ -213,13 +216,13 @@ def _objections(carry: Carry, first: Carry, second: Carry) -> Iterator[Problem]:
 
 
 def _keeps_it_itself(first: Carry, second: Carry) -> bool:
-    """Whether the model kept the state of the first run, in an attribute, and passed it in the second."""
+    """Tell whether the model kept the state of the first run, in an attribute, and passed it in the second."""
     return bool(first.chains) and not second.chains and second.foreign > 0
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers and other tensors that a run changes, and the random numbers, are afterwards as they were."""
+    """Restore, when this ends, buffers and other tensors that a run changes, and the random numbers."""
     tensors = [t for _, t in walk_objects(model) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
     saved = [(t, t.detach().clone()) for t in tensors if t.is_leaf and not t.is_meta]
     with seeded():

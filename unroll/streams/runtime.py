@@ -14,7 +14,7 @@ from unroll.streams.states import ARGUMENT, NEXT, State, check_state_names, fixe
 
 
 def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., State | None]]:
-    """What runs one piece in ONNX Runtime, and what gives the first state: None if the first piece tells its sizes.
+    """Return functions to run one piece in ONNX Runtime and to make the first state: None if a piece tells its sizes.
 
     Args:
         model: the path of a file, or an `onnxruntime.InferenceSession`.
@@ -25,6 +25,7 @@ def runner(model: Any) -> tuple[Callable[..., tuple[Any, State]], Callable[..., 
         model = session(model, model)
     runtime = model
     outputs = [value.name for value in runtime.get_outputs()]
+    # An input `x` is a state if there is an output `x.next`.
     states = [value for value in runtime.get_inputs() if f"{value.name}{NEXT}" in outputs]
     inputs = [value.name for value in runtime.get_inputs() if value not in states]
     if not states:
@@ -60,7 +61,7 @@ TYPES = {"tensor(float)": torch.float32, "tensor(double)": torch.float64, "tenso
 
 
 def _first(states: list[Any], batch: int | None) -> State | None:
-    """Zeros for this many rows; None for as many as the first piece has, if the file leaves that open."""
+    """Make zeros for this many rows; None for as many as the first piece has, if the file leaves that open."""
     sizes = {size for value in states for size in value.shape if not isinstance(size, int)}
     if batch is None:
         return None if sizes else _zeros(states, {})
@@ -70,11 +71,12 @@ def _first(states: list[Any], batch: int | None) -> State | None:
         if all(isinstance(size, int) for size in value.shape) and (len(value.shape) < 2 or value.shape[-2] != batch)
     )
     problems.check()
+    # The only open size is the batch; of several none tells which is.
     return _zeros(states, dict.fromkeys(sizes, batch) if len(sizes) == 1 else {})
 
 
 def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
-    """What a piece tells of the sizes that a file leaves open, by their names in it."""
+    """Read from a piece the sizes that a file leaves open, by their names in it."""
     return {
         size: found
         for value in runtime.get_inputs()
@@ -85,7 +87,7 @@ def _open_sizes(runtime: Any, given: Mapping[str, Tensor]) -> dict[Any, int]:
 
 
 def _zeros(states: list[Any], sizes: Mapping[Any, int]) -> State:
-    """Zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
+    """Make zeros of the shapes that a file asks for, with these sizes where it leaves them open."""
     shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in states}
     fix = "set the state yourself, a dictionary of tensors"
     problems = Problems(

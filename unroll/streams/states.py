@@ -11,19 +11,17 @@ from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.recurrence import Recurrence
 
 State = dict[str, Tensor]
-"""By name, such as `encoder.lstm.h`"""
-
+"""The states by name, such as `encoder.lstm.h`"""
 
 ARGUMENT = "state"
-"""What the dictionary of states is called among the arguments of a streaming model"""
-
+"""The name of the dictionary of states among the arguments of a streaming model"""
 
 NEXT = ".next"
-"""What the name of a state ends with where the state before it has the same name without"""
+"""The end of a state's name where the state before it has the same name without"""
 
 
 def call_name(layer: str, call: int, state: str) -> str:
-    """The name of a state, for a call of a layer that has several.
+    """Return the name of a state, for a call of a layer that has several.
 
     Example:
         >>> call_name("encoder.lstm", 0, "h"), call_name("encoder.lstm", 1, "c"), call_name("", 0, "h")
@@ -33,12 +31,12 @@ def call_name(layer: str, call: int, state: str) -> str:
 
 
 def without_rows(recurrence: Recurrence, rank: int) -> bool:
-    """Whether a state of so many dimensions is that of an unbatched call."""
+    """Tell whether a state of so many dimensions is that of an unbatched call."""
     return rank == (1 if recurrence.is_cell else 2)
 
 
 def zero_states(example: Mapping[str, Tensor], batch: int | None, unbatched: Container[str] = ()) -> State:
-    """Zeros like those of the example, for another number of rows.
+    """Make zeros like those of the example, for another number of rows.
 
     Args:
         example: a tensor for each state. Its rows are its last dimension but one.
@@ -65,7 +63,7 @@ def zero_states(example: Mapping[str, Tensor], batch: int | None, unbatched: Con
 
 
 def fixed_rows(batch: int | None, name: str, shape: Sequence[Any]) -> Problem:
-    """Why there is no state with so many rows where sizes are fixed."""
+    """Return the problem of a state with so many rows where sizes are fixed."""
     fix = "export with dynamic_shapes for another batch"
     return Problem(f"batch={batch}", f"{name} has the fixed shape {list(shape)}", fix)
 
@@ -84,7 +82,7 @@ def check_state_names(place: str, state: Any, example: Mapping[str, Any]) -> Non
 
 
 def reads_the_future(name: str) -> Problem:
-    """Why a layer in two directions cannot be streamed."""
+    """Return the problem of a layer in two directions, which cannot be streamed."""
     finding = "is bidirectional: its reverse direction begins at the end of the sequence, which a piece does not have"
     fix = "use a layer in one direction, or leave it out by where= if it runs over something else than time"
     return Problem(name, finding, fix)
@@ -94,16 +92,16 @@ MIXED_STATES = (
     "is called without a state, and also with one of the model's own that no call of it returned as it is",
     "pass a state at every call or at none, or leave the layer out by where=",
 )
-"""What is wrong with a layer whose state is the model's in some calls alone, and what to do."""
+"""The problem of a layer whose state is the model's in some calls alone, and what to do."""
 
 
 def no_state(name: str) -> Problem:
-    """Why a model has nothing to be streamed."""
+    """Return the problem of a model that has nothing to be streamed."""
     finding = "calls no recurrent layer without a state, so that there is none to be given"
     return Problem(name, finding, "look at where=; a graph must be streamed before its layers are unrolled")
 
 
 def packed_problem(name: str) -> Problem:
-    """Why packed rows cannot be streamed."""
+    """Return the problem of packed rows, which cannot be streamed."""
     finding = "runs on a PackedSequence, whose rows end at lengths of their own: a piece does not tell which go on"
     return Problem(name, finding, "give the model padded pieces, and take a row's state where it ends")

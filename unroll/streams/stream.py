@@ -47,7 +47,7 @@ class Stream:
         self.reset(batch)
 
     def initial_state(self, batch: int | None = None) -> Any:
-        """Zeros for this many rows, or for as many as in the example; None for as many as a file finds."""
+        """Return zeros for this many rows, or for as many as in the example; None for as many as a file finds."""
         return self._initial(batch)
 
     def reset(self, batch: int | None = None) -> None:
@@ -57,13 +57,13 @@ class Stream:
         self.state: Any = self._initial(self._batch)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The output for one piece; the state goes on to the next."""
+        """Return the output for one piece; the state goes on to the next."""
         output, self.state = self._run(*args, state=self.state, **kwargs)
         return output
 
 
 def _runner(model: Any) -> tuple[Any, Any]:
-    """What takes a piece and a state, and what gives the first one."""
+    """Return functions that take a piece and a state, and that give the first state."""
     if isinstance(model, (str, os.PathLike)) or type(model).__name__ == "InferenceSession":
         from unroll.extras import require
 

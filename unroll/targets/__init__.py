@@ -1,1 +1,1 @@
-"""What the targets of a rewritten model offer, and whether a model keeps to it."""
+"""Tables of what the targets of a rewritten model offer, and a check that a model keeps to them."""

@@ -1,4 +1,4 @@
-"""What an ExportedProgram, or a graph of aten operators, uses."""
+"""Uses of operators in an ExportedProgram, or a graph of aten operators."""
 
 from __future__ import annotations
 
@@ -24,22 +24,20 @@ from unroll.targets.uses import CONSTANT, INPUT, RECURRENT, Operand, Unknown, Us
 
 CONTROL_FLOW = {"cond", "while_loop", "scan", "map_impl", "associative_scan"}
 
-
 SIZES = (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat, int)
-"""What a node of Python's own may give: a piece of a result, or arithmetic on sizes"""
-
+"""Types of the values that a node of Python's own may give: a piece of a result, or arithmetic on sizes"""
 
 Operands = Mapping[fx.Node, Operand]
 
 
 def read_aten(model: ExportedProgram | fx.GraphModule, target: Target) -> list[Use]:
-    """The uses of operators in a program or graph, also in loops and branches.
+    """Return the uses of operators in a program or graph, also in loops and branches.
 
     An operator that the target does not offer counts as those that PyTorch's decompositions make of it, unless it is
     recurrent.
 
     Args:
-        model: what `torch.export` or `make_fx` made.
+        model: a result of `torch.export` or `make_fx`.
         target: tells which operators it has, and which are decomposed for it.
 
     Raises:
@@ -47,6 +45,7 @@ def read_aten(model: ExportedProgram | fx.GraphModule, target: Target) -> list[U
     """
     program = isinstance(model, ExportedProgram)
     module = model.graph_module if program else model
+    # Names of placeholders that the user gives (None for all), and of those that the program holds.
     given = set(model.graph_signature.user_inputs) if program else None
     specs = model.graph_signature.input_specs if program else ()
     held = frozenset(spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT)
@@ -65,16 +64,16 @@ def read_aten(model: ExportedProgram | fx.GraphModule, target: Target) -> list[U
 
 
 class _Reader:
-    """Reads the nodes of one graph, in their order."""
+    """A reader of the nodes of one graph, in their order."""
 
     def __init__(self, target: Target, held: frozenset[str]) -> None:
         self.target = target
         self.held = held
-        self.operands: dict[fx.Node, Operand] = {}
+        self.operands: dict[fx.Node, Operand] = {}  # of placeholders and attributes, which alone may be constant
         self.parts: dict[Any, list[fx.Node] | None] = {}
 
     def uses(self, node: fx.Node, given: bool) -> Iterator[Use]:
-        """What a node uses; a placeholder only if it is `given` by the model's user, or held by the model."""
+        """Yield what a node uses; a placeholder only if it is `given` by the model's user, or held by the model."""
         if node.op == "output" or (node.op == "call_module" and node.target == "_guards_fn"):
             return
         if node.op in ("placeholder", "get_attr"):
@@ -103,12 +102,13 @@ class _Reader:
             return  # arithmetic on sizes
         operands = {n: self.operands.get(n) or _operand(n.meta["val"]) for n in _tensors(node)}
         name = str(operator)
+        # judged as it is, if it is offered or recurrent; else by the operators it is decomposed into
         whole = self.target.restriction(name) is not None or name.startswith(RECURRENT)
         parts = None if whole else self.decomposed(node, operator, list(operands))
         if parts is None:
             yield _use(node, operator, operands, node.name)
             return
-        inner: dict[fx.Node, Operand] = {}
+        inner: dict[fx.Node, Operand] = {}  # one placeholder for each operand, in the same order
         for part in parts:
             if part.op == "placeholder":
                 inner[part] = list(operands.values())[len(inner)]
@@ -117,7 +117,7 @@ class _Reader:
                 yield _use(part, part.target, found, node.name, origin=name)
 
     def decomposed(self, node: fx.Node, operator: Any, tensors: list[fx.Node]) -> list[fx.Node] | None:
-        """As `_decomposed`, once for each operator and kind of arguments."""
+        """Do as `_decomposed` does, once for each operator and kind of arguments."""
         kinds = map_arg((node.args, dict(node.kwargs)), lambda n: _kind(n, tensors))
         key = operator, str(kinds)
         if key not in self.parts:
@@ -126,7 +126,7 @@ class _Reader:
 
 
 def _kind(node: fx.Node, tensors: list[fx.Node]) -> Any:
-    """What tells operands apart, with their place among the tensors of a call."""
+    """Return what tells operands apart, with their place among the tensors of a call."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return str(value)
@@ -134,12 +134,12 @@ def _kind(node: fx.Node, tensors: list[fx.Node]) -> Any:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    """The nodes that it reads tensors from."""
+    """Return the nodes that it reads tensors from."""
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 
 def _only_checked(node: fx.Node) -> bool:
-    """Whether all that it leads to is an assertion, which computes nothing."""
+    """Tell whether all that it leads to is an assertion, which computes nothing."""
     return node.target is torch._assert or (bool(node.users) and all(map(_only_checked, node.users)))
 
 
@@ -148,12 +148,13 @@ def _gives_tensors(node: fx.Node) -> bool:
 
 
 def _use(node: fx.Node, target: Any, operands: Operands, place: str, origin: str = "") -> Use:
-    """A call, by the names of its schema."""
+    """Read a call, by the names of its schema."""
     inputs: dict[str, Operand] = {}
     attributes: dict[str, Any] = {}
     for k, argument in enumerate(target._schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
         value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name, default)
+        # an input if a tensor is in it, and then each tensor of a list is one; else an attribute
         parts = value if isinstance(value, (list, tuple)) else [value]
         if any(part in operands for part in parts if isinstance(part, fx.Node)):
             for number, part in enumerate(parts):
@@ -162,6 +163,7 @@ def _use(node: fx.Node, target: Any, operands: Operands, place: str, origin: str
         else:
             attributes[argument.name] = _plain(value)
     results = [value for value in _flat(node.meta["val"]) if isinstance(value, torch.Tensor)]
+    # Of several results those up to the last one taken out and used; all if none is.
     taken: list[Any] = [user.args[1] for user in node.users if user.target is python_operator.getitem and user.users]
     outputs = [_operand(value) for value in results[: max(taken) + 1 if taken else None]]
     typed = inputs | {f"result {k}" if k else "result": output for k, output in enumerate(outputs)}
@@ -174,7 +176,7 @@ def _operand(value: torch.Tensor, *, constant: bool = False) -> Operand:
 
 
 def _plain(value: Any) -> Any:
-    """An argument without nodes: what is computed is `Unknown`."""
+    """Return an argument without nodes: what is computed is `Unknown`."""
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     if isinstance(value, (fx.Node, torch.SymInt)):
@@ -199,7 +201,7 @@ def _name(target: Any) -> str:
 
 @cache
 def _table(names: tuple[str, ...]) -> dict[Any, Callable[..., Any]]:
-    """PyTorch's decompositions of these operators, or the core ones."""
+    """Return PyTorch's decompositions of these operators, or the core ones if there are none."""
     if not names:
         return dict(default_decompositions().items())
     found = (_resolved(name) for name in names)
@@ -207,7 +209,7 @@ def _table(names: tuple[str, ...]) -> dict[Any, Callable[..., Any]]:
 
 
 def _resolved(name: str) -> Any:
-    """`aten.add` or `aten.add.Tensor`; None if this version of PyTorch does not have it."""
+    """Return `aten.add` or `aten.add.Tensor` by its name; None if this version of PyTorch does not have it."""
     value: Any = torch.ops
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -215,13 +217,14 @@ def _resolved(name: str) -> Any:
 
 
 def _decomposed(node: fx.Node, operator: Any, tensors: list[fx.Node], names: tuple[str, ...]) -> list[fx.Node] | None:
-    """The nodes that decompositions make of a call, one placeholder for each of its tensors; None if there are none."""
+    """Return what decompositions make of a call, one placeholder for each of its tensors; None if nothing."""
 
     def call(*values: Any) -> Any:
         found = dict(zip(tensors, values, strict=True))
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: found.get(n, n.meta.get("val")))
         return operator(*args, **kwargs)
 
+    # traced in the fake mode of the values themselves, which knows their symbolic sizes
     examples = [n.meta["val"] for n in tensors]
     mode = next(
         (value.fake_mode for value in _flat([*examples, node.meta["val"]]) if hasattr(value, "fake_mode")), None
@@ -231,5 +234,5 @@ def _decomposed(node: fx.Node, operator: Any, tensors: list[fx.Node], names: tup
     made.graph.eliminate_dead_code()
     calls = [n for n in made.graph.nodes if n.op == "call_function"]
     if any(n.target is operator for n in calls):
-        return None
+        return None  # no decomposition has changed it
     return [n for n in made.graph.nodes if n.target is not torch.ops.aten.copy_.default]  # back to what it was given

@@ -1,4 +1,4 @@
-"""Whether a model keeps to what a target offers."""
+"""A check that a model keeps to what a target offers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
-from unroll.targets.tables import Target
-from unroll.targets.tables import read_target as target_named
+from unroll.targets.tables import Target, read_target
 from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
 
 KINDS = {
@@ -32,11 +31,11 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found; printing it shows a table.
+    """The findings of `check`; printing them shows a table.
 
     Attributes:
         target: the target's name.
-        nodes: how many nodes were judged.
+        nodes: the number of nodes judged.
         rows: one for each thing that the target does not offer.
         notes: conditions of operators in the model that were not checked.
     """
@@ -77,7 +76,7 @@ class Verdict:
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return plain data, for JSON."""
         return asdict(self) | {"ok": self.ok, "rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
@@ -127,7 +126,7 @@ def check(model: Any, *, target: str) -> Verdict:
         >>> check(unroll(program), target="npu").ok
         True
     """
-    table = target_named(target)
+    table = read_target(target)
     kind = _kind(model)
     if kind is None or table.kind not in (kind, "any"):
         wanted = [k for k in KINDS if table.kind in (k, "any")]
@@ -143,12 +142,13 @@ def check(model: Any, *, target: str) -> Verdict:
         uses = read_aten(model, table)
     rows += _rows(uses, table)
     nodes = [use for use in uses if use.operator not in (INPUT, CONSTANT)]
+    # The parts of a decomposed operator have its place in common and count as one node.
     count = sum(1 for use in nodes if not use.origin) + len({use.place for use in nodes if use.origin})
     return Verdict(target, count, tuple(rows), _notes(nodes, table))
 
 
 def _rows(uses: list[Use], table: Target) -> Iterator[Row]:
-    """What the target has against each use, once for all parts of a decomposed operator."""
+    """Yield what the target has against each use, once for all parts of a decomposed operator."""
     told = set[Row]()
     for use in uses:
         for row in judged(use, table):
@@ -193,6 +193,6 @@ def _read_onnx(model: Any) -> tuple[list[Use], int]:
 
 
 def _notes(uses: list[Use], table: Target) -> tuple[str, ...]:
-    """The conditions that the tables tell of operators in the model, and that cannot be checked on it."""
+    """Return the conditions that the tables tell of operators in the model, and that cannot be checked on it."""
     asked = ((operator, table.restriction(operator)) for operator in dict.fromkeys(use.operator for use in uses))
     return tuple(f"{operator}: {found.note}" for operator, found in asked if found is not None and found.note)

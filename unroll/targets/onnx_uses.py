@@ -1,4 +1,4 @@
-"""What an ONNX model uses."""
+"""Uses of operators in an ONNX model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from unroll.targets.uses import CONSTANT, INPUT, Operand, Use
 
 CONTROL_FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 
-
 RANDOM = {"RandomNormal", "RandomUniform"}
-"""What takes nothing, and is computed anew in each run"""
+"""Operators that take nothing, and are computed anew in each run"""
 
 
 def read_onnx(model: ir.Model) -> tuple[list[Use], int]:
-    """The uses of operators in a model, also in loops, branches and functions, and its version of the standard.
+    """Return the uses of operators in a model, also in loops, branches and functions, and its version of the standard.
 
     Raises:
         UnrollError: if its functions cannot be written out.
     """
-    model = model.clone()
+    model = model.clone()  # the passes change it
     try:
         if model.functions:
             common.InlinePass()(model)
@@ -61,6 +60,7 @@ class _Reader:
         for k, value in enumerate(node.inputs):
             if value is None:
                 continue
+            # The last parameter takes all inputs that are left, and these are numbered.
             parameter = formal[min(k, len(formal) - 1)] if formal else None
             listed = parameter is not None and (k >= len(formal) or parameter.option.name == "Variadic")
             name = str(k) if parameter is None else parameter.name
@@ -92,12 +92,13 @@ class _Reader:
         variables: dict[str, str],
         outputs: list[Operand],
     ) -> dict[str, Operand]:
-        """The inputs of the type that the result has, else those of the first input's; results of any type too.
+        """Return the inputs of the type that the result has, else those of the first input's; results of any type too.
 
-        Not what is of one type by the standard, such as shapes.
+        What is of one type by the standard, such as shapes, is left out.
         """
         if schema is None:
             return dict(list(inputs.items())[:1])
+        # variables of the schema, such as T, that stand for several types
         free = {c.type_param_str for c in schema.type_constraints if len(c.allowed_type_strs) > 1}
         result = schema.outputs[0].type_str if schema.outputs else ""
         main = result if result in variables.values() else next(iter(variables.values()), "")
@@ -114,12 +115,13 @@ class _Reader:
         return Operand(dtype, shape, self.constant(value))
 
     def constant(self, value: ir.Value) -> bool:
-        """Whether it is stored, or computed from nothing else than what is stored."""
+        """Tell whether it is stored, or computed from nothing else than what is stored."""
         start = [value]
         while start:  # by hand, as a graph may be deeper than Python's stack
             current = start[-1]
             node = current.producer()
             waits = [v for v in (node.inputs if node else ()) if v is not None and id(v) not in self.known]
+            # decided once all inputs of its node are, which are put on the stack above it until then
             if id(current) in self.known or not (node and waits):
                 stored = current.is_initializer() or current.const_value is not None
                 folded = node is not None and node.op_type not in CONTROL_FLOW | RANDOM and self.fixed(node)
@@ -134,7 +136,7 @@ class _Reader:
 
 
 QUANTIZING = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-"""What changes types by its nature: tables are about what it takes."""
+"""Operators that change types by their nature: tables are about what they take."""
 
 
 def _plain(value: Any) -> Any:

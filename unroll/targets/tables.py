@@ -1,4 +1,4 @@
-"""The targets as tables, a file each in `facts/`: which operators one offers, for which types, on which conditions.
+"""The targets as tables, a file each in `facts/`: the operators one offers, for which types, on which conditions.
 
 A file says where its facts come from (`source`, `version`). Operators are listed in groups under `[[offered]]`, and
 what one asks beyond the types of its group under `[restrictions.NAME]`, in the words of `Restriction`.
@@ -16,15 +16,15 @@ from typing import Any
 from unroll.core.errors import Problem, UnrollError
 
 NAMES = ("npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack")
-"""The targets there are."""
+"""The names of all targets."""
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """What a target asks of an operator. Inputs and attributes are called as the operator's own schema calls them."""
+    """The conditions of a target for an operator, with inputs and attributes called as in the operator's own schema."""
 
     types: tuple[str, ...] = ()
-    """Of tensors that it may take and give, such as `float32`; empty if the source does not say"""
+    """Types of tensors that it may take and give, such as `float32`; empty if the source does not say"""
     rank: Mapping[str, list[int]] = field(default_factory=dict)
     """Numbers of dimensions that an input may have"""
     attributes: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -38,18 +38,18 @@ class Restriction:
     last: tuple[str, ...] = ()
     """Arguments that must name the last dimension of the result"""
     results: int | None = None
-    """How many of its results may be used"""
+    """The number of its results that may be used; None for all"""
     static: bool = False
-    """Whether all sizes must be fixed"""
+    """True if all sizes must be fixed"""
     keeps_type: bool = False
-    """Whether the result must be of the input's type"""
+    """True if the result must be of the input's type"""
     note: str = ""
     """A condition that is told, but not checked"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What runs a model, and what it offers."""
+    """A runtime or device that runs a model, and what it offers."""
 
     name: str
     title: str
@@ -57,7 +57,7 @@ class Target:
     """Repository, path and commit"""
     version: str
     kind: str
-    """Which operators its table has: `onnx`, `aten`, or `any` if it has rules alone"""
+    """The kind of operators in its table: `onnx`, `aten`, or `any` if it has rules alone"""
     operators: Mapping[str, Restriction]
     refused: frozenset[str] = frozenset()
     """Operators that the source says are not offered"""
@@ -72,20 +72,20 @@ class Target:
     tensors: tuple[str, ...] = ()
     """Types of tensors that a model may be given or hold; any if empty, as where the rest of a model runs elsewhere"""
     domains: tuple[str, ...] = ()
-    """Where operators may come from: domains of ONNX (empty for the standard), namespaces of PyTorch; any if empty"""
+    """Origins of operators: domains of ONNX (empty for the standard), namespaces of PyTorch; any if there are none"""
     static: bool = False
-    """Whether all sizes must be fixed"""
+    """True if all sizes must be fixed"""
     control_flow: bool = False
-    """Whether loops and branches are among its operators"""
+    """True if loops and branches are among its operators"""
     boolean: bool = True
-    """Whether it has boolean tensors"""
+    """True if it has boolean tensors"""
     uniform: bool = False
-    """Whether all inputs of an operator must be of one type"""
+    """True if all inputs of an operator must be of one type"""
     edge: bool = False
-    """Whether aten operators are called as in ExecuTorch's edge dialect, where views are copies"""
+    """True if aten operators are called as in ExecuTorch's edge dialect, where views are copies"""
 
     def restriction(self, operator: str) -> Restriction | None:
-        """What it asks of an operator, or None if it does not offer it."""
+        """Return what it asks of an operator, or None if it does not offer it."""
         if operator in self.refused or (self.domains and domain(operator) not in self.domains):
             return None
         if self.kind == "any" or (operator.rpartition(".")[0] in self.rewritten and operator not in self.operators):
@@ -101,18 +101,18 @@ class Target:
 
 
 def domain(operator: str) -> str:
-    """Such as `com.microsoft` and `aten`; empty for the ONNX standard."""
+    """Return the domain of an operator, such as `com.microsoft` and `aten`; empty for the ONNX standard."""
     return operator.rpartition("::")[0] or (operator.partition(".")[0] if "." in operator else "")
 
 
 def read_target(name: str) -> Target:
-    """A target by its name.
+    """Return a target by its name.
 
     Raises:
         UnrollError: if there is none of that name.
 
     Example:
-        >>> table = target("tensorrt")
+        >>> table = read_target("tensorrt")
         >>> table.version, table.restriction("Tanh").types
         ('TensorRT 10.15', ('float32', 'float16', 'bfloat16'))
     """
@@ -125,7 +125,7 @@ def read_target(name: str) -> Target:
 def _read(name: str) -> Target:
     text = files("unroll.targets").joinpath("facts", f"{name}.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)
-    types = table.pop("types", "")
+    types = table.pop("types", "")  # of every group that names none itself
     offered: dict[str, dict[str, Any]] = {}
     for group in table.pop("offered", ()):
         for operator in group.pop("names").split():

@@ -1,4 +1,4 @@
-"""How a model uses an operator, whatever kind of model it is, and what a target has against it."""
+"""Uses of operators, whatever kind of model they are in, and what a target has against them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from unroll.targets.tables import Restriction, Target, domain
 
 RECURRENT = ("LSTM", "GRU", "RNN", "aten.lstm", "aten.gru", "aten.rnn")
-"""What names of recurrent operators begin with"""
+"""Beginnings of the names of recurrent operators"""
 
 
 INPUT, CONSTANT = "input", "constant"
-"""What stands for the operator where a value is given to the model, or held by it"""
+"""Stand-ins for the operator where a value is given to the model, or held by it"""
 
 
 class Row(NamedTuple):
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     place: str
     """The node's name, or the input's"""
     operator: str
-    """Such as `Gemm` or `aten.addmm.default`; `input` and `constant` for values of the model, `model` for all of it"""
+    """`Gemm` or `aten.addmm.default`, say; `input` and `constant` for values of the model, `model` for all of it"""
     finding: str
     fix: str
 
@@ -31,9 +31,9 @@ class Operand(NamedTuple):
     """A tensor that an operator takes or gives."""
 
     dtype: str | None
-    """Such as `float32`, or None if unknown"""
+    """Its name, such as `float32`, or None if unknown"""
     shape: tuple[int | None, ...] | None
-    """None for a size that is left open, or for a rank that is"""
+    """Its sizes, with None for one that is left open; None alone for a rank that is"""
     constant: bool = False
 
     @property
@@ -50,15 +50,15 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Use:
-    """A node, as far as a contract asks."""
+    """A node, as far as a target asks."""
 
     place: str
     operator: str
     inputs: Mapping[str, Operand] = field(default_factory=dict)
-    """By the names of the operator's schema; `name.1` is the second of a list"""
+    """Its inputs, by the names of the operator's schema; `name.1` is the second of a list"""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     outputs: Sequence[Operand] = ()
-    """All up to the last one that is used"""
+    """Its results, all up to the last one that is used"""
     typed: Mapping[str, Operand] = field(default_factory=dict)
     """The inputs and results that the types of a table are about"""
     control_flow: bool = False
@@ -67,7 +67,7 @@ class Use:
 
 
 def judged(use: Use, target: Target) -> list[Row]:
-    """What a target has against a use."""
+    """List what a target has against a use."""
     name, became = use.operator, ""
     if use.origin:
         name, became = use.origin, f"becomes {use.operator}, which "
@@ -94,8 +94,9 @@ def _findings(use: Use, target: Target) -> Iterator[tuple[str, str]]:
 
 
 def _general(use: Use, target: Target) -> Iterator[tuple[str, str]]:
-    """What holds for all tensors of a model."""
+    """Yield what a target has against any tensor of a model, whatever its operator."""
     for output in use.outputs:
+        # told where sizes become open, and not again of all that follows
         if target.static and output.open and not any(given.open for given in use.inputs.values()):
             yield f"leaves sizes open, {_shown(output.shape)}", "fix them when you export the model"
         if target.rank is not None and output.shape is not None and len(output.shape) > target.rank:
@@ -151,6 +152,7 @@ def _arguments(use: Use, restriction: Restriction) -> Iterator[tuple[str, str]]:
         if any(isinstance(v, Unknown) for v in (value if isinstance(value, (list, tuple)) else [value])):
             yield f"computes {name}", "fix the sizes when you export the model"
     for name in restriction.last:
+        # a negative dimension counts from the end
         shape, dim = use.outputs[0].shape, use.attributes[name]
         if shape is not None and dim % len(shape) != len(shape) - 1:
             yield f"is along dimension {dim}, offered is the last", "transpose around it"

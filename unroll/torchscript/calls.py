@@ -13,21 +13,21 @@ from torch import Tensor
 
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Steps
-from unroll.core.recurrence import Recurrence, read_call
-from unroll.torchscript.operators import LAYER_NAMES, SCRIPT_KINDS, count_recurrent, is_recurrent, methods, walk
+from unroll.core.recurrence import CLASS_NAMES, Recurrence, read_call
+from unroll.torchscript.operators import SCRIPT_KINDS, count_recurrent, is_recurrent, methods, walk
 
 
 class Unknown:
-    """Stands for what is only known when the graph runs."""
+    """A stand-in for what is only known when the graph runs."""
 
 
 class Observed(NamedTuple):
-    """What a call was seen to be given."""
+    """The arguments that a call was seen to be given."""
 
     shape: tuple[int, ...]
-    """of the input"""
+    """The shape of the input"""
     weights: list[Tensor]
-    """on the meta device"""
+    """The weights, on the meta device"""
 
 
 class ScriptCall:
@@ -39,7 +39,7 @@ class ScriptCall:
         self.instances = instances
         """The submodules by the layer's name in each"""
         self.is_called = is_called
-        """Whether the model itself calls the method, and not only who takes a submodule out of it"""
+        """True if the model itself calls the method, and not only who takes a submodule out of it"""
         self.operator = node.kind()
         self.kind = self.operator.removeprefix("aten::").removesuffix("_cell")
         self.is_cell = self.operator.endswith("_cell")
@@ -51,7 +51,7 @@ class ScriptCall:
         return self.node.namedInput(name)
 
     def weights(self) -> list[Any] | Any:
-        """The graph's values of the weights, or that of a list of them."""
+        """Return the graph's values of the weights, or that of a list of them."""
         if self.is_cell:
             values = [self.argument(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
             return [value for value in values if not value.node().mustBeNone()]
@@ -59,10 +59,10 @@ class ScriptCall:
         return list(params.node().inputs()) if params.node().kind() == "prim::ListConstruct" else params
 
     def read(self, noted: list[Observed] | None) -> tuple[Recurrence, list[Tensor]]:
-        """What the operator runs, and its weights.
+        """Return the recurrence that the operator runs, and its weights.
 
         Args:
-            noted: what it was given in a run, if there was one.
+            noted: the arguments that it was given in a run, if there was one.
         """
         if self.operator not in SCRIPT_KINDS:
             fix = "unroll the model before it is traced or quantized, or leave the layer out by where="
@@ -101,7 +101,7 @@ class ScriptCall:
         return recurrence, weights
 
     def steps(self, asked: Steps, noted: list[Observed] | None) -> int | None:
-        """The number of time steps to write, or None for a loop over any number."""
+        """Return the number of time steps to write, or None for a loop over any number."""
         if self.is_cell or not self.is_called:
             return None
         if isinstance(asked, Mapping):
@@ -132,14 +132,14 @@ class ScriptCall:
 
 
 def is_constant(value: Any) -> bool:
-    """Whether the graph has a value, or all of a list of them, as constants."""
+    """Tell whether the graph has a value, or all of a list of them, as constants."""
     if isinstance(value, list):
         return all(map(is_constant, value))
     return value.node().kind() == "prim::Constant"
 
 
 def known(value: Any, module: Any) -> Any:
-    """What a graph's value, or each of a list of them, is in a method of this module, as far as the module tells."""
+    """Evaluate a graph's value, or each of a list of them, in a method of this module, as far as the module tells."""
     if isinstance(value, list):
         return [known(part, module) for part in value]
     node = value.node()
@@ -155,7 +155,8 @@ def known(value: Any, module: Any) -> Any:
 
 
 def find_calls(root: Any) -> list[ScriptCall]:
-    """All calls of recurrent operators in the methods of a module and its submodules."""
+    """Find all calls of recurrent operators in the methods of a module and its submodules."""
+    # submodules of one type share its code: by type and path
     by_kind: dict[str, dict[str, Any]] = {}
     for path, module in root.named_modules(remove_duplicate=False):
         by_kind.setdefault(str(module._c._type()), {})[path] = module
@@ -175,7 +176,7 @@ def find_calls(root: Any) -> list[ScriptCall]:
 
 
 def _called(root: Any) -> set[tuple[str, str]]:
-    """Methods that some method calls, by the name of their type; by none where only an interface is known."""
+    """Return methods that some method calls, by the name of their type; by none where only an interface is known."""
     found = set()
     for _, _, graph in methods(root):
         for node, _ in walk(graph):
@@ -186,10 +187,10 @@ def _called(root: Any) -> set[tuple[str, str]]:
 
 
 def _suffix(node: Any, module: Any, seen: Counter[str]) -> str:
-    """What a layer is called after the path of the module in whose method it runs."""
+    """Return the name of a layer after the path of the module in whose method it runs."""
     weights = re.search(r"w_ih|params|weight", node.schema())
     path = _owner(node.namedInput(weights[0])) if weights else None
-    if path is not None and functools.reduce(getattr, path, module).original_name in LAYER_NAMES:
+    if path is not None and functools.reduce(getattr, path, module).original_name in CLASS_NAMES:
         return ".".join(path)
     kind = node.kind().partition("::")[2]
     seen[kind] += 1
@@ -197,7 +198,7 @@ def _suffix(node: Any, module: Any, seen: Counter[str]) -> str:
 
 
 def _owner(value: Any) -> list[str] | None:
-    """The path, from its method's module, to the module that holds a value or the first of a list."""
+    """Return the path, from its method's module, to the module that holds a value or the first of a list."""
     node = value.node()
     if node.kind() == "prim::ListConstruct" and node.inputsSize():
         return _owner(node.inputsAt(0))
@@ -205,16 +206,18 @@ def _owner(value: Any) -> list[str] | None:
     while node.kind() == "prim::GetAttr":
         path.append(node.s("name"))
         node = node.input().node()
+    # found from the value outwards; without the value's own name
     return path[:0:-1] if path else None
 
 
 def calls_recurrent_function(module: Any, graph: Any) -> bool:
-    """Whether a function that is not a method, called from this graph, holds a recurrent operator.
+    """Tell whether a function that is not a method, called from this graph, holds a recurrent operator.
 
     Compiles what the graph calls as it is now.
     """
     inlined = graph.copy()
     torch._C._jit_pass_inline(inlined)
+    # operators in all that is called; those in methods are taken off, and those in functions stay
     count = count_recurrent(inlined) - count_recurrent(graph)
     for call in graph.findAllNodes("prim::CallMethod"):
         owner = known(call.inputsAt(0), module)

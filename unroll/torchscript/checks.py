@@ -15,20 +15,20 @@ from unroll.core.patching import without_warnings
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's notice that TorchScript is deprecated: whoever has a ScriptModule knows."""
+    """Ignore torch's notice that TorchScript is deprecated while this lasts: whoever has a ScriptModule knows."""
     with without_warnings("`torch.jit", category=DeprecationWarning):
         yield
 
 
 @functools.cache
 def compiled(function: Callable) -> Any:
-    """A function below in TorchScript."""
+    """Compile a function below with TorchScript."""
     with quiet():
         return torch.jit.script(function)
 
 
 def check_layer(input: Tensor, features: int, batch_first: bool, place: str) -> tuple[int, int]:
-    """The number of time steps and the batch size."""
+    """Return the number of time steps and the batch size."""
     if input.dim() != 3 or input.size(2) != features:
         raise RuntimeError(f"{place}: the input has shape {input.shape}; it must be 3-D with {features} features")
     length, batch = input.size(0), input.size(1)
@@ -45,7 +45,7 @@ def check_length(length: int, steps: int, place: str) -> None:
 
 
 def check_packed(input: Tensor, batch_sizes: Tensor, features: int, place: str) -> tuple[int, int, list[int]]:
-    """The number of time steps, of sequences, and of rows in each step."""
+    """Return the number of time steps, of sequences, and of rows in each step."""
     if input.dim() != 2 or input.size(1) != features:
         raise RuntimeError(f"{place}: packed data has shape {input.shape}; it must be 2-D with {features} features")
     rows: list[int] = batch_sizes.tolist()
@@ -53,7 +53,7 @@ def check_packed(input: Tensor, batch_sizes: Tensor, features: int, place: str) 
 
 
 def check_cell(input: Tensor, features: int, place: str) -> tuple[int, int]:
-    """One step, and the batch size."""
+    """Return one step, and the batch size."""
     if input.dim() != 2 or input.size(1) != features:
         raise RuntimeError(f"{place}: the input has shape {input.shape}; it must be 2-D with {features} features")
     return 1, input.size(0)

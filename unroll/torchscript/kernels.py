@@ -69,7 +69,7 @@ def kernel(
     packed: bool = False,
     train: bool | None = None,
 ) -> Any:
-    """A compiled function: `kernel(input, state, weights, train)` gives what torch's operator does, as a list.
+    """Compile a function: `kernel(input, state, weights, train)` gives what torch's operator does, as a list.
 
     With `steps` every step is written, unless they go in blocks. With `train` given it is no argument. A packed kernel
     takes the batch sizes after the weights. What was compiled stays, as all that `torch.jit.script` compiles: traces
@@ -90,6 +90,7 @@ def kernel(
         writer.items(values["weights"], sum(map(len, recurrence.weight_names))),
         dtype,
         values["input"],
+        # torch takes both states of an LSTM as a list, and the one of others by itself
         values["state"] if len(recurrence.state_sizes) == 2 else writer.items(values["state"], 1)[0],
         train=values.get("train", train),
         steps=steps,
@@ -100,7 +101,7 @@ def kernel(
 
 
 def trace(layer: Any, input: Any, hx: Any) -> Any:
-    """What a layer or cell gives while `torch.jit.trace` records: a call of its kernel, for this number of steps.
+    """Call the kernel of a layer or cell, for this number of steps, while `torch.jit.trace` records.
 
     In blocks they may be any number.
     """
@@ -114,6 +115,7 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
         steps = None if recurrence.is_cell or layer.plan.block is not None else steps
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
+    # zeros have a batch already
     state = state if batched or hx is None else [s.unsqueeze(-2) for s in state]
     results = kernel_of(layer, steps=steps, train=layer.training)(input, state, layer.flat_weights)
     if not batched:
@@ -123,11 +125,12 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
 
 
 def _trace_packed(layer: Any, input: PackedSequence, hx: Any) -> Any:
-    """Recorded as a loop, since how many rows there are in each step may change."""
+    """Call a kernel with a loop, since the number of rows in each step may change."""
     recurrence = layer.recurrence
     with pause_tracing():
         rows = int(input.batch_sizes[0])
         check_arguments(recurrence, layer.place, input.data, hx, weight=layer.like, rows=rows)
+    # the batch is a tensor here, which the trace follows
     state = _initial(recurrence, input.data, input.batch_sizes[0], hx)
     if hx is not None and input.sorted_indices is not None:
         state = [s.index_select(1, input.sorted_indices) for s in state]
@@ -147,7 +150,7 @@ def _initial(recurrence: Recurrence, input: Tensor, batch: Any, hx: Any) -> list
 
 @contextmanager
 def pause_tracing() -> Iterator[None]:
-    """Python may look at shapes here: `torch.jit.trace` does not follow."""
+    """Keep `torch.jit.trace` from following while this lasts: Python may look at shapes here."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -157,7 +160,7 @@ def pause_tracing() -> Iterator[None]:
 
 
 class Scriptable(nn.Module):
-    """What TorchScript compiles of a layer. The attributes are for TorchScript alone, and not copied or pickled."""
+    """The part of a layer that TorchScript compiles. Attributes are for it alone, and not copied or pickled."""
 
     if TYPE_CHECKING:
         place: str
@@ -177,7 +180,7 @@ class Scriptable(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key not in names}
 
     def _compiled(self, input: Tensor, state: list[Tensor]) -> list[Tensor]:
-        """Compiled by TorchScript: any rank of input, and zeros for an empty state."""
+        """Run the kernel, compiled by TorchScript: on any rank of input, and with zeros for an empty state."""
         batched = input.dim() == self._kernel_rank
         if not batched:
             if input.dim() != self._kernel_rank - 1:

@@ -21,7 +21,7 @@ def over_blocks(
     *,
     reverse: bool = False,
 ) -> tuple[Value, State]:
-    """Go like `scan` over all rows at once, as a loop of the graph.
+    """Go over all rows at once like `scan`, as a loop of the graph.
 
     A turn of the loop does `block` steps, and those of a second one the steps that fill no block.
     For packed rows `sizes` tells how many have a step `t`; the others keep their state, and a turn is one step.
@@ -30,13 +30,14 @@ def over_blocks(
     outputs = writer.list([])
 
     def one_step(name: Any, done: Value, state: State) -> State:
-        """The next step, after those that are done."""
+        """Write the next step, after those that are done."""
         t = writer.insert("sub", writer.insert("sub", steps, 1), done) if reverse else done
         x = tuple(writer.insert("__getitem__", piece, t) for piece in pieces)
         if sizes is None:
             state = step(name, x, state)
             writer.insert("append", outputs, state[0])
             return state
+        # rows are sorted by falling length: the first `rows` of them have a step t
         rows = writer.insert("__getitem__", sizes, t)
         going = step(name, x, tuple(writer.insert("slice", s, 0, 0, rows) for s in state))
         writer.insert("append", outputs, going[0])
@@ -49,6 +50,7 @@ def over_blocks(
         def whole_block(turn: Value, state: State) -> State:
             done = writer.insert("mul", turn, block)
             for k in range(block):
+                # only a name, of the place in the block: the step itself is in `done`
                 name = block - 1 - k if reverse else k
                 state = one_step(name, writer.insert("add", done, k) if k else done, state)
             return state
@@ -59,13 +61,14 @@ def over_blocks(
         state = _turns(writer, rest, lambda turn, state: one_step("", writer.insert("add", done, turn), state), state)
     else:
         state = _turns(writer, steps, lambda turn, state: one_step("", turn, state), state)
-    if reverse:
+    if reverse:  # in place: outputs were appended from the last step on
         writer.node("aten::reverse", [outputs], 0)
     return writer.insert("cat", outputs), state
 
 
 def _turns(writer: ScriptWriter, count: Value, body: Callable[[Value, State], State], state: State) -> State:
-    """The state after `count` turns of a loop, each of which makes it `body(turn, state)`."""
+    """Return the state after `count` turns of a loop, each of which makes it `body(turn, state)`."""
+    # prim::Loop(count, condition, *state), its block (turn, *state) -> (condition, *state)
     loop = writer.node("prim::Loop", [count, True, *state], len(state))
     block = loop.addBlock()
     turn = Value(writer, node=block.addInputToBlock().setType(INT))

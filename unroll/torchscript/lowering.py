@@ -83,18 +83,18 @@ def write_recurrence(
 
     Args:
         writer: of the graph.
-        recurrence: what is run.
-        plan: how the steps are laid out.
+        recurrence: the layer or cell that is run.
+        plan: the layout of the steps.
         weights: in torch's order, values, or tensors for constants.
         dtype: of the weights.
         input: as the operator takes it.
         hx: the initial state, for an LSTM a list.
-        train: whether dropout is on, a truth value or the graph's value of one.
+        train: true if dropout is on, a truth value or the graph's value of one.
         steps: the number of time steps, or None for any number.
         batch_sizes: of packed rows.
 
     Returns:
-        What the operator returns: for a layer the output, then each state.
+        The results of the operator: for a layer the output, then each state.
     """
     writer.enter("given")
     features, place, sizes = recurrence.input_size, writer.layer, None
@@ -113,6 +113,7 @@ def write_recurrence(
     looping = not recurrence.is_cell and (steps is None or plan.block is not None)
     plan = replace(plan, layers="sequential")  # TorchScript's own differentiation fails on a wavefront
     layout: Any = lay_out(recurrence, recurrence.weights(weights), plan, dtype, writer)
+    # what was made of tensors, and not of values, becomes constants
     layout = pytree.tree_map_only(Tensor, writer.constant, layout)
     rows = input if sizes is not None else schedule.flat_rows(recurrence, input)
     drop = recurrence.dropout if train is not False else 0.0
@@ -122,7 +123,7 @@ def write_recurrence(
         layout,
         rows,
         tuple(state),
-        steps=steps or 1,
+        steps=steps or 1,  # a cell has one, and a loop takes its own from `length`
         dropout=(lambda rows: writer.insert("dropout", rows, drop, train)) if drop else None,
         target=writer,
     )

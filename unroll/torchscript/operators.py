@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from unroll.core.recurrence import CELL_MODES, LAYERS
+from unroll.core.recurrence import KINDS
 
-LAYER_NAMES = {kind.__name__ for kind in (*LAYERS, *CELL_MODES)}
-"""The classes whose submodules give a layer its name"""
-
+SCRIPT_KINDS = tuple(f"aten::{kind}{cell}" for cell in ("", "_cell") for kind in KINDS)
+"""Those of whole layers, and of single steps"""
 
 OTHER_KINDS = re.compile(r"(aten|quantized)::\w*(lstm|gru|rnn)(?!\w*(prepack|flatten|backward))\w*")
 """Quantized operators and those of one backend, which are recurrent and refused"""
 
 
 def walk(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """All nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
+    """Yield nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
 
     def within(block: Any) -> Iterator[tuple[Any, Any]]:
         for node in block.nodes():
@@ -33,7 +32,7 @@ def walk(graph: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def methods(root: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Each piece of compiled code under a module once: a submodule that has it, its name and its graph."""
+    """Yield each piece of compiled code under a module once: a submodule that has it, its name and its graph."""
     seen = set()
     for module in root.modules():
         kind = str(module._c._type())
@@ -50,13 +49,8 @@ def count_recurrent(graph: Any) -> int:
     return sum(is_recurrent(node) for node, _ in walk(graph))
 
 
-SCRIPT_KINDS = tuple(f"aten::{kind}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")) + tuple(
-    f"aten::{kind}_cell" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-)
-
-
 def method_graphs(module: torch.jit.ScriptModule) -> Iterator[Any]:
-    """The graph of each method, with what it calls written out. A scripted layer has no single `forward`."""
+    """Yield the graph of each method, with what it calls written out. A scripted layer has no single `forward`."""
     for name in module._c._method_names():
         graph = module._c._get_method(name).graph.copy()
         torch._C._jit_pass_inline(graph)

@@ -20,14 +20,15 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import seeded, without_gc
 from unroll.core.plan import Plan
+from unroll.core.recurrence import CLASS_NAMES
 from unroll.torchscript.calls import Observed, ScriptCall, calls_recurrent_function, find_calls
 from unroll.torchscript.checks import compiled, quiet
 from unroll.torchscript.lowering import lower, observe
-from unroll.torchscript.operators import LAYER_NAMES, SCRIPT_KINDS, count_recurrent, methods, walk
+from unroll.torchscript.operators import SCRIPT_KINDS, count_recurrent, methods, walk
 
 
 def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: Plan, steps: Steps = None) -> Any:
-    """A copy of the script module with explicit gate operations in place of recurrent operators.
+    """Return a copy of the script module with explicit gate operations in place of recurrent operators.
 
     The copy is what saving and loading would give, but shares its tensors with the original: parameters, buffers
     and lists of them. Without `args` and `steps` a loop of TorchScript runs over the time steps, any number of them;
@@ -48,7 +49,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     picked = _picked(where, calls, copied)
     noted = None if args is None else _run_and_observe(copied, args)
     stepping = [calls[number] for number in picked if not calls[number].is_cell]
-    jobs: list[Any] = []
+    jobs: list[Any] = []  # all are read, and all problems found, before anything is rewritten
     problems = unknown_steps(steps, (name for call in stepping for name in call.instances))
     for number in picked:
         call, seen = calls[number], None if noted is None else noted.get(number, [])
@@ -58,6 +59,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     with without_gc():
         for call, recurrence, weights, count in jobs:
             lower(call, recurrence, weights, count, plan)
+        # several calls may stand in one graph
         for graph in {id(call.graph): call.graph for call, *_ in jobs}.values():
             torch._C._jit_pass_dce_graph(graph)
             torch._C._jit_pass_constant_pooling(graph)  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +71,9 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
 
 
 def _picked(where: Where, calls: Sequence[ScriptCall], root: Any) -> list[int]:
-    """The numbers of the calls that are to be replaced."""
+    """Return the numbers of the calls that are to be replaced."""
     names = [name for call in calls for name in call.instances]
-    done = [name for name, module in root.named_modules() if module.original_name in LAYER_NAMES]
+    done = [name for name, module in root.named_modules() if module.original_name in CLASS_NAMES]
     problems = unknown_names(where, list(dict.fromkeys([*names, *done])))
     picked = []
     for number, call in enumerate(calls):
@@ -96,7 +98,7 @@ def _copy(module: Any) -> Any:
 
 
 def _prepared_copy(module: Any) -> Any:
-    """A copy in which operators stand in methods, none of them in a function that methods call."""
+    """Return a copy in which operators stand in methods, none of them in a function that methods call."""
     copied = _copy(module)
     calling = {
         id(graph): (part, graph)
@@ -142,8 +144,9 @@ def _observing(number: int, input: Tensor, weights: list[Tensor]) -> None:
 
 
 def _run_and_observe(module: Any, args: Any) -> dict[int, list[Observed]]:
-    """What each call, by its number, is given whenever it is reached in a run of the module."""
+    """Return what each call, by its number, is given whenever it is reached in a run of the module."""
     copied = _copy(module)
+    # a copy has the same code, so that calls have the same numbers
     for number, call in enumerate(find_calls(copied)):
         if call.operator in SCRIPT_KINDS:
             observe(call, compiled(_observing), number)

@@ -29,6 +29,7 @@ class ScriptWriter(Writer):
         return value
 
     def constant(self, value: Any) -> Value:
+        # with the type: 1, 1.0 and True are three constants
         key = id(value) if isinstance(value, Tensor) else (type(value), repr(value))
         if key not in self.constants:
             with self.graph.insert_point_guard(self.top):
@@ -36,7 +37,7 @@ class ScriptWriter(Writer):
         return self.constants[key]
 
     def insert(self, operator: str, *args: Any) -> Value:
-        """The value of an aten operator, in the overload and with the defaults that fit the arguments."""
+        """Write an aten operator, in the overload and with the defaults that fit the arguments; return its value."""
         return Value(self, node=self.graph.insert(f"aten::{operator}", [self.operand(arg) for arg in args]))
 
     def node(self, kind: str, args: Sequence[Any], outputs: int = 1) -> Any:
@@ -47,11 +48,11 @@ class ScriptWriter(Writer):
         return Value(self, node=value.setType(torch._C.ListType(kind)))
 
     def items(self, values: Value, count: int) -> list[Value]:
-        """The parts of a list of tensors, of which there must be `count`."""
+        """Return the parts of a list of tensors, of which there must be `count`."""
         return [Value(self, node=output) for output in self.node("prim::ListUnpack", [values], count).outputs()]
 
     def run(self, function: Any, *args: Any) -> list[Value]:
-        """The results of a scripted function, its graph written here."""
+        """Write the graph of a scripted function here, and return its results."""
         (result,) = self.graph.insertGraph(function.graph, [self.operand(arg) for arg in args])
         if result.type().kind() != "TupleType":
             return [Value(self, node=result)]
@@ -63,10 +64,11 @@ class ScriptWriter(Writer):
         result = self.insert(func.__name__, *args, *kwargs.values())
         if func not in (torch.chunk, torch.split):
             return result
+        # chunk takes the number of parts, split their sizes
         return self.items(result, args[1] if func is torch.chunk else len(args[1]))
 
     def operand(self, arg: Any) -> Any:
-        """The graph's value of an argument."""
+        """Return the graph's value of an argument."""
         if isinstance(arg, Value):
             return arg.node
         if isinstance(arg, (list, tuple)) and any(isinstance(part, Value) for part in arg):
