@@ -25,7 +25,6 @@ some five of them."""
 ACROSS_RUNTIMES = TOLERANCES | {torch.float32: 1e-4}
 """The same between two runtimes, whose products add up in other orders and whose activations are other polynomials."""
 
-
 # How many roundings of the largest value the rewritten may be off where the original happens to have no error. Float32
 # rounds every intermediate result; in narrower types the gates are computed in float32, and only the result is rounded.
 ROUNDINGS = {torch.float64: 4, torch.float32: 4}

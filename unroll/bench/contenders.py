@@ -311,7 +311,6 @@ INDUCTOR = ("torch._inductor.compile_fx",)
 
 ONNX = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
-
 FUSED = "eager"
 """The contender against which the others are held: the model as PyTorch runs it"""
 

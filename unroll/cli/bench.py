@@ -24,7 +24,6 @@ from unroll.extras import require
 FACTORY = """package.module:name of a function that returns the model and a tuple of its arguments, or these and
 {"kwargs": ...}; measured is at the sizes of these arguments. Or, with --plots alone, files of --save to draw."""
 
-
 SIZES = "one or several, as in 8,32,128"
 
 

@@ -35,33 +35,26 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 refused or failed with the reason, 2 used wrongly.",
 )
 
-
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
 
-
 app.command("bench", short_help="Measure a layer or a model in every form.")(bench_command)
-
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 
 Where = Annotated[list[str] | None, typer.Option(help="Only these layers: a name or shell pattern; may be repeated.")]
 
-
 PlanOption = Annotated[
     str, typer.Option(help=f"{', '.join(PRESETS)}, or fields as in gates=paired,time=8. See unroll.Plan.")
 ]
-
 
 TARGET_HELP = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program
 as it is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there
 is one and --plan does not say."""
 
-
 TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
-
 
 JUDGING = ("model", "target", "as_json")
 """What goes with --target"""

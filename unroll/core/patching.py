@@ -30,7 +30,6 @@ _LOCK = threading.RLock()
 
 _ALONE = threading.RLock()
 
-
 _STACKS: dict[tuple[int, str], tuple[Any, list[list[Any]]]] = {}
 """For an owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
 
@@ -130,7 +129,7 @@ def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], ded
 
 
 class Local(Generic[T]):
-    """A value that a thread, or an asynchronous task, has while a context of it lasts.
+    """A value that a thread, or a chain of asynchronous calls, has while a context of it lasts.
 
     Example:
         >>> depth = Local("depth")
@@ -190,7 +189,6 @@ def seeded(seed: int | None = None) -> Iterator[None]:
 
 # contexts of `without_gc` that last, in all threads
 _growing = 0
-
 
 # whether the collector was on before the first of them
 _collects = True

@@ -11,7 +11,6 @@ Gates = Literal["merged", "paired", "split"]
 
 Directions = Literal["separate", "stacked"]
 
-
 Layers = Literal["sequential", "wavefront"]
 
 Products = Literal["matrix", "sums"]
@@ -114,7 +113,6 @@ def _read(text: str) -> Plan:
 
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
-
 
 # Reasons for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
 # docs/benchmark.md; findings those of docs/contracts.md.

@@ -70,7 +70,7 @@ class Variant(NamedTuple):
     """The ways in which a step of the ONNX standard departs from torch's."""
 
     activations: tuple[Callable[[Tensorlike], Tensorlike], ...] = ()
-    """Functions in the standard's order: f of gates, g of the candidate, h of an LSTM's `c`; empty for torch's."""
+    """Functions, in standard order: f of sigmoid gates, g of the candidate, h of an LSTM's `c`; empty for torch's."""
     clip: float | None = None
     """The limit of what a gate's activation is applied to, `[-clip, clip]`; `c` has none, as in ONNX Runtime."""
     coupled: bool = False

@@ -26,14 +26,12 @@ NOISE = (
     r".*with projections is not supported with oneDNN",
 )
 
-
 # That torchvision is missing; that a version is converted, which is checked afterwards.
 LOGGERS = (
     "torch.onnx._internal.exporter._registration",
     "torch.onnx._internal.exporter._compat",
     "onnxscript.version_converter",
 )
-
 
 OLDEST = 14
 """The oldest version of the standard's operators to which torch's exporter converts its 18"""

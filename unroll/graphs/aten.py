@@ -18,7 +18,6 @@ from unroll.graphs.writer import GraphWriter
 
 aten = torch.ops.aten
 
-
 OPERATORS: dict[Any, Any] = {
     torch.add: aten.add.Tensor,
     torch.addmm: aten.addmm.default,

@@ -86,6 +86,9 @@ def compile(
 ) -> Callable[..., Any]:
     """Compile a model with recurrent layers by `torch.compile`, without changing the model or any global setting.
 
+    Torch is changed while Dynamo compiles, which one thread does at a time, and not when the result is called. What
+    changes in the model later, its weights and `train()` and `eval()`, reaches the result.
+
     Args:
         model: a module or function, for inference or training.
         plan: how the steps are laid out.

@@ -26,7 +26,6 @@ from unroll.torchscript.kernels import Scriptable, make_scriptable
 SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
 SETTLED |= {"proj_size"}
 
-
 STAND_IN: Local[Callable[[Any, Any, Any], Any]] = Local("stand_in")
 """The stand-in for `layer(input, hx)` in a thread that captures models with layers as single nodes"""
 

@@ -20,11 +20,9 @@ from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
 
 TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
 
-
 # Names that a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
 HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
-
 
 # Names that a method can only need to reach the fused kernel past `super()`.
 KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}

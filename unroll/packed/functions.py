@@ -175,7 +175,6 @@ PACKS: Any = rnn.pack_padded_sequence
 
 PADS: Any = rnn.pad_packed_sequence
 
-
 PACKS_RAGGED, PADS_RAGGED = (FunctionType(function.__code__, rnn.__dict__) for function in (PACKS, PADS))
 """The same functions, whose code stays as it is"""
 

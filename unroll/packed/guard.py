@@ -28,7 +28,6 @@ PLACE = "packed.data"
 
 FIX = "do it before packing or after padding, or rewrite the FX graph, where rows stay packed"
 
-
 _PADDED = WeakTensorKeyDictionary()
 """Tensors with rows of padding among their rows"""
 

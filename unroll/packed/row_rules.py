@@ -89,7 +89,6 @@ DIMENSIONS = {
     "unflatten": Along(1),
 }
 
-
 INPUT_FIRST = {
     "linear": 2,
     "matmul": 2,

@@ -22,7 +22,6 @@ KINDS = {
     "aten": "an ExportedProgram or a GraphModule of aten operators",
 }
 
-
 WAYS = {
     "onnx": "write one with unroll.export_onnx(model, args, path)",
     "aten": "make one with torch.export.export(model, args)",

@@ -11,7 +11,6 @@ from unroll.targets.tables import Restriction, Target, domain
 RECURRENT = ("LSTM", "GRU", "RNN", "aten.lstm", "aten.gru", "aten.rnn")
 """Beginnings of the names of recurrent operators"""
 
-
 INPUT, CONSTANT = "input", "constant"
 """Stand-ins for the operator where a value is given to the model, or held by it"""
 

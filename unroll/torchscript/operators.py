@@ -18,7 +18,7 @@ OTHER_KINDS = re.compile(r"(aten|quantized)::\w*(lstm|gru|rnn)(?!\w*(prepack|fla
 
 
 def walk(graph: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield nodes in their order, those in blocks and in the graphs of parallel tasks included, with their graph."""
+    """Yield all nodes in their order, those in blocks and in the graphs of forks included, with their graph."""
 
     def within(block: Any) -> Iterator[tuple[Any, Any]]:
         for node in block.nodes():
