@@ -6,10 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from torch import fx, nn
@@ -22,10 +20,8 @@ from unroll.core.plan import PRESETS, Plan
 from unroll.export.exporting import export_onnx
 from unroll.export.factories import load_factory, options_of
 from unroll.extras import require
-from unroll.packed.contexts import packing
 from unroll.targets import checking
 from unroll.targets.tables import NAMES, read_target
-from unroll.unrolling import unroll
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,29 +87,16 @@ def onnx_command(
     --plan gates=paired,time=8 run in a Scan all the same, 8 in a turn.
     """
     require("onnx", "onnx_ir")
-    from unroll.export import verify as check
-    from unroll.onnx import files
-    from unroll.onnx.rewrite import all_nodes, is_recurrent, unroll_ir
+    from unroll.export.rewriting import rewrite_file
 
-    target = files.check_path(target)
     with show_parts() as part:
-        part("read")
-        model = files.load(source)
-        part("unroll")
-        before = sum(map(is_recurrent, all_nodes(model)))
-        unroll_ir(model, where=where, plan=plan, steps=steps)
-        replaced = before - sum(map(is_recurrent, all_nodes(model)))
-        part("save")
-        with files.write_then_move(model, target) as draft:
-            part("check")
-            size = files.size(draft)
-            check.check_file(draft, target, source)
-    counted = check.operators(model)
+        done = rewrite_file(source, target, where=where, plan=plan, steps=steps, progress=part)
     if as_json:
-        print_json({"path": str(target), "size": size, "replaced": replaced, "operators": dict(counted)})
+        operators = dict(done.operators)
+        print_json({"path": str(done.path), "size": done.size, "replaced": done.replaced, "operators": operators})
     else:
-        text = f"{target}: {sum(counted.values())} nodes, {size / 1e6:.1f} MB"
-        text += "" if replaced else "; no recurrent node was replaced"
+        text = f"{done.path}: {sum(done.operators.values())} nodes, {done.size / 1e6:.1f} MB"
+        text += "" if done.replaced else "; no recurrent node was replaced"
         console().print(text, markup=False)
 
 
@@ -196,8 +179,8 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
     """Show what a target has against a model."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    table = read_target(target)
-    with stdout_for(as_json), show_parts() as part, TemporaryDirectory() as folder:
+    read_target(target)  # an unknown name is told first
+    with stdout_for(as_json), show_parts() as part:
         part("read")
         made, args, options = load_factory(model) if _is_factory(model) else (model, None, {})
         if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
@@ -207,39 +190,22 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
             finding = "was given with --target"
             fix = "leave it out" + (": the model is judged as it is" if as_it_is else "")
             raise UnrollError(*(Problem(f"--{name}", finding, fix) for name in sorted(wrong)))
-        if not as_it_is:
-            part("unroll and export")
+        part("check" if as_it_is else "unroll, export and check")
+        if as_it_is:
+            verdict = checking.check(made, target=target)
+        else:
+            require("onnx", "onnx_ir", "onnxscript")
+            from unroll.export.judging import judge_model
+
             layout = target if target in PRESETS and "plan" not in given else plan
             options = options_of(model, options, where=where)
-            made = _exported(made, args, options, layout, Path(folder) if table.kind != "aten" else None)
-        part("check")
-        verdict = checking.check(made, target=target)
+            verdict = judge_model(made, args, target, plan=layout, options=options)  # pyright: ignore[reportArgumentType]
     if as_json:
         print_json(verdict.as_dict())
     else:
         console(soft_wrap=True).print(str(verdict), markup=False)
     if not verdict.ok:
         raise typer.Exit(1)
-
-
-def _exported(model: Any, args: Any, options: dict[str, Any], plan: str, folder: Path | None) -> Any:
-    """An ONNX file in the folder, or without one a program, of the model unrolled."""
-    require("onnx", "onnx_ir", "onnxscript")
-    from unroll.core.arguments import as_args
-    from unroll.export.translate import named_dims, quiet
-
-    if folder is not None:
-        return export_onnx(model, args, folder / "model.onnx", plan=plan, check=False, **options).path
-    unrolled = unroll(model, plan=plan, where=options.get("where"), rules=options.get("rules"))
-    shapes, kwargs = named_dims(options.get("dynamic_shapes")), dict(options.get("kwargs") or {})
-    try:
-        with quiet(), packing():
-            return torch.export.export(unrolled, as_args(args), kwargs, dynamic_shapes=shapes, strict=False)
-    except UnrollError:
-        raise
-    except Exception as error:
-        finding = f"cannot be exported ({type(error).__name__}: {error})"
-        raise UnrollError(Problem(type(model).__name__, finding, "make torch.export.export work first")) from error
 
 
 def _alone(factory: str) -> Problem:

@@ -39,6 +39,8 @@ class UnrollError(RuntimeError):
 class Problems(list[Problem]):
     """Collects problems, so that all are told at once.
 
+    Not in what Dynamo reads, which cannot follow it: a plain list there.
+
     Example:
         >>> problems = Problems()
         >>> problems.add("steps", "is 0", "give 1")

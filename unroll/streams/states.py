@@ -75,10 +75,12 @@ def check_state_names(place: str, state: Any, example: Mapping[str, Any]) -> Non
         raise UnrollError(Problem(place, f"is {type(state).__name__}", fix))
     missing = [name for name in example if name not in state]
     unknown = [name for name in state if name not in example]
-    problems = Problems(Problem(place, f"has no {name}", "give what the last call returned") for name in missing)
+    # A plain list, which Dynamo can follow.
+    problems = [Problem(place, f"has no {name}", "give what the last call returned") for name in missing]
     known = ", ".join(example)
     problems += [Problem(place, f"has {name}, which is no state", f"the states are: {known}") for name in unknown]
-    problems.check()
+    if problems:
+        raise UnrollError(*problems)
 
 
 def reads_the_future(name: str) -> Problem:

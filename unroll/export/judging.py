@@ -1,0 +1,58 @@
+"""What a target has against a PyTorch model: unrolled and exported as the target takes it, and then looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from unroll.core.arguments import as_args
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.plan import Plan
+from unroll.export.exporting import export_onnx
+from unroll.export.translate import named_dims, quiet
+from unroll.packed.contexts import packing
+from unroll.targets.checking import Verdict, check
+from unroll.targets.tables import read_target
+from unroll.unrolling import unroll
+
+
+def judge_model(
+    model: nn.Module, args: Any, target: str, *, plan: Plan | str, options: Mapping[str, Any] | None = None
+) -> Verdict:
+    """Hold a model against a target, as it is after unrolling and export.
+
+    Args:
+        model: a module in evaluation mode.
+        args: its example inputs.
+        target: the name of a target.
+        plan: how the steps are laid out.
+        options: keyword arguments of `export_onnx`.
+
+    Raises:
+        UnrollError: for a model that cannot be unrolled or exported.
+    """
+    given = dict(options or {})
+    if read_target(target).kind == "aten":
+        return check(_program(model, args, plan, given), target=target)
+    with TemporaryDirectory() as folder:
+        path = export_onnx(model, args, Path(folder) / "model.onnx", plan=plan, check=False, **given).path
+        return check(path, target=target)
+
+
+def _program(model: nn.Module, args: Any, plan: Plan | str, options: dict[str, Any]) -> ExportedProgram:
+    unrolled = unroll(model, plan=plan, where=options.get("where"), rules=options.get("rules"))
+    shapes, kwargs = named_dims(options.get("dynamic_shapes")), dict(options.get("kwargs") or {})
+    try:
+        with quiet(), packing():
+            return torch.export.export(unrolled, as_args(args), kwargs, dynamic_shapes=shapes, strict=False)
+    except UnrollError:
+        raise
+    except Exception as error:
+        finding = f"cannot be exported ({type(error).__name__}: {error})"
+        raise UnrollError(Problem(type(model).__name__, finding, "make torch.export.export work first")) from error

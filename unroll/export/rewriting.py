@@ -1,0 +1,64 @@
+"""From an ONNX file to an unrolled one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from unroll.core.options import Steps, Where
+from unroll.core.plan import Plan
+from unroll.export import verify
+from unroll.onnx import files
+from unroll.onnx.rewrite import all_nodes, is_recurrent, unroll_ir
+
+
+class Rewritten(NamedTuple):
+    """A file that `rewrite_file` wrote."""
+
+    path: Path
+    size: int
+    """Bytes, with those of the weights beside it"""
+    replaced: int
+    """Recurrent nodes that are gone"""
+    operators: Counter[str]
+    """How often each operator is written"""
+
+
+def rewrite_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    where: Where = None,
+    plan: Plan | str | None = None,
+    steps: Steps = None,
+    progress: Callable[[str], None] = lambda part: None,
+) -> Rewritten:
+    """Unroll an ONNX file into another, which appears only if `onnx.checker` takes it.
+
+    Args:
+        source: the file to read.
+        target: the file to write.
+        where: which nodes, by name.
+        plan: how the steps are laid out.
+        steps: the number of time steps where the file leaves it open.
+        progress: called with the name of each part of the work as it begins.
+
+    Raises:
+        UnrollError: for what cannot be read, honoured or written.
+    """
+    path = files.check_path(target)
+    progress("read")
+    model = files.load(source)
+    progress("unroll")
+    before = sum(map(is_recurrent, all_nodes(model)))
+    unroll_ir(model, where=where, plan=plan, steps=steps)
+    replaced = before - sum(map(is_recurrent, all_nodes(model)))
+    progress("save")
+    with files.write_then_move(model, path) as draft:
+        progress("check")
+        size = files.size(draft)
+        verify.check_file(draft, path, source)
+    return Rewritten(path, size, replaced, verify.operators(model))
