@@ -13,12 +13,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.fx import _symbolic_trace
+from torch.fx import _symbolic_trace, traceback
 
 T = TypeVar("T")
 
@@ -100,19 +100,30 @@ def _write(owner: Any, name: str, value: Any) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone(*, exports: bool = False) -> Iterator[None]:
     """Wait until no other thread is in here or inside of Dynamo, and keep them out while this lasts.
 
     For what torch itself cannot do in two threads at once: to trace, to export and to compile. Models that run in
     other threads meanwhile are not traced.
+
+    Args:
+        exports: `torch.export` is to run. Compiled models of other threads then annotate nothing, as they would do in
+            metadata that all threads share.
     """
     with ExitStack() as stack:
         stack.enter_context(_ALONE)
-        # not imported for its lock alone
         if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
             stack.enter_context(dynamo.compile_lock)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
+        if exports:
+            stack.enter_context(patched(traceback, annotate=_annotate_in(threading.get_ident())))
         yield
+
+
+def _annotate_in(thread: int) -> Callable[[Any], AbstractContextManager[Any]]:
+    """Return a stand-in for `torch.fx.traceback.annotate` that does nothing in other threads."""
+    annotate = original(traceback, "annotate")
+    return lambda data: annotate(data) if threading.get_ident() == thread else nullcontext()
 
 
 def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:

@@ -45,7 +45,7 @@ def capture(
         UnrollError: for layers that cannot be honoured, for a model that changes its buffers, and if
             `torch.export` fails.
     """
-    with alone():
+    with alone(exports=True):
         program = _captured(model, as_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
         changed = _changed_buffers(program)
     problems = Problems(

@@ -77,7 +77,7 @@ def translate(
         raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
     _refuse_twice([*(input_names or ()), *(output_names or ())])
     try:
-        with alone():
+        with alone(exports=True):
             translated = torch.onnx.export(
                 program,
                 dynamo=True,

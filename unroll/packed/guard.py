@@ -110,7 +110,7 @@ def guard_export() -> Iterator[None]:
     def checked(model: nn.Module, *args: Any, strict: bool = False, **kwargs: Any) -> Any:
         if GUARDED.value is None:
             return export(model, *args, strict=strict, **kwargs)
-        with alone(), nullcontext() if strict else guard_run(model):
+        with alone(exports=True), nullcontext() if strict else guard_run(model):
             return export(model, *args, strict=strict, **kwargs)
 
     with GUARDED.set(True), patched(_trace, _export=checked):
