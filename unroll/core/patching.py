@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import re
 import sys
 import threading
@@ -112,6 +113,8 @@ def alone(*, exports: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(_ALONE)
+        if exports:  # which loads it anyway; it must see `annotate` as it is
+            importlib.import_module("torch._dynamo.convert_frame")
         if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
             stack.enter_context(dynamo.compile_lock)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
@@ -123,7 +126,12 @@ def alone(*, exports: bool = False) -> Iterator[None]:
 def _annotate_in(thread: int) -> Callable[[Any], AbstractContextManager[Any]]:
     """Return a stand-in for `torch.fx.traceback.annotate` that does nothing in other threads."""
     annotate = original(traceback, "annotate")
-    return lambda data: annotate(data) if threading.get_ident() == thread else nullcontext()
+
+    @functools.wraps(annotate)
+    def stand_in(data: Any) -> AbstractContextManager[Any]:
+        return annotate(data) if threading.get_ident() == thread else nullcontext()
+
+    return stand_in
 
 
 def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
