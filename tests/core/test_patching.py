@@ -262,13 +262,13 @@ def test_meanwhile_other_threads_get_what_is_right(work, tmp_path):
 
 
 def test_contexts_may_be_left_in_any_order():
-    before = photograph()
+    before, values = photograph(), settings()
     first, second, third = packing(), packing(), packing()
     for context in (first, second, third):
         context.__enter__()
     for context in (first, third, second):
         context.__exit__(None, None, None)
-    assert differences(before, photograph()) == []
+    assert differences(before, photograph()) == [] and settings() == values
     assert rnn.pack_padded_sequence(X, LENGTHS, enforce_sorted=False).batch_sizes.tolist() == [2, 2, 2, 1, 1]
 
 

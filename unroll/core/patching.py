@@ -179,6 +179,32 @@ class Local(Generic[T]):
             self._entries.set(tuple(other for other in self._entries.get() if other is not entry))
 
 
+_SETTINGS: ContextVar[dict[str, list[list[Any]]]] = ContextVar("settings", default={})  # noqa: B039 (never changed in place)
+
+
+@contextmanager
+def configured(**settings: Any) -> Iterator[None]:
+    """Give Dynamo other settings while this lasts; unlike `config.patch`, such contexts may be left in any order."""
+    from torch._dynamo import config
+
+    layers = {name: [value] for name, value in settings.items()}
+    stacks = dict(_SETTINGS.get())
+    for name, layer in layers.items():
+        stacks[name] = [*stacks.get(name, [[getattr(config, name)]]), layer]
+        setattr(config, name, layer[0])
+    _SETTINGS.set(stacks)
+    try:
+        yield
+    finally:
+        stacks = dict(_SETTINGS.get())
+        for name, layer in layers.items():
+            rest = [other for other in stacks.pop(name) if other is not layer]
+            setattr(config, name, rest[-1][0])
+            if len(rest) > 1:
+                stacks[name] = rest
+        _SETTINGS.set(stacks)
+
+
 @contextmanager
 def without_warnings(*messages: str, category: type[Warning] = Warning) -> Iterator[None]:
     """Ignore warnings whose text begins as one of these patterns while this lasts.

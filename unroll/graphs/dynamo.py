@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import FIXED, Where, read_where, unknown_names
-from unroll.core.patching import alone, without_gc
+from unroll.core.patching import alone, configured, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import read_layer
 from unroll.core.rows import copy_apart, split_rows
@@ -169,7 +169,6 @@ def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
 @contextmanager
 def _permission(plan: Plan, where: Where) -> Iterator[None]:
     """Let Dynamo show recurrent layers to backends, and keep packed rows padded, while this lasts."""
-    from torch._dynamo import config
 
     def on_packed(layer: Any, input: Any, hx: Any) -> Any:
         if where is not None:
@@ -178,7 +177,7 @@ def _permission(plan: Plan, where: Where) -> Iterator[None]:
         return run_packed(_Original(layer, plan), input, hx)
 
     # A float such as dropout is to be a constant of the graph, not an input.
-    with config.patch(allow_rnn=True, specialize_float=True), keep_padding(on_packed, dynamo=True):
+    with configured(allow_rnn=True, specialize_float=True), keep_padding(on_packed, dynamo=True):
         yield
 
 

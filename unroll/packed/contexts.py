@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core import patching
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.patching import patched
+from unroll.core.patching import configured, patched
 from unroll.core.recurrence import LAYERS
 from unroll.packed.functions import (
     PACKS,
@@ -66,10 +66,8 @@ def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo:
     packs, pads = PACKS_RAGGED, PADS_RAGGED
     with ExitStack() as stack:
         if dynamo:
-            from torch._dynamo import config
-
             packs, pads = unread()
-            stack.enter_context(config.patch(dont_skip_tracing=True, capture_scalar_outputs=True))
+            stack.enter_context(configured(dont_skip_tracing=True, capture_scalar_outputs=True))
         stack.enter_context(PADDING.set(Padding(on_layer, check)))
         functions = PaddedFunctions(patching.original(rnn, "_VF"), check, packs, pads)
         stack.enter_context(patched(rnn, _VF=functions))
