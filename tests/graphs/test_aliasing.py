@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from unroll import compare, trace, unroll
-from unroll.graphs.users import is_written
+from unroll.graphs.effects import is_written
 
 
 def into_a_step(y, h):

@@ -2,7 +2,7 @@
 
 Everything here is an ordinary function of tensor-like values and calls a small closed set of torch
 functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
-`transpose`; for several passes at once `stack`, `baddbmm`, `bmm`; for products by sums `unsqueeze`, `sum`),
+`neg`, `transpose`; for several passes at once `stack`, `baddbmm`, `bmm`; for products by sums `unsqueeze`, `sum`),
 never in place. Given tensors it computes; given values of a graph it writes nodes.
 
 Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`. What the
@@ -66,10 +66,12 @@ class Cell:
         precision: Precision | None = None,
         *,
         summed: bool = False,
+        differentiable: bool = True,
     ) -> StepWeights:
         """Reorder, transpose and add up the parameters once, outside the loop over time.
 
         With `summed`, what a step multiplies by `h` and by its projection is written as multiplications and sums.
+        With `differentiable`, each parameter is given a gradient in memory of its own.
         """
         hidden = self.products(layout)
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
@@ -101,11 +103,14 @@ class Cell:
             )
 
         x_bias, h_bias = {}, {}
-        if weights.b_ih is not None and weights.b_hh is not None:
-            x_bias = by_gate(torch.add(weights.b_ih, weights.b_hh))
+        b_ih, b_hh = weights.b_ih, weights.b_hh
+        if b_ih is not None and b_hh is not None:
+            # bit for bit the same: of `add`, both biases would be given one tensor as their gradient
+            both = torch.sub(b_ih, torch.neg(b_hh)) if differentiable else torch.add(b_ih, b_hh)
+            x_bias = by_gate(both)
             if apart:
-                x_bias |= {gate: b for gate, b in by_gate(weights.b_ih).items() if gate in apart}
-                h_bias = {gate: b for gate, b in by_gate(weights.b_hh).items() if gate in apart}
+                x_bias |= {gate: b for gate, b in by_gate(b_ih).items() if gate in apart}
+                h_bias = {gate: b for gate, b in by_gate(b_hh).items() if gate in apart}
         projection = weights.w_hr
         if projection is not None:
             projection = Affine(projection if summed else torch.transpose(projection, 0, 1), summed=summed)

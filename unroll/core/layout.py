@@ -43,7 +43,12 @@ def lay_out(
     for k, w in enumerate(weights):
         target.enter(scope(recurrence, k))
         prepared = recurrence.cell.prepare(
-            w, plan.gates, recurrence.hidden_size, precision, summed=plan.products == "sums"
+            w,
+            plan.gates,
+            recurrence.hidden_size,
+            precision,
+            summed=plan.products == "sums",
+            differentiable=target.differentiable,
         )
         for kind, maps in (("ih", prepared.inputs), ("hh", prepared.hidden)):
             for m in maps:

@@ -26,7 +26,10 @@ class Target:
         loop: for a loop that the target runs itself, called like `scan` with the rows of all time steps in place of
             pieces; what it returns as output has all rows too. It looks after a mask by itself. None where every step
             is written.
+        differentiable: whether gradients may go through what is written.
     """
+
+    differentiable = True
 
     def __init__(self, divide: Divide = split_rows, loop: Loop | None = None) -> None:
         self.divide = divide

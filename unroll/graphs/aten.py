@@ -32,6 +32,7 @@ OPERATORS: dict[Any, Any] = {
     torch.lt: aten.lt.Tensor,
     torch.matmul: aten.mm.default,
     torch.mul: aten.mul.Tensor,
+    torch.neg: aten.neg.default,
     torch.ones_like: aten.ones_like.default,
     torch.relu: aten.relu.default,
     torch.reshape: aten.reshape.default,

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, rnn
 from unroll.core.arguments import as_result, check_arguments
 from unroll.core.errors import Problem, Problems
 from unroll.core.recurrence import CELL_MODES, CLASS_NAMES, LAYERS, Recurrence, read_module
+from unroll.graphs.effects import is_written
 from unroll.graphs.functions import ARGUMENTS, FUNCTIONS, OPTIONS, bind, form_of_call, read_given
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
@@ -209,7 +210,7 @@ class FunctionCall(Call):
     def is_stateless(self) -> bool:
         # Zeros of another module's are a state that the model passes.
         here = _innermost(self.node)
-        return all(_is_zeros(node) and _innermost(node) == here for node in self.zeros)
+        return all(_is_zeros(node) and not is_written(node) and _innermost(node) == here for node in self.zeros)
 
     def give(self, states: Sequence[fx.Node]) -> None:
         old, hx = self.zeros, states[0] if len(states) == 1 and isinstance(self.hx, fx.Node) else list(states)

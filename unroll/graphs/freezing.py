@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from unroll.core.errors import Problem, Problems
 from unroll.core.layout import Frozen
+from unroll.graphs.effects import is_written
 from unroll.graphs.lowering import FunctionLowering, Lowering
-from unroll.graphs.users import is_written
 
 FIX = "freeze the module, unroll(module, freeze=True), before it becomes a graph"
 

@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from unroll.core import schedule
 from unroll.core.arguments import as_result
@@ -20,8 +22,8 @@ from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
 from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
-from unroll.graphs.results import Results, Returned, hand_over
-from unroll.graphs.users import is_written
+from unroll.graphs.effects import is_written, origins, uses
+from unroll.graphs.results import Handover, Results, Returned
 from unroll.graphs.writer import GraphWriter
 
 AnyCall = TypeVar("AnyCall", bound=Call)
@@ -35,7 +37,7 @@ class Lowering(Generic[AnyCall]):
     dtype: torch.dtype
     """The dtype of the weights"""
     key: Any
-    """A key that calls with the same weights share"""
+    """A key that calls share whose weights are the same as long as nothing changes them in between"""
     packed = False
     mask: Any = None
     """The rows that have a step, boolean `[T * B, 1]`, where not all have"""
@@ -47,7 +49,6 @@ class Lowering(Generic[AnyCall]):
         if self.plan.block and not self.recurrence.is_cell:
             fix = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
             raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", fix))
-        self.written = is_written(call.node)
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
         shape = known[call.input].shape if call.input in known else None
@@ -66,6 +67,10 @@ class Lowering(Generic[AnyCall]):
             fix = "give example inputs, unroll(graph, args), or the number, steps=10"
             raise UnrollError(Problem(self.name, "the number of time steps is unknown", fix))
         return found
+
+    def weight_writers(self) -> set[fx.Node]:
+        """Return the nodes that may write to weights which the graph itself made."""
+        return set()
 
     def weights(self) -> list[Value]:
         """Read the weights, in torch's order."""
@@ -102,7 +107,7 @@ class Lowering(Generic[AnyCall]):
         """Put explicit operations before the node and hand its results to those that read it.
 
         Args:
-            prepared: weights that earlier calls laid out, by `key`; this call adds its own.
+            prepared: weights that earlier calls laid out, by `key`, and that still hold; this call adds its own.
             asserts: whether the graph itself must refuse other shapes.
         """
         node, writer, recurrence = self.call.node, self.writer, self.recurrence
@@ -117,7 +122,7 @@ class Lowering(Generic[AnyCall]):
             if asserts:
                 self.assert_shapes(input, state)
             # Zeros are left out of step 0; an only step keeps them, or the weights they meet would have no gradient.
-            if state is not None and self.steps > 1 and not self.packed and all(s.target in ZEROS for s in state):
+            if state is not None and self.steps > 1 and not self.packed and all(map(_are_zeros, state)):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
             state = self.starts(input, state)
@@ -134,8 +139,8 @@ class Lowering(Generic[AnyCall]):
                 target=writer,
             )
             writer.enter("results")
-            results = Results(writer, recurrence, result, batched=self.batched, written=self.written)
-            hand_over(node, self.arrange(*self.returned(results)), self.replaced)
+            results = Results(writer, recurrence, result, batched=self.batched)
+            Handover(writer, self.replaced).give(node, self.arrange(*self.returned(results)))
         node.graph.erase_node(node)
 
     def assert_shapes(self, input: fx.Node, state: Sequence[fx.Node] | None) -> None:
@@ -172,8 +177,9 @@ class ModuleLowering(Lowering[ModuleCall]):
     """The lowering of `call_module` of an `Unrolled` layer, whose place in the module tree keeps the weights."""
 
     def __init__(self, call: ModuleCall, known: Metadata, steps: Any) -> None:
-        self.key = call.name
         layer = self.layer = call.layer
+        # parametrizations are computed anew for each call, as spectral norm goes on with each
+        self.key = call.node if parametrize.is_parametrized(layer) else call.name
         self.recurrence, self.plan = self.read_recurrence(), layer.plan
         self.dtype = layer.like.dtype
         self.frozen = layer.frozen and layer.frozen.under(call.name)
@@ -228,9 +234,15 @@ class FunctionLowering(Lowering[FunctionCall]):
     ) -> None:
         self.plan, self.recurrence, self.dtype = plan, call.recurrence, call.dtype
         given = call.given
-        self.key = (*call.weights, given["has_biases"])
+        # In a program each call of a submodule is to be one by itself, for `torch.export.unflatten`.
+        inside = tuple(call.node.meta.get("nn_module_stack") or ()) if isinstance(call.node.target, OpOverload) else ()
+        self.key = (*call.weights, given["has_biases"], inside)
         self.train = given["train"]
         super().__init__(call, writer(call.name, call.node.graph, call.node.meta), known, steps)
+
+    def weight_writers(self) -> set[fx.Node]:
+        made = {origin for weight in self.call.weights for origin in origins(weight)}
+        return {user for origin in made for user, does in uses(origin) if does.writes}
 
     def weights(self) -> list[Value]:
         return [Value(self.writer, node=w) for w in self.call.weights]
@@ -243,6 +255,10 @@ class FunctionLowering(Lowering[FunctionCall]):
 
     def arrange(self, output: Returned | None, finals: list[Returned]) -> Any:
         return as_result(finals) if output is None else (output, *finals)
+
+
+def _are_zeros(state: fx.Node) -> bool:
+    return state.target in ZEROS and not is_written(state)
 
 
 def read_frozen(frozen: Frozen, name: str, writer: GraphWriter) -> Layout:

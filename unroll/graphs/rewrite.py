@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
 from unroll.graphs.aten import MetadataCache, writer_for
 from unroll.graphs.calls import Metadata, call_of, form_of, graph_parts, layer_name, tensor_metadata
+from unroll.graphs.effects import changes_what_is_given
 from unroll.graphs.freezing import drop_unread, freeze_calls
 from unroll.graphs.lowering import FunctionLowering, Lowering, ModuleLowering, erase_dead
 from unroll.graphs.packed import PackedFunctionLowering, PackedModuleLowering
@@ -117,7 +119,24 @@ def rewrite(graph: fx.Graph, calls: Sequence[Lowering], *, asserts: bool = True)
         asserts: whether the graph itself must refuse other shapes than those of the calls.
     """
     prepared: dict[Any, Layout] = {}
-    for call in calls:
+    keys = _keys(graph, calls)  # before anything is rewritten
+    for call, call.key in zip(calls, keys, strict=True):
         call.write(prepared, asserts=asserts)
     # Only now, as later calls may read weights that earlier ones laid out.
     erase_dead(node for call in calls for node in call.writer.made)
+
+
+def _keys(graph: fx.Graph, calls: Sequence[Lowering]) -> list[Any]:
+    """Return the keys of calls, the same for two calls only if nothing between them may tell one layout from two."""
+    repeated = [key for key, count in Counter(call.key for call in calls).items() if count > 1]
+    writers = {call.key: call.weight_writers() for call in calls if call.key in repeated}
+    times = dict.fromkeys(repeated, 0)
+    by_node, found = {call.call.node: call for call in calls}, {}
+    for node in graph.nodes if repeated else ():
+        if call := by_node.get(node):
+            found[call] = (call.key, times.get(call.key))
+        elif changes_what_is_given(node):
+            times = {key: time + 1 for key, time in times.items()}
+        else:
+            times = {key: time + (node in writers[key]) for key, time in times.items()}
+    return [found.get(call, call.key) for call in calls]

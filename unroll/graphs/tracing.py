@@ -47,6 +47,17 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
+def trace_inside(module: nn.Module) -> fx.GraphModule | None:
+    """Trace a module into all that it calls but recurrent layers; return None if its code cannot be traced."""
+    tracer = _Tracer(inside=True)
+    try:
+        with alone():
+            graph = tracer.trace(module)
+            return fx.GraphModule(tracer.root, graph)
+    except Exception:  # whatever the code raises when it is given proxies
+        return None
+
+
 @contextmanager
 def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
     """Make a `PackedSequence` of values of the graph a node, while this lasts."""
@@ -63,9 +74,14 @@ def _packed_by_node(tracer: fx.Tracer) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    """Traces with recurrent layers as single nodes, and modules of PyTorch's own as such too unless `inside`."""
+
+    def __init__(self, *, inside: bool = False) -> None:
+        self.inside = inside
         super().__init__(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence))
         self._autowrap_search.append(rnn)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_recurrent(m) or isinstance(m, Unrolled) or super().is_leaf_module(m, module_qualified_name)
+        if is_recurrent(m) or isinstance(m, Unrolled):
+            return True
+        return not self.inside and super().is_leaf_module(m, module_qualified_name)

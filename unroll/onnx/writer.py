@@ -80,6 +80,8 @@ class OnnxWriter(Writer):
         taken: names that are in the model already.
     """
 
+    differentiable = False
+
     def __init__(self, layer: str, constants: Constants, opset: int, taken: set[str]) -> None:
         super().__init__(layer)
         self.constants = constants

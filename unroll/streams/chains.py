@@ -10,7 +10,7 @@ from torch import fx
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Where, chooses, unknown_names
 from unroll.graphs.calls import Call, Metadata, ModuleCall, call_of, form_of, graph_parts, layer_name
-from unroll.graphs.users import writers
+from unroll.graphs.effects import uses
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 from unroll.streams.states import MIXED_STATES, call_name, no_state, packed_problem, reads_the_future
@@ -28,7 +28,7 @@ class Chain:
             return False
         parts = [part for reading in self.last.finals for part in _parts(*reading)]
         # Nodes compare by their order in the graph.
-        return not any(writer < call.node for part in parts for writer in writers(part))
+        return not any(does.writes and user < call.node for part in parts for user, does in uses(part))
 
 
 def find_chains(module: fx.GraphModule, where: Where, known: Metadata) -> dict[str, Chain]:
