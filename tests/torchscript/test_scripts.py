@@ -764,3 +764,34 @@ def test_a_wavefront_runs_again_with_gradients(given):
     ours = unroll(torch.jit.script(nn.Sequential(model)), plan="layers=wavefront", **steps)
     for _ in range(3):
         torch.testing.assert_close(ours(x)[0], model(x)[0])
+
+
+class Results(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x):
+        out, h = self.rnn(x)
+        return out[-1], h
+
+
+class Doubled(Results):
+    def forward(self, x):
+        out, h = self.rnn(x)
+        out[-1].mul_(2.0)
+        return out, h
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [Results, Doubled])
+def test_results_share_memory_only_where_torchs_do(kind, steps):
+    model, x = kind().eval(), torch.randn(steps, 2, 3)
+    script = torch.jit.script(model)
+    forms = unroll(script), unroll(script, (x,)), torch.jit.trace(unroll(model), (x,)), torch.jit.script(unroll(model))
+    for ours in forms:
+        with torch.no_grad():
+            out, h = ours(x)
+            torch.testing.assert_close((out, h), model(x))
+            h.zero_()
+            torch.testing.assert_close(out, model(x)[0])

@@ -136,4 +136,6 @@ def write_recurrence(
         width = len(recurrence.directions) * recurrence.output_size
         output = writer.insert("reshape", output, [length, -1, width])
         output = writer.insert("transpose", output, 0, 1) if recurrence.batch_first else output
+    if steps == 1 and recurrence.passes == 1:  # or it would be in the memory of the last state
+        output = writer.insert("clone", output)
     return [output, *states]
