@@ -143,7 +143,7 @@ def inspect_command(
         return
     require("onnx", "onnx_ir", "onnxscript")
     from unroll.export.inspection import Inspection, inspect_model, inspect_module
-    from unroll.onnx.files import load
+    from unroll.onnx.reading import read_model
 
     layout = Plan.of(plan)
     with stdout_for(as_json), show_parts() as part:
@@ -158,7 +158,7 @@ def inspect_command(
                 part("unroll")
                 found = inspect_module(made, args, options, where=options.get("where"), plan=layout)
             else:
-                ir_model = load(model)
+                ir_model = read_model(model)
                 part("unroll")
                 found = inspect_model(ir_model, where=where, plan=layout, steps=steps)
         except UnrollError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
@@ -69,3 +71,41 @@ class Problems(list[Problem]):
         """Raise an `UnrollError` with all of them, each once, if there are any."""
         if self:
             raise UnrollError(*dict.fromkeys(self))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the error that an error was raised for, first of all: what others made of it says less.
+
+    Example:
+        >>> try:
+        ...     try:
+        ...         [].pop()
+        ...     except IndexError as error:
+        ...         raise ValueError("pass 3 failed") from error
+        ... except ValueError as error:
+        ...     print(innermost(error))
+        pop from empty list
+    """
+    while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = before
+    return error
+
+
+@contextmanager
+def refusing(place: str, finding: str, fix: str) -> Iterator[None]:
+    """Turn what others raise of something broken, while this lasts, into an `UnrollError` that tells the first cause.
+
+    Example:
+        >>> with refusing("model", "cannot be read", "write it again"):
+        ...     {}["graph"]
+        Traceback (most recent call last):
+        unroll.core.errors.UnrollError: model: cannot be read (KeyError: 'graph'); write it again
+    """
+    try:
+        yield
+    except UnrollError:
+        raise
+    except Exception as error:
+        cause = innermost(error)
+        first = next(iter(str(cause).splitlines()), "")
+        raise UnrollError(Problem(place, f"{finding} ({type(cause).__name__}: {first})", fix)) from error

@@ -12,7 +12,8 @@ from unroll.core.options import Steps, Where
 from unroll.core.plan import Plan
 from unroll.export import verify
 from unroll.onnx import files
-from unroll.onnx.rewrite import all_nodes, is_recurrent, unroll_ir
+from unroll.onnx.reading import read_model
+from unroll.onnx.rewrite import recurrent_nodes, unroll_ir
 
 
 class Rewritten(NamedTuple):
@@ -51,11 +52,11 @@ def rewrite_file(
     """
     path = files.check_path(target)
     progress("read")
-    model = files.load(source)
+    model = read_model(source)
     progress("unroll")
-    before = sum(map(is_recurrent, all_nodes(model)))
+    before = sum(1 for _ in recurrent_nodes(model))
     unroll_ir(model, where=where, plan=plan, steps=steps)
-    replaced = before - sum(map(is_recurrent, all_nodes(model)))
+    replaced = before - sum(1 for _ in recurrent_nodes(model))
     progress("save")
     with files.write_then_move(model, path) as draft:
         progress("check")

@@ -19,7 +19,11 @@ from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.constants import constant, is_zero, known_tensor
 from unroll.onnx.writer import OnnxWriter
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = {
+    tensor_adapters.from_torch_dtype(dtype): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+"""The types that a node may compute in, as torch's"""
 
 
 class Call:
@@ -112,10 +116,9 @@ class Call:
         for value in self.node.inputs[:3]:
             found = value and (value.dtype or getattr(constant(value), "dtype", None))
             if found:
-                dtype = tensor_adapters.to_torch_dtype(found)
-                if dtype in FLOATS:
-                    return dtype
-                raise UnrollError(Problem(self.name, f"computes in {dtype}", "use a floating-point type"))
+                if found in FLOATS:
+                    return FLOATS[found]
+                raise UnrollError(Problem(self.name, f"computes in {found.name}", "use a floating-point type"))
         fix = "give the model's inputs types, which onnx.checker demands too"
         raise UnrollError(Problem(self.name, "the type of its input is unknown", fix))
 

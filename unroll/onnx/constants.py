@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import refusing
 
 
 def known_constant(value: ir.Value) -> Any:
@@ -29,14 +29,10 @@ def known_tensor(value: ir.Value) -> torch.Tensor | None:
     raw = tensor.raw if isinstance(tensor, tensor_adapters.TorchTensor) else None
     if isinstance(raw, torch.Tensor):
         return raw.detach()
-    dtype = tensor_adapters.to_torch_dtype(tensor.dtype)
-    try:
-        array = tensor.numpy()
-    except (OSError, ValueError) as error:  # no file there, or one that is too short
-        fix = "give the path of the model in place of what was read from it, with its data whole"
-        raise UnrollError(
-            Problem(str(value.name), f"its data is in a file that cannot be read ({error})", fix)
-        ) from error
+    place, fix = str(value.name), "give the path of the model in place of what was read from it, with its data whole"
+    held = "its data is in a file that" if isinstance(tensor, ir.ExternalTensor) else "its data"
+    with refusing(place, f"{held} cannot be read", fix):
+        dtype, array = tensor_adapters.to_torch_dtype(tensor.dtype), tensor.numpy()
     if dtype is torch.bfloat16:  # no type of numpy's own: taken by its bits
         return torch.from_numpy(array.view("uint16").copy()).view(dtype)
     return torch.from_numpy(array.copy())

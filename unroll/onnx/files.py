@@ -10,30 +10,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError, refusing
 
 LARGEST = 1_800_000_000
 """Bytes of weights above which they go into a file of their own: no protocol buffer may pass 2 GB."""
-
-
-def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Read an ONNX file.
-
-    Raises:
-        UnrollError: if there is none, or it is not one.
-    """
-    place = os.fspath(path)
-    try:
-        model = ir.load(path)
-    except OSError as error:
-        finding = f"cannot be read ({error.strerror or error})"
-        raise UnrollError(Problem(place, finding, "give the path of an ONNX file")) from error
-    except Exception as error:
-        finding = f"is not an ONNX file, or is cut short ({type(error).__name__})"
-        raise UnrollError(Problem(place, finding, "write it again")) from error
-    if not model.opset_imports:
-        raise UnrollError(Problem(place, "is not an ONNX file: it names no operator set", "write it again"))
-    return model
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGEST) -> None:
@@ -43,7 +23,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGES
         ir.save(model, path, external_data=f"{os.path.basename(path)}.data")
         return
     if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):  # from a file that lies elsewhere
-        model = ir.external_data.load_to_model(model)
+        with refusing(os.fspath(path), "its weights cannot be read", "give the model with its data whole"):
+            model = ir.external_data.load_to_model(model)
     ir.save(model, path)
 
 

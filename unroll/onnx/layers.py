@@ -24,6 +24,11 @@ LAYER = "unroll.layer"
 """The key under which the metadata of such a node may hold the layer's name."""
 
 
+def is_layer(node: ir.Node) -> bool:
+    """Tell whether a node is an `unroll::Recurrence`."""
+    return node.domain == DOMAIN and node.op_type == "Recurrence"
+
+
 class LayerCall(Call):
     """An `unroll::Recurrence` node: a whole layer or cell of torch, with torch's arguments and results.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,17 +10,17 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError, refusing
 from unroll.core.layout import Layout
 from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import without_gc
 from unroll.core.plan import PRESETS, Plan
 from unroll.onnx.batches import Batches
 from unroll.onnx.calls import Call
-from unroll.onnx.files import load
-from unroll.onnx.layers import DOMAIN, LAYER, LayerCall
+from unroll.onnx.layers import DOMAIN, LAYER, LayerCall, is_layer
 from unroll.onnx.lowering import Lowering
-from unroll.onnx.standard import STANDARD, StandardCall
+from unroll.onnx.reading import read_model
+from unroll.onnx.standard import STANDARD, StandardCall, check_node
 from unroll.onnx.surgery import drop_unread, drop_unread_initializers, hand_over, without_unread
 from unroll.onnx.writer import Constants, OnnxWriter
 
@@ -46,14 +45,8 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = N
     Returns:
         A model of the same kind; for a path an `onnx_ir.Model`.
     """
-    if isinstance(model, onnx.ModelProto):
-        return ir.to_proto(unroll_ir(ir.from_proto(model), where=where, plan=plan, steps=steps))
-    if isinstance(model, (str, os.PathLike)):
-        return unroll_ir(load(model), where=where, plan=plan, steps=steps)
-    if not isinstance(model, ir.Model):
-        fix = "give an onnx.ModelProto, an onnx_ir.Model or a path"
-        raise UnrollError(Problem("unroll(model)", f"got {type(model).__module__}.{type(model).__name__}", fix))
-    return unroll_ir(model.clone(), where=where, plan=plan, steps=steps)
+    unrolled = unroll_ir(read_model(model), where=where, plan=plan, steps=steps)
+    return ir.to_proto(unrolled) if isinstance(model, onnx.ModelProto) else unrolled
 
 
 def from_torch(name: str, node: Any) -> bool:
@@ -62,8 +55,8 @@ def from_torch(name: str, node: Any) -> bool:
 
 
 def is_recurrent(node: ir.Node) -> bool:
-    """Tell whether a node is one that this pass replaces."""
-    return (node.domain == "" and node.op_type in STANDARD) or (node.domain == DOMAIN and node.op_type == "Recurrence")
+    """Tell whether a node is of an operator that this pass replaces."""
+    return (node.domain == "" and node.op_type in STANDARD) or is_layer(node)
 
 
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
@@ -76,12 +69,17 @@ def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None =
             problems.add(f"{call.name}: plan={str(asked)!r}", f"was frozen with {str(call.plan)!r}", fix)
     problems.check()
     write_calls(model, calls, asked or PLAN)
-    left = [node for node in all_nodes(model) if is_recurrent(node) and chooses(where, [_label(node)], _any(node))]
+    left = [node for node in recurrent_nodes(model) if chooses(where, [_label(node)], _any(node))]
     if left:
         raise UnrollError(*(Problem(_label(node), "is still recurrent", "report this model") for node in left))
     return model
 
 
+BROKEN = ("model", "cannot be unrolled", "see that onnx.checker takes it; if it does, report this model")
+"""The refusal of a model in which something is wrong that no reading has looked at"""
+
+
+@refusing(*BROKEN)
 def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tuple[list[Call], Problems]:
     """Read and check the recurrent nodes that `where` picks; return them, and everything that cannot be honoured.
 
@@ -96,11 +94,11 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
         fix = f"convert it with onnx.version_converter to {OLDEST_OPSET} or newer"
         raise UnrollError(Problem("model", f"uses version {opset} of the ONNX operators", fix))
     _inline(model)
-    nodes = [node for node in all_nodes(model) if is_recurrent(node)]
+    nodes = list(recurrent_nodes(model))
     chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
     problems = unknown_steps(steps, map(_label, chosen))
     problems += unknown_names(where, list(map(_label, nodes)), "node")
-    if any(_is_open(node.inputs[0]) for node in chosen):
+    if any(_is_open(value) for node in chosen for value in node.inputs[:1]):
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
     # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
     fixed = not any(map(_is_open, model.graph.inputs))
@@ -109,6 +107,8 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     for node in chosen:
         kind = LayerCall if node.domain == DOMAIN else StandardCall
         with problems:
+            if kind is StandardCall:
+                check_node(node, _label(node), opset)
             call = kind(node, _label(node), steps)
             if isinstance(call, StandardCall) and call.steps is not None:
                 call.guard(batches.trusts(call.given))
@@ -122,6 +122,7 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     return calls, problems
 
 
+@refusing(*BROKEN)
 def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
     """Put plain operators in the place of nodes of a model."""
     taken, opset = set(_names(model)), model.opset_imports[""]
@@ -131,7 +132,10 @@ def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
             _replace(call, OnnxWriter(call.name, constants, opset, taken), call.plan or plan, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):
             drop_unread_initializers(graph)
-    model.opset_imports.pop(DOMAIN, None)
+    if not any(node.domain == DOMAIN for node in all_nodes(model)):
+        model.opset_imports.pop(DOMAIN, None)
+    if constants.stored:  # before, a model's initializers had to be inputs of it, too
+        model.ir_version = max(model.ir_version, 4)
 
 
 def _any(node: ir.Node) -> Any:
@@ -159,6 +163,11 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
+def recurrent_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield the nodes that this pass replaces; those that call a function of the model are none, whatever its name."""
+    return (node for node in all_nodes(model) if is_recurrent(node) and node.op_identifier() not in model.functions)
+
+
 def _names(model: ir.Model) -> Iterator[str]:
     """Yield the names of everything in the main graph and the graphs in it."""
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -179,13 +188,15 @@ def _normalize(model: ir.Model) -> None:
 
 def _inline(model: ir.Model) -> None:
     """Write out the functions that hold recurrent nodes, so that shapes and weights can be seen from inside."""
+    recurrent = {node.op_identifier() for node in recurrent_nodes(model)}
     # A function that calls one of these is one too: repeated until none is added.
     holding: set[ir.OperatorIdentifier] = set()
     while True:
+        wanted = recurrent | holding
         found = {
             key
             for key, function in model.functions.items()
-            if any(is_recurrent(node) or node.op_identifier() in holding for node in function.all_nodes())
+            if any(node.op_identifier() in wanted for node in function.all_nodes())
         }
         if found == holding:
             break

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 
 from unroll.core import schedule
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError, refusing
 from unroll.core.options import Steps
 from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Variant, Weights
@@ -19,6 +20,9 @@ from unroll.onnx.writer import OnnxWriter, reshape_to
 
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""
+
+INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
+"""The inputs of each operator, of which all but an LSTM have the first six"""
 
 GATES = {
     "LSTM": ("input", "output", "forget", "cell"),
@@ -47,6 +51,21 @@ def _listed(sizes: Sequence[int | str | None]) -> str:
     return f"[{', '.join('?' if size is None else str(size) for size in sizes)}]"
 
 
+def check_node(node: ir.Node, name: str, opset: int) -> None:
+    """Refuse a node whose attributes or number of inputs are not the standard's.
+
+    Args:
+        node: a recurrent node of the standard.
+        name: what it is called in messages.
+        opset: version of the standard's operators in the model.
+    """
+    context = type(onnx.checker.DEFAULT_CONTEXT)()
+    # Version 14 added `layout`, which is honoured in 13 too.
+    context.opset_imports, context.ir_version = {"": max(opset, 14)}, onnx.IR_VERSION
+    with refusing(name, "is not valid ONNX", "fix it first"):
+        onnx.checker.check_node(ir.to_proto(node), context)
+
+
 class StandardCall(Call):
     """An `LSTM`, `GRU` or `RNN` node of the ONNX standard."""
 
@@ -73,6 +92,7 @@ class StandardCall(Call):
         both = direction == "bidirectional"
         if hidden is not None and features is not None:
             problems += self._misfits(1 + both, hidden, features)
+        problems += self._mistyped()
         problems.check()
         assert hidden is not None and features is not None
         # torch's GRU is the one with `linear_before_reset`. Other activations of an RNN are left to `_variants`.
@@ -111,20 +131,30 @@ class StandardCall(Call):
         x = shapes[0] or ()
         steps, batch = ("steps", x[1 - swap] if len(x) == 3 and x[1 - swap] is not None else "batch")
         state = (batch, directions, hidden) if swap else (directions, batch, hidden)
-        wanted = {
-            "X": (batch, steps, features) if swap else (steps, batch, features),
-            "W": (directions, count * hidden, features),
-            "R": (directions, count * hidden, hidden),
-            "B": (directions, 2 * count * hidden),
-            "sequence_lens": (batch,),
-            "initial_h": state,
-            "initial_c": state,
-            "P": (directions, 3 * hidden),
-        }
+        wanted: list[Sequence[int | str]] = [
+            (batch, steps, features) if swap else (steps, batch, features),
+            (directions, count * hidden, features),
+            (directions, count * hidden, hidden),
+            (directions, 2 * count * hidden),
+            (batch,),
+            state,
+            state,
+            (directions, 3 * hidden),
+        ]
         return [
             Problem(f"{self.name}: {what}", f"has shape {_listed(shape)}", f"it must be {_listed(sizes)}")
-            for shape, (what, sizes) in zip(shapes, wanted.items(), strict=True)
+            for what, shape, sizes in zip(INPUTS, shapes, wanted, strict=True)
             if shape is not None and not _fits(shape, sizes)
+        ]
+
+    def _mistyped(self) -> list[Problem]:
+        """Return a problem for each input whose type is known and is not that of X, or an integer's for lengths."""
+        types = [value and value.dtype for value in (self.input(k) for k in range(8))]
+        wanted = {4: ir.DataType.INT32}
+        return [
+            Problem(f"{self.name}: {what}", f"is of {found.name}", f"it must be of {(wanted.get(k) or types[0]).name}")
+            for k, (what, found) in enumerate(zip(INPUTS, types, strict=True))
+            if found is not None and types[0] is not None and found != wanted.get(k, types[0])
         ]
 
     def _variants(self) -> list[Variant | None]:

@@ -175,7 +175,8 @@ class OnnxWriter(Writer):
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         writer = self._innermost(args)
         if func in SAME_NAME:
-            return writer.op(SAME_NAME[func], *args)
+            rank = max(arg.rank if isinstance(arg, OnnxValue) else arg.dim() for arg in args if _has_rank(arg))
+            return writer.op(SAME_NAME[func], *args, rank=rank)
         return CALLS[func](writer, *args, **kwargs)
 
     def _innermost(self, args: Sequence[Any]) -> OnnxWriter:
@@ -210,6 +211,10 @@ class OnnxWriter(Writer):
         return [
             OnnxValue(self, lambda name, k=k: write(k, name), dtype=value.dtype, rank=value.rank) for k in range(count)
         ]
+
+
+def _has_rank(arg: Any) -> bool:
+    return isinstance(arg, (OnnxValue, torch.Tensor))
 
 
 def _cast(writer: OnnxWriter, value: OnnxValue, dtype: torch.dtype) -> OnnxValue:

@@ -175,20 +175,10 @@ def _described(model: Any) -> str:
 
 def _read_onnx(model: Any) -> tuple[list[Use], int]:
     require("onnx", "onnx_ir")
-    import onnx
-    import onnx_ir as ir
-
-    from unroll.onnx.files import load
+    from unroll.onnx.reading import read_model
     from unroll.targets.onnx_uses import read_onnx
 
-    if isinstance(model, (str, os.PathLike)):
-        model = load(model)
-    elif isinstance(model, onnx.ModelProto):
-        model = ir.from_proto(model)
-    if not isinstance(model, ir.Model):
-        finding = f"got {type(model).__module__}.{type(model).__name__}"
-        raise UnrollError(Problem("check(model)", finding, f"give {KINDS['onnx']}"))
-    return read_onnx(model)
+    return read_onnx(read_model(model, "check(model)"))
 
 
 def _notes(uses: list[Use], table: Target) -> tuple[str, ...]:
