@@ -33,8 +33,9 @@ class Call:
     batched = True
     plan: Plan | None = None
     """The plan that a frozen layer was laid out for; None for others"""
-    zeros_past_end = True
-    """True if the output of a row that has ended is read, and must be zeros then"""
+    has_any_length = True
+    """True if the running model must check lengths, from zero to T, and write zeros past the end of a row, which are
+    all that there is of a row of length zero, last states included; False if whoever reads the results does"""
     variants: Sequence[Variant | None] = ()
     uncounted: Collection[ir.Value] = ()
     """The states and lengths whose rows the running model must count, as they may be too many or too few"""
@@ -136,7 +137,7 @@ class Call:
     def initial(self, writer: OnnxWriter) -> tuple[Tensorlike | None, ...]:
         """Return the initial states as values, None for zeros."""
         values = [None if value is None or is_zero(value) else value for value in self.states]
-        return tuple(None if value is None else writer.value(value, self.dtype, self.rank) for value in values)
+        return tuple(None if value is None else self.read(writer, value, self.rank) for value in values)
 
     def lay_out(self, writer: OnnxWriter, plan: Plan) -> Layout:
         """Lay out the weights as the steps want them."""
@@ -148,4 +149,8 @@ class Call:
         if value is None:
             return None
         constant = known_tensor(value)
-        return writer.value(value, self.dtype, rank) if constant is None else constant
+        return self.read(writer, value, rank) if constant is None else constant
+
+    def read(self, writer: OnnxWriter, value: ir.Value, rank: int) -> Tensorlike:
+        """Return a value of the graph that the node reads."""
+        return writer.value(value, self.dtype, rank)

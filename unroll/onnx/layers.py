@@ -37,7 +37,7 @@ class LayerCall(Call):
     `plan`: that of a frozen layer, whose weights are laid out for it, else empty.
     """
 
-    zeros_past_end = False
+    has_any_length = False
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         fields: dict[str, Any] = {key: attribute.value for key, attribute in node.attributes.items()}

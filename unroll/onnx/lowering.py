@@ -16,7 +16,7 @@ from unroll.core.weights import Tensorlike
 from unroll.onnx import loops
 from unroll.onnx.calls import Call
 from unroll.onnx.constants import known_constant
-from unroll.onnx.writer import OnnxWriter, require_count, reshape_by, shape_of, zeros
+from unroll.onnx.writer import OnnxWriter, gather, require_count, reshape_by, shape_of, zeros
 
 States = tuple[Tensorlike | None, ...]
 """A value for each state of the cell; None for zeros"""
@@ -42,11 +42,12 @@ class Lowering:
         for axis in call.guarded:
             x = self._guard(x, axis)
         rows = schedule.flat_rows(recurrence, x, batched=call.batched)
-        state = self._count_rows(call.initial(writer))
+        given = state = self._count_rows(call.initial(writer))
         layout = self._lay_out(plan, prepared)
         wide = torch.float32 if layout.passes[0].precision else call.dtype
         looping = not recurrence.is_cell and (call.steps is None or plan.block is not None)
-        padding = self._mask(looping=looping)
+        lengths = self._lengths()
+        padding = None if lengths is None else self._mask(lengths, looping=looping)
         if looping:
             dtypes = (call.dtype, wide)[: len(recurrence.state_sizes)]
             lead, block = (self.steps, self.batch), plan.block or 1
@@ -59,10 +60,11 @@ class Lowering:
         result = schedule.run(recurrence, layout, rows, state, steps=steps, mask=padding, target=writer)
         writer.enter("results")
         # Rows that have ended kept their state: it is no output.
-        if padding is not None and call.zeros_past_end:
+        if padding is not None and lengths is not None and call.has_any_length:
             size = recurrence.output_size
             shown = [torch.where(padding, output.rows(), 0.0) for output in result.outputs]
-            result = result._replace(outputs=[Rows(rows, call.steps, size) for rows in shown])
+            finals = self._zero_unstarted(lengths, given, result.finals)
+            result = schedule.Result([Rows(rows, call.steps, size) for rows in shown], finals)
         return call.results(writer, result, (self.steps, self.batch))
 
     def _sizes(self, x: Tensorlike) -> tuple[Tensorlike, Tensorlike]:
@@ -118,28 +120,55 @@ class Lowering:
         passes = self.recurrence.passes
         return self.batch if passes == 1 else self.writer.op("Mul", self.batch, [passes], rank=1)
 
-    def _mask(self, *, looping: bool) -> Tensorlike | None:
-        """Return the mask `[T * B, 1]`, boolean, of the rows that have a step; None if all have."""
+    def _lengths(self) -> Tensorlike | None:
+        """Return the lengths, `[B]`, of 64 bits; None if all rows have all steps."""
         call, writer = self.call, self.writer
         if call.lengths is None:
             return None
         given = writer.value(call.lengths, torch.int32, 1)
         lengths = writer.op("Cast", given, dtype=torch.int64, attributes={"to": 7})
+        if call.lengths in call.uncounted:
+            lengths = require_count(writer, lengths, self.batch, 0)
+        checked = call.steps is not None and known_constant(call.lengths) is not None
+        if checked or not call.has_any_length:
+            return lengths
+        # From a table of 0 to T, beyond which a Gather fails; below zero it would count from the end.
+        if call.steps is None:
+            end = writer.op("Add", self.steps, [1], rank=1)
+            table: Any = self._range(end)
+        else:
+            end, table = [call.steps + 1], torch.arange(call.steps + 1)
+        negative = writer.op("Less", lengths, 0, dtype=torch.bool)
+        return gather(writer, table, writer.op("Where", negative, end, lengths))
+
+    def _range(self, end: Tensorlike) -> Tensorlike:
+        """Return the numbers from zero to before `end`, of shape `[1]`."""
+        writer = self.writer
+        zero, one = (writer.operand(n, torch.int64) for n in (0, 1))
+        assert zero is not None and one is not None
+        end = writer.op("Squeeze", end, rank=0)
+        return writer.op("Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1)
+
+    def _mask(self, lengths: Tensorlike, *, looping: bool) -> Tensorlike:
+        """Return the mask `[T * B, 1]`, boolean, of the rows that have a step."""
+        call, writer = self.call, self.writer
         if call.steps is not None and not looping:
             steps: Any = torch.arange(call.steps).reshape(-1, 1)
         else:
-            zero, one = (writer.operand(n, torch.int64) for n in (0, 1))
-            assert zero is not None and one is not None
-            end = writer.op("Squeeze", self.steps, rank=0)
-            steps = writer.op(
-                "Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1
-            )
-            steps = torch.reshape(steps, (-1, 1))
-        if call.lengths in call.uncounted:
-            lengths = require_count(writer, lengths, self.batch, 0)
+            steps = torch.reshape(self._range(self.steps), (-1, 1))
         # [T, 1] < [1, B]
         going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
         return torch.reshape(going, (-1, 1))
+
+    def _zero_unstarted(
+        self, lengths: Tensorlike, given: States, finals: list[list[Tensorlike]]
+    ) -> list[list[Tensorlike]]:
+        """Return the last states, with zeros for rows without any step, which have kept the states that were given."""
+        started = self.writer.op("Greater", torch.reshape(lengths, (-1, 1)), 0, dtype=torch.bool)
+        return [
+            parts if start is None else [torch.where(started, part, 0.0) for part in parts]
+            for start, parts in zip(given, finals, strict=True)
+        ]
 
     def _lay_out(self, plan: Plan, prepared: dict[Any, Layout]) -> Layout:
         """Return the weights as the steps want them, laid out once for nodes that share them."""

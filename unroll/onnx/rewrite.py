@@ -110,8 +110,8 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
             if kind is StandardCall:
                 check_node(node, _label(node), opset)
             call = kind(node, _label(node), steps)
-            if isinstance(call, StandardCall) and call.steps is not None:
-                call.guard(batches.trusts(call.given))
+            if isinstance(call, StandardCall):
+                call.guard(batches.trusts)
             call.uncounted = batches.uncounted(call)
             number, label = 1, call.name
             while call.name in used:

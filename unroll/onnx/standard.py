@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
@@ -16,6 +16,7 @@ from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.activations import read_activations
 from unroll.onnx.calls import Call
+from unroll.onnx.constants import is_zero, known_tensor
 from unroll.onnx.writer import OnnxWriter, reshape_to
 
 STANDARD = ("LSTM", "GRU", "RNN")
@@ -71,6 +72,7 @@ class StandardCall(Call):
 
     def __init__(self, node: ir.Node, name: str, steps: Steps) -> None:
         self.node, self.name = node, name
+        self.open: dict[ir.Value, list[tuple[int, int]]] = {}  # axes, and the sizes that the running model must check
         self.recurrence = self._recurrence()
         self.variants = self._variants()
         super().__init__(node, name, steps)
@@ -112,26 +114,51 @@ class StandardCall(Call):
             reverse=direction == "reverse",
         )
 
-    def guard(self, checked: bool) -> None:
-        """Choose the axes of the input that the running model must check, as every step is written out.
+    def guard(self, trusts: Callable[[ir.Value], bool]) -> None:
+        """Choose the axes of inputs that the running model must check.
 
         Args:
-            checked: whether the sizes that are known of the input are checked already in a run.
+            trusts: tells whether the sizes that are known of a value are checked already in a run.
         """
-        shape = self.shape(self.given)
-        features = None if shape is None else shape[2]
-        self.guarded = [self.time] if self.guarded or not checked else []
-        if features is None or not checked:
-            self.guarded = [*self.guarded, 2]
+        checked = trusts(self.given)
+        if self.steps is not None:  # a loop's rows are counted
+            features = (self.shape(self.given) or [None] * 3)[2]
+            self.guarded = [self.time] if self.guarded or not checked else []
+            if features is None or not checked:
+                self.guarded = [*self.guarded, 2]
+        self._check_known_lengths()
+        r = self.recurrence
+        wanted = self._wanted(len(r.directions), r.hidden_size, r.input_size, ("steps", "batch"))
+        for k in (1, 2, 3, 5, 6, 7):
+            value = self.input(k)
+            if value is not None and known_tensor(value) is None and not is_zero(value):
+                known = self.shape(value) if trusts(value) else None
+                sizes = zip(known or [None] * len(wanted[k]), wanted[k], strict=True)
+                self.open[value] = [
+                    (axis, size) for axis, (n, size) in enumerate(sizes) if n is None and isinstance(size, int)
+                ]
 
-    def _misfits(self, directions: int, hidden: int, features: int) -> list[Problem]:
-        """Return a problem for each input whose shape is known and is not what the standard demands of it."""
+    def _check_known_lengths(self) -> None:
+        lengths = None if self.lengths is None else known_tensor(self.lengths)
+        if lengths is not None and any(n < 0 or (self.steps is not None and n > self.steps) for n in lengths.tolist()):
+            fix = "give whole numbers from 0 to the number of steps"
+            raise UnrollError(Problem(f"{self.name}: sequence_lens", f"is {lengths.tolist()}", fix))
+
+    def read(self, writer: OnnxWriter, value: ir.Value, rank: int) -> Tensorlike:
+        found = super().read(writer, value, rank)
+        # As many numbers in another order would pass what follows.
+        for axis, size in self.open.get(value, ()):
+            (found,) = writer.split(found, [size], axis)
+        return found
+
+    def _wanted(
+        self, directions: int, hidden: int, features: int, lead: tuple[int | str, int | str]
+    ) -> list[Sequence[int | str]]:
+        """Return the shape that the standard demands of each input, for a `lead` of T and B, either open as a name."""
         count, swap = len(GATES[self.node.op_type]), self.attribute("layout", 0)
-        shapes = [self.shape(self.input(k)) for k in range(8)]
-        x = shapes[0] or ()
-        steps, batch = ("steps", x[1 - swap] if len(x) == 3 and x[1 - swap] is not None else "batch")
+        steps, batch = lead
         state = (batch, directions, hidden) if swap else (directions, batch, hidden)
-        wanted: list[Sequence[int | str]] = [
+        return [
             (batch, steps, features) if swap else (steps, batch, features),
             (directions, count * hidden, features),
             (directions, count * hidden, hidden),
@@ -141,6 +168,13 @@ class StandardCall(Call):
             state,
             (directions, 3 * hidden),
         ]
+
+    def _misfits(self, directions: int, hidden: int, features: int) -> list[Problem]:
+        """Return a problem for each input whose shape is known and is not what the standard demands of it."""
+        shapes = [self.shape(self.input(k)) for k in range(8)]
+        x, swap = shapes[0] or (), self.attribute("layout", 0)
+        batch = x[1 - swap] if len(x) == 3 else None
+        wanted = self._wanted(directions, hidden, features, ("steps", "batch" if batch is None else batch))
         return [
             Problem(f"{self.name}: {what}", f"has shape {_listed(shape)}", f"it must be {_listed(sizes)}")
             for what, shape, sizes in zip(INPUTS, shapes, wanted, strict=True)

@@ -322,6 +322,11 @@ def reshape_by(writer: OnnxWriter, value: Tensorlike, shape: Tensorlike, rank: i
     return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
 
 
+def gather(writer: OnnxWriter, table: Any, indices: Tensorlike) -> Tensorlike:
+    """Return the entries of a table, `[n]`, at `indices`."""
+    return writer.op("Gather", table, indices, dtype=torch.int64, rank=indices.rank, attributes={"axis": 0})
+
+
 def require_count(writer: OnnxWriter, value: Tensorlike, count: Tensorlike, axis: int) -> Tensorlike:
     """Return the value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
     return writer.op("Split", value, count, attributes={"axis": axis})
