@@ -139,7 +139,7 @@ print(sorted(optional & sys.modules.keys()))
 print(dir(unroll) == unroll.__all__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
-    assert (done.returncode, done.stdout) == (0, "UnrolledLayer(3, 5)\n[]\nTrue\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "GRU(3, 5, unrolled)\n[]\nTrue\n"), done.stderr
 
 
 def test_the_package_is_a_table_of_contents():

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-import unroll as package
 from tests.cases import LAYER_KINDS, Case
 from tests.checks import assert_equal, assert_same, gradients
 from unroll import UnrollError, unroll
@@ -32,7 +31,7 @@ def test_attributes_of_layers(case):
     for name in LAYER_ATTRIBUTES.split():
         assert getattr(ours, name) == getattr(layer, name)
     assert ours.flatten_parameters() is None
-    assert repr(ours) == repr(layer).replace(f"{case.kind}(", "UnrolledLayer(")
+    assert repr(ours) == f"{repr(layer)[:-1]}, unrolled)"
     assert [list(map(id, group)) for group in ours.all_weights] == [list(map(id, g)) for g in layer.all_weights]
     assert list(map(id, ours._flat_weights)) == list(map(id, layer._flat_weights))
 
@@ -43,7 +42,7 @@ def test_attributes_of_cells(case):
     ours = unroll(layer)
     names = ["input_size", "hidden_size", "bias", *(["nonlinearity"] if case.kind == "RNNCell" else [])]
     assert {name: getattr(ours, name) for name in names} == {name: getattr(layer, name) for name in names}
-    assert repr(ours) == repr(layer).replace(f"{case.kind}(", "UnrolledCell(")
+    assert repr(ours) == f"{repr(layer)[:-1]}, unrolled)"
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)
@@ -180,7 +179,7 @@ def test_parametrization_removed_afterwards():
     ours = unroll(parametrizations.weight_norm(nn.GRU(6, 5), "weight_hh_l0"))
     parametrize.remove_parametrizations(ours, "weight_hh_l0")
     assert isinstance(ours.weight_hh_l0, nn.Parameter)
-    assert type(ours) is package.modules.layers.UnrolledLayer
+    assert type(ours) is type(unroll(nn.GRU(6, 5)))
     ours(torch.zeros(2, 3, 6))
 
 

@@ -15,7 +15,7 @@ from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import Recurrence, read_layer
 from unroll.graphs.functions import FUNCTIONS, bind, form_of_call, read_given
-from unroll.modules.layers import UnrolledLayer
+from unroll.modules.layers import Unrolled, UnrolledLayer
 from unroll.onnx.layers import DOMAIN, LAYER
 from unroll.packed.guard import mark, unmark
 from unroll.packed.sequences import PaddedSizes, restore_order, sort_states
@@ -52,9 +52,12 @@ def layer_node(self: Any, input: Tensor, hx: Any = None) -> Any:
 
 def _weights(layer: Any) -> list[Tensor]:
     """Return the weights in torch's order, those of a frozen layer as they were laid out."""
-    frozen = getattr(layer, "frozen", None)
-    if frozen is None:  # also of torch's own layers
-        return [weight for group in layer.all_weights for weight in group]
+    if not isinstance(layer, Unrolled):
+        layer._update_flat_weights()  # as its own `forward` does
+        return layer._flat_weights
+    frozen = layer.frozen
+    if frozen is None:
+        return layer.flat_weights
     frozen.read(layer, None, layer.like.dtype)  # refuses another type than it was frozen in
     return [getattr(layer, name) for name in frozen.names]
 

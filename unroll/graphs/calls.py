@@ -13,11 +13,12 @@ from torch.nn.utils import parametrize, rnn
 
 from unroll.core.arguments import as_result, check_arguments
 from unroll.core.errors import Problem, Problems
-from unroll.core.recurrence import CELL_MODES, CLASS_NAMES, LAYERS, Recurrence, read_module
+from unroll.core.recurrence import CLASS_NAMES, Recurrence, read_module
 from unroll.graphs.effects import is_written
 from unroll.graphs.functions import ARGUMENTS, FUNCTIONS, OPTIONS, bind, form_of_call, read_given
 from unroll.modules.find import is_recurrent
-from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
+from unroll.modules.layers import Unrolled
+from unroll.modules.stand_ins import STAND_INS
 
 aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ Reading = tuple[fx.Node, tuple[int, ...]]
 
 ZEROS = (torch.zeros, aten.zeros.default, torch.zeros_like, aten.zeros_like.default)
 
-PLAIN_FORWARDS = (UnrolledLayer.forward, UnrolledCell.forward)
+PLAIN_FORWARDS = {kind.forward for pair in STAND_INS.items() for kind in pair}
 
 
 class Call:
@@ -119,9 +120,8 @@ class ModuleCall(Call):
     @property
     def has_own_forward(self) -> bool:
         """True if the layer does more than torch's `forward`, or another thing."""
-        plain = (*PLAIN_FORWARDS, *(kind.forward for kind in (*LAYERS, *CELL_MODES)))
         own = vars(self.layer).keys() & {"forward", "__call__", "carry"}
-        return bool(own) or parametrize.type_before_parametrizations(self.layer).forward not in plain
+        return bool(own) or parametrize.type_before_parametrizations(self.layer).forward not in PLAIN_FORWARDS
 
     @property
     def finals(self) -> list[Reading]:

@@ -191,5 +191,6 @@ class _Original:
     def __init__(self, layer: Any, plan: Plan) -> None:
         self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
         self.recurrence = read_layer(layer)
-        self.flat_weights = [weight for group in layer.all_weights for weight in group]
+        layer._update_flat_weights()  # as its own `forward` does
+        self.flat_weights = layer._flat_weights
         self.like = self.flat_weights[0]

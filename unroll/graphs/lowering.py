@@ -25,6 +25,8 @@ from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
 from unroll.graphs.effects import is_written, origins, uses
 from unroll.graphs.results import Handover, Results, Returned
 from unroll.graphs.writer import GraphWriter
+from unroll.modules.flat_weights import FIX, is_substituted
+from unroll.modules.layers import UnrolledLayer
 
 AnyCall = TypeVar("AnyCall", bound=Call)
 
@@ -189,6 +191,9 @@ class ModuleLowering(Lowering[ModuleCall]):
             problems.add(call.name, finding, "use unroll(module), or trace into it")
         if unknown := node.kwargs.keys() - {"input", "hx"}:
             problems.add(call.name, f"is called with {', '.join(unknown)}", "a layer takes input and hx")
+        if isinstance(layer, UnrolledLayer) and is_substituted(layer):
+            finding = "runs with a list of other weights than its parameters, _flat_weights, which no graph would read"
+            problems.add(call.name, finding, FIX)
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(layer, hook) for hook in hooks):
             fix = "remove them (old weight_norm: use torch.nn.utils.parametrizations), or use unroll(module)"

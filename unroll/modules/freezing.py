@@ -34,7 +34,7 @@ def freeze_layer(layer: Any) -> None:
 
     for name in parametrizations:
         layer.parametrizations[name].eval()  # power iterations would go on, in tensors that the original shares
-    weights = [weight for group in layer.all_weights for weight in group]
+    weights = layer.flat_weights
     kept: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> str:
@@ -51,6 +51,8 @@ def freeze_layer(layer: Any) -> None:
         assign_class(layer, parametrize.type_before_parametrizations(layer))
     for name, tensor in kept.items():
         layer.register_buffer(name, tensor)
+    for name in ("listed", "traced"):
+        layer.__dict__.pop(name, None)
     layer.frozen = frozen
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,17 @@ from unroll.core.layout import Frozen
 from unroll.core.patching import Local
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_cell, read_layer
+from unroll.modules.flat_weights import FlatWeights, listed_weights, make_list, reach_list, set_list
 from unroll.modules.running import own, run_packed, run_rows
 from unroll.torchscript import kernels
-from unroll.torchscript.kernels import Scriptable, make_scriptable
+from unroll.torchscript.kernels import SCRIPTED, make_scriptable
 
 # Attributes that a frozen layer's weights were laid out for, besides their own names.
 SETTLED = {"plan", "mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "bidirectional"}
 SETTLED |= {"proj_size"}
+
+# Attributes that a copy has no use for.
+UNCOPIED = {*SCRIPTED, "traced"}
 
 STAND_IN: Local[Callable[[Any, Any, Any], Any]] = Local("stand_in")
 """The stand-in for `layer(input, hx)` in a thread that captures models with layers as single nodes"""
@@ -48,6 +53,8 @@ class Unrolled(nn.Module):
     hidden_size: int
     frozen: Frozen | None = None
     carry: Any = None
+    origin: type[nn.Module] | None = None
+    """The class of the user's own that this one was made of"""
 
     @property
     def recurrence(self) -> Recurrence:
@@ -56,7 +63,7 @@ class Unrolled(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the dtype and on the device of the weights."""
-        return self.all_weights[0][0] if self.frozen is None else getattr(self, self.frozen.first)
+        return self.flat_weights[0] if self.frozen is None else getattr(self, self.frozen.first)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.frozen is not None and name in SETTLED.union(*self.recurrence.weight_names):
@@ -97,8 +104,11 @@ class Unrolled(nn.Module):
 
     @property
     def flat_weights(self) -> list[Tensor]:
-        """The weights in one list, in torch's order."""
+        """The weights that it runs with in one list, in torch's order."""
         return [weight for group in self.all_weights for weight in group]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in UNCOPIED}
 
     def __prepare_scriptable__(self) -> Unrolled:
         """Return the form that `torch.jit.script` compiles; it asks for it by this name."""
@@ -106,7 +116,7 @@ class Unrolled(nn.Module):
         if self.carry is not None:
             finding = "keeps its state between calls of its model, which TorchScript cannot"
             raise UnrollError(Problem(self.place, finding, "use torch.export, or torch.jit.trace"))
-        return make_scriptable(self, (UnrolledLayer, UnrolledCell, *SCRIPTABLE.values()), SCRIPTABLE)
+        return make_scriptable(self)
 
 
 def _instead(layer: Unrolled) -> Callable[[Any, Any, Any], Any] | None:
@@ -137,25 +147,61 @@ class UnrolledLayer(Unrolled):
     """
 
     mode: str
-    extra_repr = nn.RNNBase.extra_repr
+    listed: FlatWeights | None = None
+    """The list `_flat_weights`, once somebody has reached for it"""
+    traced: FlatWeights | None = None
+    """The same while `torch.export` has put other tensors in the place of the weights"""
+
+    # What has to do with no weights is as in torch.
+    get_expected_hidden_size = nn.RNNBase.get_expected_hidden_size
+    check_hidden_size = nn.RNNBase.check_hidden_size
+    check_forward_args = nn.RNNBase.check_forward_args
+    permute_hidden = nn.RNNBase.permute_hidden
 
     @property
     def recurrence(self) -> Recurrence:
         return read_layer(self)
 
     @property
+    def flat_weights(self) -> list[Tensor]:
+        self.refuse_if_frozen()
+        listed = listed_weights(self)
+        return [weight for group in self.all_weights for weight in group] if listed is None else listed
+
+    @property
     def _flat_weights(self) -> list[Tensor]:
-        """Torch's name for the weights in one list; models that drop or tie weights reach for it."""
-        return self.flat_weights
+        """The list of weights that it runs with, as torch's layers do; models that drop or tie weights reach for it."""
+        self.refuse_if_frozen("has no _flat_weights any more")
+        return reach_list(self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
-        self.refuse_if_frozen()
-        for name, weight in zip(self.recurrence.flat_names, weights, strict=True):
-            setattr(self, name, weight)
+        self.refuse_if_frozen("cannot be given other _flat_weights")
+        set_list(self, weights)
+
+    def _init_flat_weights(self) -> None:
+        make_list(self)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        make_list(self)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.listed is not None and name in (names := self.recurrence.flat_names):
+            self.listed.weights[names.index(name)] = value
+        super().__setattr__(name, value)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no fused kernel that wants the parameters in one piece of memory."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Check an input as torch's layers do, with their errors."""
+        checked: Any = SimpleNamespace(_flat_weights=[self.like], input_size=self.input_size)
+        nn.RNNBase.check_input(checked, input, batch_sizes)
+
+    def extra_repr(self) -> str:
+        return _told(self, nn.RNNBase.extra_repr(cast(Any, self)))
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         if self.carry is not None and self.carry.running:
@@ -164,6 +210,12 @@ class UnrolledLayer(Unrolled):
 
 
 # Not methods: a subclass of the user's may have some of any name.
+
+
+def _told(layer: Unrolled, options: str) -> str:
+    """Return the options of a layer, and how it is unrolled."""
+    plan = [] if layer.plan == Plan() else str(layer.plan).split(",")
+    return ", ".join([options, "unrolled", *plan, *["frozen"] * (layer.frozen is not None)])
 
 
 def _run_layer(layer: UnrolledLayer, input: Any, hx: Any) -> tuple[Any, Any]:
@@ -198,11 +250,13 @@ class UnrolledCell(Unrolled):
     """
 
     mode: str
-    extra_repr = nn.RNNCellBase.extra_repr
 
     @property
     def recurrence(self) -> Recurrence:
         return read_cell(self, self.mode)
+
+    def extra_repr(self) -> str:
+        return _told(self, nn.RNNCellBase.extra_repr(cast(Any, self)))
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if self.carry is not None and self.carry.running:
@@ -219,52 +273,3 @@ def _run_cell(cell: UnrolledCell, input: Any, hx: Any) -> Any:
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     result = run_rows(cell, rows, as_states(hx), steps, batch)
     return as_result(schedule.joined_states(recurrence, result.finals, batched=batched))
-
-
-# One for each signature of `forward`, whose types TorchScript reads.
-class ScriptableLSTM(Scriptable, UnrolledLayer):
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
-            return results[0], (results[1], results[2])
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableLayer(Scriptable, UnrolledLayer):
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input: Tensor, hx: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx])
-            return results[0], results[1]
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableLSTMCell(Scriptable, UnrolledCell):
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if torch.jit.is_scripting():
-            results = self._compiled(input, [] if hx is None else [hx[0], hx[1]])
-            return results[0], results[1]
-        else:
-            return super().forward(input, hx)
-
-
-class ScriptableCell(Scriptable, UnrolledCell):
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._compiled(input, [] if hx is None else [hx])[0]
-        else:
-            return super().forward(input, hx)
-
-
-SCRIPTABLE: dict[tuple[bool, int], type[Unrolled]] = {
-    (False, 2): ScriptableLSTM,
-    (False, 1): ScriptableLayer,
-    (True, 2): ScriptableLSTMCell,
-    (True, 1): ScriptableCell,
-}
-"""The classes by whether they are for a cell, and by the number of states"""

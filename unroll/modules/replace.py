@@ -17,8 +17,9 @@ from unroll.core.options import Rules, Where, check_rules, chooses, unknown_rule
 from unroll.core.plan import Plan
 from unroll.core.recurrence import cell_mode
 from unroll.modules.find import find, is_filled, is_recurrent, walk_objects
+from unroll.modules.flat_weights import FlatWeights, take_list
 from unroll.modules.freezing import freeze_layers
-from unroll.modules.layers import Unrolled, UnrolledCell
+from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
 from unroll.modules.subclasses import assign_class, replacement_class
 from unroll.torchscript.rewrite import unroll_script
 
@@ -122,7 +123,9 @@ def _copy_tree(
     functions = [function for _, function in reached if _captures_layer(function)]
     memo |= {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     memo |= {id(function): _empty_copy(function, memo) for function in functions}
+    listed = [layer.listed for _, layer in reached if isinstance(layer, UnrolledLayer) and layer.listed is not None]
     try:
+        memo |= {id(found): FlatWeights(copy.deepcopy(found.weights, memo), found.named) for found in listed}
         for name, layer, shell in shells:
             _copy_attributes(shell, layer, name, plan, memo)
         copied = copy.deepcopy(root, memo)
@@ -184,6 +187,8 @@ def _rebound(method: types.MethodType, stand_in: Any) -> Any:
 def _copy_attributes(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]) -> None:
     """Give the empty replacement everything that the layer has."""
     gone = ("_flat_weights", "_flat_weight_refs", "__overloads__")  # the last is left by torch.jit.script
+    if isinstance(layer, nn.RNNBase):
+        shell.listed = take_list(layer, memo)
     shell.__dict__.update(copy.deepcopy({key: value for key, value in vars(layer).items() if key not in gone}, memo))
     shell.place, shell.plan = name or type(layer).__name__, plan
     if isinstance(shell, UnrolledCell):

@@ -16,16 +16,15 @@ from torch.nn.utils import parametrize
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import CELL_MODES, LAYERS
-from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
-
-TORCH_CLASSES = (nn.RNNBase, nn.RNNCellBase, *LAYERS, *CELL_MODES)
+from unroll.modules.layers import Unrolled
+from unroll.modules.stand_ins import STAND_INS
 
 # Names that a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
 HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
 
 # Names that a method can only need to reach the fused kernel past `super()`.
-KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in TORCH_CLASSES)}
+KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in STAND_INS)}
 
 
 def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
@@ -50,7 +49,7 @@ def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
 
 def _objection(kind: type) -> str | None:
     """Say why methods of this class, a subclass or a mixin, cannot run on top of `Unrolled`; None if they can."""
-    if kind in (*TORCH_CLASSES, nn.Module, object) or kind.__module__ in ("typing", "abc"):
+    if kind in (*STAND_INS, nn.Module, object) or kind.__module__ in ("typing", "abc"):
         return None
     own = {name for name in vars(kind) if name in vars(nn.RNNBase) or name in vars(nn.LSTM)} - HARMLESS
     own |= vars(kind).keys() & {"__init_subclass__", "__getstate__", "__reduce__", "__reduce_ex__"}
@@ -105,14 +104,14 @@ def rebase(kind: type) -> type:
     """Return the class as it would be with `Unrolled` layers for bases in place of torch's."""
     if not issubclass(kind, (nn.RNNBase, nn.RNNCellBase)):
         return kind
-    if kind in TORCH_CLASSES:
-        return UnrolledLayer if issubclass(kind, nn.RNNBase) else UnrolledCell
+    if kind in STAND_INS:
+        return STAND_INS[kind]
     cell = types.CellType()
     namespace = {
         name: _rebound(value, cell) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")
     }
     # No import finds the new class: pickles have the class that it was made of.
-    namespace |= {"__reduce_ex__": _reduce, "_origin": kind}
+    namespace |= {"__reduce_ex__": _reduce, "origin": kind}
     new = types.new_class(kind.__name__, tuple(map(rebase, kind.__bases__)), {}, lambda body: body.update(namespace))
     cell.cell_contents = new
     return new
@@ -130,7 +129,7 @@ def _rebound(value: Any, cell: types.CellType) -> Any:
 
 
 def _reduce(self: Unrolled, protocol: int) -> tuple[Any, ...]:
-    return _empty, (self._origin,), self.__dict__
+    return _empty, (self.origin,), self.__getstate__()
 
 
 def _empty(origin: type) -> Unrolled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,10 @@ from unroll.torchscript.lowering import write_recurrence
 from unroll.torchscript.writer import TENSOR, ScriptWriter
 
 
-def make_scriptable(layer: Any, plain: Sequence[type], kinds: Mapping[tuple[bool, int], type]) -> Any:
-    """Make a layer ready for `torch.jit.script`, and return it.
+def make_scriptable(layer: Any) -> Any:
+    """Make an unrolled layer or cell ready for `torch.jit.script`, and return it.
 
-    The module stays the object that it is and runs in Python as before; only its class gets a `forward` that
-    TorchScript can read.
-
-    Args:
-        layer: an unrolled layer or cell.
-        plain: the classes that have no methods of a user's own.
-        kinds: `Scriptable` classes, by whether it is a cell, and by the number of states.
+    The module stays the object that it is and runs in Python as before.
 
     Raises:
         UnrollError: for a layer of which TorchScript would compile something else than it runs.
@@ -39,13 +33,15 @@ def make_scriptable(layer: Any, plain: Sequence[type], kinds: Mapping[tuple[bool
     if computed := [name for name in layer.recurrence.flat_names if name not in layer._parameters]:
         fix = "remove the parametrization, or use torch.jit.trace"
         problems.add(layer.place, f"computes {', '.join(computed)} at every call", fix)
-    elif type(layer) not in plain:
+    elif layer.origin is not None:
         finding = f"{type(layer).__name__} has methods of its own, which call super()"
         problems.add(layer.place, finding, "TorchScript knows no super(); use torch.jit.trace")
+    elif any(weight is not getattr(layer, n) for weight, n in zip(layer.flat_weights, layer.recurrence.flat_names)):
+        finding = "runs with a list of other weights than its parameters, _flat_weights"
+        problems.add(layer.place, finding, "set the weights by their names, or use torch.jit.trace")
     problems.check()
     recurrence = layer.recurrence
     layer.__dict__.pop("__overloads__", None)  # left by torch.jit.script where the original was scripted before
-    layer.__class__ = kinds[recurrence.is_cell, len(recurrence.state_sizes)]
     layer._kernel, layer._kernel_weights = kernel_of(layer), layer.flat_weights
     layer._kernel_rank, layer._batch_axis = recurrence.rank(), recurrence.batch_axis
     layer._state_lead = [] if recurrence.is_cell else [recurrence.passes]
@@ -55,7 +51,7 @@ def make_scriptable(layer: Any, plain: Sequence[type], kinds: Mapping[tuple[bool
 
 def kernel_of(layer: Any, **options: Any) -> Any:
     with pause_tracing():
-        return kernel(layer.recurrence, layer.plan, layer.place, layer.all_weights[0][0].dtype, **options)
+        return kernel(layer.recurrence, layer.plan, layer.place, layer.like.dtype, **options)
 
 
 @functools.cache
@@ -159,8 +155,12 @@ def pause_tracing() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+SCRIPTED = ("_kernel", "_kernel_weights", "_kernel_rank", "_batch_axis", "_state_lead", "_state_sizes")
+"""The attributes of a layer that are for `torch.jit.script` alone"""
+
+
 class Scriptable(nn.Module):
-    """The part of a layer that TorchScript compiles. Attributes are for it alone, and not copied or pickled."""
+    """The part of a layer that TorchScript compiles."""
 
     if TYPE_CHECKING:
         place: str
@@ -174,10 +174,6 @@ class Scriptable(nn.Module):
     # TorchScript reads types here, and no strings; it infers those of everything but an empty list.
     __annotations__ = {"_state_lead": list[int]}
     __jit_unused_properties__ = ("all_weights", "flat_weights", "like", "recurrence", "_flat_weights")
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("_kernel", "_kernel_weights", "_kernel_rank", "_batch_axis", "_state_lead", "_state_sizes")
-        return {key: value for key, value in self.__dict__.items() if key not in names}
 
     def _compiled(self, input: Tensor, state: list[Tensor]) -> list[Tensor]:
         """Run the kernel, compiled by TorchScript: on any rank of input, and with zeros for an empty state."""
