@@ -2,7 +2,7 @@
 
 from unroll.bench.run import benchmark
 from unroll.comparison import Report, compare
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.export.exporting import Export, export_onnx
 from unroll.graphs.dynamo import compile
@@ -24,6 +24,7 @@ __all__ = [
     "Stream",
     "Streaming",
     "UnrollError",
+    "UnrollWarning",
     "Unrolled",
     "benchmark",
     "check",

@@ -321,8 +321,18 @@ class _Word(str):
     __repr__ = str.__str__
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite where one is NaN or infinite and the other is not the same."""
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """Return the difference of each number; infinite where one is NaN or infinite and the other is not the same.
+
+    Example:
+        >>> differences(torch.tensor([1.0, math.inf]), torch.tensor([3.0, math.inf])).tolist()
+        [2.0, 0.0]
+    """
     a, b = a.detach().double(), b.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf)).max().item()
+    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf))
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference."""
+    return differences(a, b).max().item()

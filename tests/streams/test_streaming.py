@@ -243,7 +243,7 @@ def test_a_state_that_the_model_passes_is_left_alone():
         return layers[1](layers[0](x, own or (zeros, zeros))[0])[0]
 
     model, x = Wrapped(layers, run).double(), torch.randn(7, 2, 3, dtype=torch.float64)
-    streamed = streaming(model, x)
+    streamed = streaming(model, x, check=False)
     assert list(streamed.initial_state()) == ["layer.1.h", "layer.1.c"]
     first, state = streamed(x)
     assert_same(first, model(x))
@@ -313,11 +313,11 @@ class Doubled(nn.Module):
         return state
 
 
-def forms(model, x):
+def forms(model, x, **options):
     """The streaming model in torch: as a module, a graph and a program, and those two unrolled."""
-    yield streaming(model, x)
-    graph = streaming(trace(model), x)
-    programs = [streaming(torch.export.export(model, (x,), strict=strict)) for strict in (False, True)]
+    yield streaming(model, x, **options)
+    graph = streaming(trace(model), x, **options)
+    programs = [streaming(torch.export.export(model, (x,), strict=strict), **options) for strict in (False, True)]
     yield from (graph, unroll(graph, steps=len(x)), *programs, *map(unroll, programs))
 
 
@@ -421,7 +421,7 @@ def test_a_state_that_was_passed_on_may_be_written_into():
 
     model, x = Run().double(), torch.randn(4, 2, 3, dtype=torch.float64)
     expected = model.layer(x[1], model.layer(x[0])).detach()
-    for form in forms(model, x[:2]):
+    for form in forms(model, x[:2], check=False):
         stream = Stream(form)
         assert_same(stream(x[:2])[0], expected)
         assert_same(stream(x[2:])[0], model.layer(x[3], model.layer(x[2], expected)).detach())
@@ -463,7 +463,7 @@ def test_layers_that_no_piece_can_tell_of():
 def test_a_run_unlike_the_first():
     layer = nn.GRU(3, 3)
     by_step = Wrapped(layer, lambda layer, x: torch.cat([layer(step[None])[0] for step in x]))
-    streamed = streaming(by_step, torch.randn(2, 1, 3))
+    streamed = streaming(by_step, torch.randn(2, 1, 3), check=False)
     assert list(streamed.initial_state()) == ["layer.h", "layer.1.h"]
     assert "more often than with the example, 2 times" in problems(streamed, torch.randn(3, 1, 3))[0]
     assert "1 times in this run, 2 times with the example" in problems(streamed, torch.randn(1, 1, 3))[0]
@@ -477,7 +477,7 @@ def test_a_run_unlike_the_first():
 def test_a_layer_that_the_example_left_out_is_not_forgotten():
     layers = nn.ModuleList([nn.GRU(3, 3), nn.GRU(3, 3)])
     model = Wrapped(layers, lambda layers, x: layers[0](layers[1](x)[0] if len(x) > 2 else x)[0])
-    streamed = streaming(model, torch.randn(2, 1, 3))
+    streamed = streaming(model, torch.randn(2, 1, 3), check=False)
     assert list(streamed.initial_state()) == ["layer.0.h"]
     assert problems(streamed, torch.randn(3, 1, 3))[0].startswith("layer.1: is called without a state more often")
     assert streamed(torch.randn(2, 1, 3))[0].shape == (2, 1, 3)  # a refusal leaves nothing behind
@@ -565,10 +565,10 @@ class Traceable(nn.Module):
 @pytest.mark.parametrize("unrolled", [False, True], ids=["as it is", "unrolled"])
 def test_a_graph_module(unrolled):
     model, x = Traceable().double(), audio()
-    expected = Stream(streaming(model, x))
+    expected = Stream(streaming(model, x, check=False))
     graph = trace(model)
     code = graph.code
-    streamed = streaming(graph, x[:, :3])
+    streamed = streaming(graph, x[:, :3], check=False)
     if unrolled:
         streamed = unroll(streamed, steps=3)
         assert not [node for node in streamed.graph.nodes if node.op == "call_module"]
@@ -588,7 +588,7 @@ def test_graphs_of_functional_calls():
     """`make_fx` keeps no modules: zeros of a layer's own cannot be told from the model's, and count as the layer's."""
     model, x = nn.Sequential(nn.LSTM(3, 5, num_layers=2)).double(), torch.randn(6, 2, 3, dtype=torch.float64)
     graph = make_fx(lambda x: model(x)[0], tracing_mode="real", pre_dispatch=True)(x[:2])
-    streamed = streaming(graph)
+    streamed = streaming(graph, x[:2])
     assert_same(fed(Stream(streamed), x, 2, 0), model(x)[0].detach())
     assert_same(fed(Stream(unroll(streamed)), x, 2, 0), model(x)[0].detach())
 
@@ -637,12 +637,12 @@ def test_refusals_in_graphs():
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program(strict):
     model, x = Traceable().double(), audio()
-    expected = Stream(streaming(model, x))
+    expected = Stream(streaming(model, x, check=False))
     batch = torch.export.Dim("batch", min=2)
     piece = x[:, :3].contiguous()
     program = torch.export.export(model, (piece,), dynamic_shapes=({0: batch},), strict=strict)
     code = program.graph_module.code
-    streamed = streaming(program)
+    streamed = streaming(program, check=False)
     assert program.graph_module.code == code and type(streamed) is type(program)
     names = [spec.arg.name for spec in streamed.graph_signature.input_specs][-7:]
     assert set(names) == {f"state_{name.replace('.', '_')}" for name in expected.state}
@@ -679,7 +679,7 @@ def test_zeros_of_the_models_own_in_a_program():
         return layers[1](y)[0]
 
     model, x = Wrapped(nn.ModuleList([nn.GRU(3, 3), nn.GRU(3, 3)]), run), torch.randn(4, 2, 3)
-    streamed = streaming(torch.export.export(model, (x,)))
+    streamed = streaming(torch.export.export(model, (x,)), check=False)
     assert list(Stream(streamed).state) == ["layer.1.h"]
 
 
@@ -757,8 +757,8 @@ def test_a_dynamic_number_of_steps_in_onnx(kind, tmp_path):
 def test_a_program_to_onnx(tmp_path):
     model, x, path = Traceable().eval(), audio(dtype=torch.float32), tmp_path / "model.onnx"
     piece = x[:, :3].contiguous()
-    export_onnx(streaming(torch.export.export(model, (piece,))), None, path)
-    stream, expected = Stream(path), Stream(streaming(model, x))
+    export_onnx(streaming(torch.export.export(model, (piece,)), check=False), None, path)
+    stream, expected = Stream(path), Stream(streaming(model, x, check=False))
     assert set(stream.state) == set(expected.state)
     for piece in x.split(3, 1):
         assert_same(stream(piece), expected(piece), rtol=1e-5)

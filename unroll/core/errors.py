@@ -38,6 +38,19 @@ class UnrollError(RuntimeError):
         return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *lines])
 
 
+class UnrollWarning(UserWarning):
+    """Something that was not done or not checked, and what to call for it.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     _ = unroll(nn.Linear(3, 4))
+        >>> [warning.category.__name__ for warning in caught]
+        ['UnrollWarning']
+    """
+
+
 class Problems(list[Problem]):
     """Collects problems, so that all are told at once.
 

@@ -26,8 +26,14 @@ from unroll.streams.chains import Chain, find_chains
 from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zero_states
 
 
-def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) -> fx.GraphModule:
-    """Copy the graph, to take a dictionary `state` after its other arguments and to return output and state."""
+def stream_graph(
+    module: fx.GraphModule, args: tuple[Any, ...], where: Where
+) -> tuple[fx.GraphModule, dict[str, Chain]]:
+    """Copy the graph, to take a dictionary `state` after its other arguments and to return output and state.
+
+    Returns:
+        The copy, and the chains of its calls.
+    """
     if isinstance(module.graph._codegen, _PyTreeCodeGen):
         fix = "give the ExportedProgram that it comes from"
         raise UnrollError(Problem("streaming(graph)", "flattens its arguments, as graphs of torch.export do", fix))
@@ -53,11 +59,15 @@ def stream_graph(module: fx.GraphModule, args: tuple[Any, ...], where: Where) ->
     output.meta.pop("val", None)
     graph.lint()
     module.recompile()
-    return module
+    return module, chains
 
 
-def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
-    """Copy the program, to take a further keyword argument `state` and to return output and state."""
+def stream_program(program: ExportedProgram, where: Where) -> tuple[ExportedProgram, dict[str, Chain]]:
+    """Copy the program, to take a further keyword argument `state` and to return output and state.
+
+    Returns:
+        The copy, and the chains of its calls.
+    """
     module = copied_graph(program.graph_module)
     graph, known = module.graph, tensor_metadata(module)
     chains = find_chains(module, where, known)
@@ -99,7 +109,7 @@ def stream_program(program: ExportedProgram, where: Where) -> ExportedProgram:
     given, named = program.example_inputs or ((), {})
     state = {name: value.new_zeros(value.shape) for name, value in example.items()}
     inputs = (given, {**named, ARGUMENT: state}) if program.example_inputs else None
-    return rebuilt(program, module, signature, [replace(first, signature=call), *rest], inputs)
+    return rebuilt(program, module, signature, [replace(first, signature=call), *rest], inputs), chains
 
 
 def example_state(model: Any) -> State | None:

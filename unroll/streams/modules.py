@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,8 +132,8 @@ def stream_module(
     where: Where,
     rules: Rules | None,
     plan: Plan | None,
-) -> Streaming:
-    """Make a streaming model of a copy, after two runs of another on the example."""
+) -> Callable[[], Streaming]:
+    """Return what makes streaming models of copies, after two runs of another copy on the example."""
     names = chosen_names(model, where, rules)
 
     def fresh() -> tuple[nn.Module, list[tuple[Unrolled, Carry]]]:
@@ -149,7 +149,7 @@ def stream_module(
     trial, layers = fresh()
     problems = Problems(reads_the_future(carry.place) for layer, carry in layers if layer.recurrence.bidirectional)
     problems.check()
-    with _unchanged(trial), torch.no_grad():
+    with unchanged(trial), torch.no_grad():
         first = _tried(trial, layers, args, kwargs)
         second = _tried(trial, layers, args, kwargs)  # by now a state kept in an attribute is there
     kept: list[bool] = []
@@ -166,13 +166,17 @@ def stream_module(
     if not example and not problems:
         problems.append(no_state(type(model).__name__))
     problems.check()
-    # The trial may hold states of its runs in attributes; its counts go to a copy that never ran.
-    copied, fresh_layers = fresh()
-    for (_, carry), (_, tried) in zip(fresh_layers, layers, strict=True):
-        carry.count = tried.count
-    # Where the model keeps the state in an attribute, the first call of all begins without one.
-    watched = [layer for (layer, _), in_attribute in zip(fresh_layers, kept, strict=True) if not in_attribute]
-    return Streaming(copied, watched, example)
+
+    def make() -> Streaming:
+        # The trial may hold states of its runs in attributes; its counts go to copies that never ran.
+        copied, fresh_layers = fresh()
+        for (_, carry), (_, tried) in zip(fresh_layers, layers, strict=True):
+            carry.count = tried.count
+        # Where the model keeps the state in an attribute, the first call of all begins without one.
+        watched = [layer for (layer, _), in_attribute in zip(fresh_layers, kept, strict=True) if not in_attribute]
+        return Streaming(copied, watched, example)
+
+    return make
 
 
 def chosen_names(model: nn.Module, where: Where, rules: Rules | None) -> list[str]:
@@ -186,7 +190,7 @@ def chosen_names(model: nn.Module, where: Where, rules: Rules | None) -> list[st
 
 def _under(called: list[str], names: list[str]) -> bool:
     """Tell whether a layer is one of these, or part of what stands in for one."""
-    return any(name in names or name.startswith(tuple(f"{n}." for n in names if n) or ("\0",)) for name in called)
+    return any(outer in ("", name) or name.startswith(f"{outer}.") for name in called for outer in names)
 
 
 def _tried(
@@ -221,7 +225,7 @@ def _keeps_it_itself(first: Carry, second: Carry) -> bool:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore, when this ends, buffers and other tensors that a run changes, and the random numbers."""
     tensors = [t for _, t in walk_objects(model) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
     saved = [(t, t.detach().clone()) for t in tensors if t.is_leaf and not t.is_meta]

@@ -13,9 +13,11 @@ from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where, read_where
 from unroll.core.plan import Plan
-from unroll.streams.graphs import stream_graph, stream_program
+from unroll.streams.checking import check_pieces
+from unroll.streams.graphs import initial_state, stream_graph, stream_program
 from unroll.streams.modules import Streaming, stream_module
 from unroll.streams.states import ARGUMENT
+from unroll.streams.subjects import GraphSubject, ModuleSubject
 
 
 def streaming(
@@ -26,6 +28,7 @@ def streaming(
     where: Where = None,
     rules: Rules | None = None,
     plan: Plan | str | None = None,
+    check: bool = True,
 ) -> Any:
     """Make the states of a model's recurrent layers inputs and outputs of the whole model, by name.
 
@@ -44,6 +47,11 @@ def streaming(
         rules: for a module's layers of classes of your own, as for `unroll.unroll`.
         plan: how the steps of a module's layers are laid out. Graphs and programs get their states alone; their
             steps are written out by `unroll.unroll`, afterwards.
+        check: whether the example is run once as a whole and once in two unequal pieces, in evaluation mode, and
+            what differs is refused: a padded convolution, attention, a mean over time. An example of one or two
+            steps is repeated first. Where that cannot be, as for graphs and programs that take one length only, or
+            where the model draws random numbers, an `UnrollWarning` says that nothing was checked. Batch norm in
+            training, which has the statistics of the piece, is not seen.
 
     Returns:
         A `Streaming` module for a module. A graph or program of the same kind for those, which takes a
@@ -51,7 +59,8 @@ def streaming(
 
     Raises:
         UnrollError: with every layer that cannot be streamed, why, and what to do: in two directions, on packed rows,
-            and called both with states of the model's own and without.
+            and called both with states of the model's own and without; and with everything that gives another
+            result in pieces than for the whole.
 
     Example:
         >>> streamed = streaming(nn.Sequential(nn.LSTM(3, 5)), torch.zeros(7, 1, 3))
@@ -60,6 +69,8 @@ def streaming(
     """
     where = read_where(where)
     args = as_args(args)
+    if not isinstance(check, bool):
+        raise UnrollError(Problem(f"streaming(check={check!r})", "is neither True nor False", "give one of them"))
     if isinstance(model, (fx.GraphModule, ExportedProgram)):
         given = {"kwargs": kwargs, "rules": rules, "plan": plan}
         if isinstance(model, ExportedProgram):
@@ -70,9 +81,12 @@ def streaming(
         ]
         if wrong:
             raise UnrollError(*wrong)
-        if isinstance(model, ExportedProgram):
-            return stream_program(model, where)
-        return stream_graph(model, args, where)
+        program = isinstance(model, ExportedProgram)
+        streamed, chains = stream_program(model, where) if program else stream_graph(model, args, where)
+        if check:
+            given = model.example_inputs if program else (args, {}) if args else None
+            check_pieces(GraphSubject(streamed, chains, initial_state(streamed)), given)
+        return streamed
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         fix = "give an nn.Module, a GraphModule or an ExportedProgram; export_onnx takes the result"
         raise UnrollError(Problem("streaming(model)", f"got {type(model).__name__}", fix))
@@ -83,4 +97,8 @@ def streaming(
         raise UnrollError(
             Problem("streaming(model)", "has states for inputs already", "give the model that it was made of")
         )
-    return stream_module(model, args, dict(kwargs or {}), where, rules, None if plan is None else Plan.of(plan))
+    kwargs = dict(kwargs or {})
+    make = stream_module(model, args, kwargs, where, rules, None if plan is None else Plan.of(plan))
+    if check:
+        check_pieces(ModuleSubject(make, type(model).__name__), (args, kwargs))
+    return make()
