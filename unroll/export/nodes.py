@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import Recurrence, read_layer
-from unroll.graphs.functions import FUNCTIONS, bind, form_of_call, read_given
+from unroll.graphs.functions import FUNCTIONS, form_of_call, read_on_tensors
 from unroll.modules.layers import Unrolled, UnrolledLayer
 from unroll.onnx.layers import DOMAIN, LAYER
 from unroll.packed.guard import mark, unmark
@@ -35,9 +35,7 @@ def call_node(func: Any, *args: Any, **kwargs: Any) -> Any:
     if form == "packed":
         fix = "export the module itself, whose calls of pack_padded_sequence are understood"
         raise UnrollError(Problem(kind, "is called on packed rows, whose sizes are not in the graph", fix))
-    given = bind(form, args, kwargs)
-    weights = [w for w in given["params"] if w is not None]
-    recurrence = read_given(kind, form, given, [tuple(w.shape) for w in weights[:2]])
+    given, weights, recurrence = read_on_tensors(kind, form, args, kwargs)
     return as_result(_node(recurrence, kind, given["input"], given["hx"], weights, training=bool(given["train"])))
 
 

@@ -54,3 +54,12 @@ def form_of_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 def read_given(kind: str, form: str, given: Mapping[str, Any], shapes: Sequence[Any]) -> Recurrence:
     """Read the recurrence of a call from its bound arguments and the shapes of its weights."""
     return read_call(kind, shapes, **{key: given[key] for key in OPTIONS}, is_cell=form == "cell")
+
+
+def read_on_tensors(
+    kind: str, form: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Any], Recurrence]:
+    """Read a call on tensors: its arguments by name, its weights in torch's order, and the recurrence that it runs."""
+    given = bind(form, args, kwargs)
+    weights = [weight for weight in given["params"] if weight is not None]
+    return given, weights, read_given(kind, form, given, [tuple(weight.shape) for weight in weights[:2]])

@@ -22,7 +22,7 @@ from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Frame
 from unroll.graphs.calls import form_of, graph_parts, layer_name, tensor_metadata
-from unroll.graphs.functions import FUNCTIONS, bind, read_given
+from unroll.graphs.functions import FUNCTIONS, read_on_tensors
 from unroll.graphs.lowering import Lowering
 from unroll.graphs.rewrite import find_calls, rewrite
 
@@ -137,9 +137,7 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
 
 def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> Any:
     """Compute on tensors what the operator computes, in explicit steps."""
-    given = bind(form, args, kwargs)
-    weights = [weight for weight in given["params"] if weight is not None]
-    recurrence = read_given(kind, form, given, [weight.shape for weight in weights[:2]])
+    given, weights, recurrence = read_on_tensors(kind, form, args, kwargs)
     input, state = given["input"], given["hx"]
     sizes = given["batch_sizes"].tolist() if form == "packed" else None
     batched, steps, _ = Frame(True, len(sizes), None) if sizes else recurrence.frame(input.shape)
