@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, Problems, UnrollError
-from unroll.core.options import Rules, Steps, Where, read_where
+from unroll.core.options import Rules, Steps, Where, limited, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
 from unroll.graphs import programs
@@ -28,6 +28,7 @@ def unroll(
     plan: Plan | str | None = None,
     steps: Steps = None,
     freeze: bool = False,
+    limit: int | None = None,
 ) -> Any:
     """Replace the recurrent layers of a model by explicit unrolled operations.
 
@@ -54,6 +55,8 @@ def unroll(
             and held as buffers that nothing else shares, in place of the layers' parameters and parametrizations.
             Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first. A
             module that is converted later raises an `UnrollError` when it runs, a graph module an `AssertionError`.
+        limit: the most steps of a layer that are written out, 20,000 if not given; more are refused. A module, which
+            runs at any length, takes none.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
@@ -71,6 +74,21 @@ def unroll(
         raise UnrollError(Problem(f"unroll(freeze={freeze!r})", "is neither True nor False", "give one of them"))
     where = read_where(where)
     plan = plan if plan is None else Plan.of(plan)
+    with limited(limit):
+        return _unrolled(model, args, where, rules, plan, steps, freeze, limit)
+
+
+def _unrolled(
+    model: Any,
+    args: Any,
+    where: Where,
+    rules: Rules | None,
+    plan: Plan | None,
+    steps: Steps,
+    freeze: bool,
+    limit: int | None,
+) -> Any:
+    """Call the frontend for a model; refuse what it has no use for."""
     if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
         _refuse_freeze(freeze, "an ONNX model", "leave freeze out: constants are always folded there")
@@ -87,7 +105,7 @@ def unroll(
         _refuse_freeze(freeze, "a ScriptModule", "leave freeze out, and use torch.jit.freeze")
         return unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
-        _refuse("a module, which runs at any length", args=args, steps=steps)
+        _refuse("a module, which runs at any length", args=args, steps=steps, limit=limit)
         return replace(model, plan, where, rules, freeze=freeze)
     kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from unroll.cli.bench import bench_command
 from unroll.cli.printing import console, plain, print_json, print_layers, show_parts, stdout_for
 from unroll.core.errors import Problem, UnrollError
+from unroll.core.options import STEPS, limited
 from unroll.core.plan import PRESETS, Plan
 from unroll.export.exporting import export_onnx
 from unroll.export.factories import load_factory, options_of
@@ -52,6 +53,8 @@ TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
 
+LimitOption = Annotated[int | None, typer.Option(help=f"The most steps of a layer to write out; {STEPS:,} by default.")]
+
 JUDGING = ("model", "target", "as_json")
 """What goes with --target"""
 
@@ -79,6 +82,7 @@ def onnx_command(
     where: Where = None,
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",
+    limit: LimitOption = None,
     as_json: Json = False,
 ) -> None:
     """Replace the LSTM, GRU and RNN nodes of an ONNX file by plain operators.
@@ -90,7 +94,7 @@ def onnx_command(
     from unroll.export.rewriting import rewrite_file
 
     with show_parts() as part:
-        done = rewrite_file(source, target, where=where, plan=plan, steps=steps, progress=part)
+        done = rewrite_file(source, target, where=where, plan=plan, steps=steps, limit=limit, progress=part)
     if as_json:
         operators = dict(done.operators)
         print_json({"path": str(done.path), "size": done.size, "replaced": done.replaced, "operators": operators})
@@ -108,6 +112,7 @@ def export_command(
     plan: PlanOption = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
     check: Annotated[bool, typer.Option(help="Compare ONNX Runtime with the original.")] = True,
+    limit: LimitOption = None,
     as_json: Json = False,
 ) -> None:
     """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
@@ -117,7 +122,7 @@ def export_command(
             raise UnrollError(_alone(factory))
         options = options_of(factory, given, opset_version=opset, where=where)
         with show_parts() as part:
-            export = export_onnx(model, args, target, plan=plan, check=check, progress=part, **options)
+            export = export_onnx(model, args, target, plan=plan, check=check, limit=limit, progress=part, **options)
     if as_json:
         print_json(plain(export))
     else:
@@ -131,6 +136,7 @@ def inspect_command(
     where: Where = None,
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",
+    limit: LimitOption = None,
     target: TargetOption = None,
     as_json: Json = False,
 ) -> None:
@@ -146,7 +152,7 @@ def inspect_command(
     from unroll.onnx.reading import read_model
 
     layout = Plan.of(plan)
-    with stdout_for(as_json), show_parts() as part:
+    with stdout_for(as_json), show_parts() as part, limited(limit):
         part("read")
         try:
             if _is_factory(model):

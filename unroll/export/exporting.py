@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from unroll.comparison import Report
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import Rules, Where, read_where
+from unroll.core.options import Rules, Where, limited, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
 
@@ -75,6 +75,7 @@ def export_onnx(
     where: Where = None,
     rules: Rules | None = None,
     check: bool = True,
+    limit: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Export:
     """Write a model as an ONNX file without recurrent operators, and check the file before it is handed over.
@@ -101,6 +102,7 @@ def export_onnx(
         where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
         rules: for layers of classes of your own, as for `unroll`.
         check: whether to run the checks.
+        limit: the most steps of a layer that are written out, 20,000 if not given; more are refused.
         progress: called with the name of each part of the work as it begins.
 
     Returns:
@@ -140,7 +142,8 @@ def export_onnx(
         written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
     name_states(model, program, written)
     clock("unroll")
-    unroll_ir(written, where=None if where is None else from_torch, plan=plan)
+    with limited(limit):
+        unroll_ir(written, where=None if where is None else from_torch, plan=plan)
     if isinstance(model, ExportedProgram):
         original, (args, given) = model.module(), model.example_inputs or (args, {})
     else:

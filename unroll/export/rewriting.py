@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from unroll.core.options import Steps, Where
+from unroll.core.options import Steps, Where, limited
 from unroll.core.plan import Plan
 from unroll.export import verify
 from unroll.onnx import files
@@ -35,6 +35,7 @@ def rewrite_file(
     where: Where = None,
     plan: Plan | str | None = None,
     steps: Steps = None,
+    limit: int | None = None,
     progress: Callable[[str], None] = lambda part: None,
 ) -> Rewritten:
     """Unroll an ONNX file into another, which appears only if `onnx.checker` takes it.
@@ -45,6 +46,7 @@ def rewrite_file(
         where: which nodes, by name.
         plan: how the steps are laid out.
         steps: the number of time steps where the file leaves it open.
+        limit: the most steps of a layer that are written out, as for `unroll`.
         progress: called with the name of each part of the work as it begins.
 
     Raises:
@@ -55,7 +57,8 @@ def rewrite_file(
     model = read_model(source)
     progress("unroll")
     before = sum(1 for _ in recurrent_nodes(model))
-    unroll_ir(model, where=where, plan=plan, steps=steps)
+    with limited(limit):
+        unroll_ir(model, where=where, plan=plan, steps=steps)
     replaced = before - sum(1 for _ in recurrent_nodes(model))
     progress("save")
     with files.write_then_move(model, path) as draft:

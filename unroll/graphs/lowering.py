@@ -17,7 +17,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
-from unroll.core.options import FIXED, choose_steps
+from unroll.core.options import FIXED, check_written, choose_steps
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
@@ -68,6 +68,7 @@ class Lowering(Generic[AnyCall]):
         if found is None:
             fix = "give example inputs, unroll(graph, args), or the number, steps=10"
             raise UnrollError(Problem(self.name, "the number of time steps is unknown", fix))
+        check_written(self.name, found)
         return found
 
     def weight_writers(self) -> set[fx.Node]:

@@ -17,7 +17,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import lay_out
-from unroll.core.options import Where, unknown_names
+from unroll.core.options import Where, check_written, unknown_names
 from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Frame
@@ -141,6 +141,7 @@ def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> 
     input, state = given["input"], given["hx"]
     sizes = given["batch_sizes"].tolist() if form == "packed" else None
     batched, steps, _ = Frame(True, len(sizes), None) if sizes else recurrence.frame(input.shape)
+    check_written(kind, None if recurrence.is_cell else steps)
     result = schedule.run(
         recurrence,
         lay_out(recurrence, recurrence.weights(weights), plan, input.dtype),

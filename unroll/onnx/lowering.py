@@ -46,7 +46,7 @@ class Lowering:
         layout = self._lay_out(plan, prepared)
         wide = torch.float32 if layout.passes[0].precision else call.dtype
         looping = not recurrence.is_cell and (call.steps is None or plan.block is not None)
-        lengths = self._lengths()
+        lengths = self._lengths(looping=looping)
         padding = None if lengths is None else self._mask(lengths, looping=looping)
         if looping:
             dtypes = (call.dtype, wide)[: len(recurrence.state_sizes)]
@@ -120,7 +120,7 @@ class Lowering:
         passes = self.recurrence.passes
         return self.batch if passes == 1 else self.writer.op("Mul", self.batch, [passes], rank=1)
 
-    def _lengths(self) -> Tensorlike | None:
+    def _lengths(self, *, looping: bool) -> Tensorlike | None:
         """Return the lengths, `[B]`, of 64 bits; None if all rows have all steps."""
         call, writer = self.call, self.writer
         if call.lengths is None:
@@ -133,7 +133,7 @@ class Lowering:
         if checked or not call.has_any_length:
             return lengths
         # From a table of 0 to T, beyond which a Gather fails; below zero it would count from the end.
-        if call.steps is None:
+        if call.steps is None or looping:
             end = writer.op("Add", self.steps, [1], rank=1)
             table: Any = self._range(end)
         else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import onnx
@@ -12,7 +13,7 @@ from onnx_ir.passes import common
 
 from unroll.core.errors import Problem, Problems, UnrollError, refusing
 from unroll.core.layout import Layout
-from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
+from unroll.core.options import Steps, Where, check_written, chooses, limit, unknown_names, unknown_steps
 from unroll.core.patching import without_gc
 from unroll.core.plan import PRESETS, Plan
 from unroll.onnx.batches import Batches
@@ -25,6 +26,9 @@ from unroll.onnx.surgery import drop_unread, drop_unread_initializers, hand_over
 from unroll.onnx.writer import Constants, OnnxWriter
 
 OLDEST_OPSET = 13
+
+NODES_PER_STEP = 50
+"""The nodes that functions may be written out as, and steps in all, for each step of the limit: 1,000,000"""
 
 PLAN = PRESETS["onnxruntime"]
 """The plan for callers that ask for none"""
@@ -124,7 +128,17 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
 
 @refusing(*BROKEN)
 def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
-    """Put plain operators in the place of nodes of a model."""
+    """Put plain operators in the place of nodes of a model.
+
+    Raises:
+        UnrollError: before anything is written, for layers with too many steps, and too many in all.
+    """
+    calls, problems = list(calls), Problems()
+    for call in calls:
+        with problems:
+            check_written(call.name, call.steps, None if call.recurrence.is_cell else (call.plan or plan).block)
+    problems.check()
+    _check_size(sum(call.recurrence.passes * (call.steps or 1) for call in calls if not (call.plan or plan).block))
     taken, opset = set(_names(model)), model.opset_imports[""]
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with without_gc():
@@ -203,6 +217,7 @@ def _inline(model: ir.Model) -> None:
         holding = found
     if not holding:
         return
+    _check_size(_inlined_size(model, holding))
     try:
         common.InlinePass(criteria=lambda function: function.identifier() in holding)(model)
     except Exception as error:
@@ -211,6 +226,28 @@ def _inline(model: ir.Model) -> None:
         fix = "inline it with onnx.inliner, or make it one the standard allows"
         raise UnrollError(*(Problem(place, finding, fix) for place in places)) from error
     common.RemoveUnusedFunctionsPass()(model)
+
+
+def _inlined_size(model: ir.Model, holding: Collection[ir.OperatorIdentifier]) -> int:
+    """Return how many nodes a model has when these of its functions are written out."""
+
+    @cache
+    def size(key: ir.OperatorIdentifier) -> int:
+        return of(model.functions[key].all_nodes())
+
+    def of(nodes: Iterable[ir.Node]) -> int:
+        keys = (node.op_identifier() for node in nodes)
+        return sum(size(key) if key in holding else 1 for key in keys)
+
+    return of(model.graph.all_nodes())
+
+
+def _check_size(count: int) -> None:
+    """Refuse a model that would have too many nodes: of each step of the limit, there may be some."""
+    if count > (most := NODES_PER_STEP * limit()):
+        finding = f"would have {count:,} nodes and steps, more than {most:,}"
+        fix = f"pass limit={-(-count // NODES_PER_STEP)} if that is meant"
+        raise UnrollError(Problem("model", finding, fix))
 
 
 def _replace(call: Call, writer: OnnxWriter, plan: Plan, prepared: dict[Any, Layout]) -> None:

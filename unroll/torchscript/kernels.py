@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problems
+from unroll.core.options import check_written
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Frame, Recurrence
 from unroll.core.values import Value
@@ -109,6 +110,7 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
         check_arguments(recurrence, layer.place, input, hx, weight=layer.like)
         batched, steps, _ = recurrence.frame(input.shape)
         steps = None if recurrence.is_cell or layer.plan.block is not None else steps
+        check_written(layer.place, steps)
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
     # zeros have a batch already

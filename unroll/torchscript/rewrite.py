@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
+from unroll.core.options import Steps, Where, check_written, chooses, unknown_names, unknown_steps
 from unroll.core.patching import seeded, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import CLASS_NAMES
@@ -54,7 +54,10 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     for number in picked:
         call, seen = calls[number], None if noted is None else noted.get(number, [])
         with problems:
-            jobs.append((call, *call.read(seen), call.steps(steps, seen)))
+            count = call.steps(steps, seen)
+            if not call.is_cell:
+                check_written(call.name, count, plan.block)
+            jobs.append((call, *call.read(seen), count))
     problems.check()
     with without_gc():
         for call, recurrence, weights, count in jobs:
