@@ -1,6 +1,8 @@
 """What models do to their recurrent layers, done to unrolled ones."""
 
 import copy
+import io
+import pickle
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.cases import LAYER_KINDS, Case
 from tests.checks import assert_equal, assert_same, gradients
-from unroll import UnrollError, unroll
+from unroll import Plan, Unrolled, UnrollError, unroll
 
 F64 = torch.float64
 TWO_LAYERS = [Case(kind, num_layers=2, bidirectional=True, batch_first=True) for kind in LAYER_KINDS]
@@ -43,6 +45,69 @@ def test_attributes_of_cells(case):
     names = ["input_size", "hidden_size", "bias", *(["nonlinearity"] if case.kind == "RNNCell" else [])]
     assert {name: getattr(ours, name) for name in names} == {name: getattr(layer, name) for name in names}
     assert repr(ours) == f"{repr(layer)[:-1]}, unrolled)"
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_every_public_name_of_the_layers_is_there(case):
+    layer = case.layer()
+    ours = unroll(layer)
+    assert [name for name in dir(layer) if not name.startswith("_") and name not in dir(ours)] == []
+    frozen = unroll(layer, freeze=True)
+    gone = [name for name in dir(layer) if not name.startswith("_") and name not in dir(frozen)]
+    assert set(gone) <= {"all_weights", *ours.recurrence.flat_names}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("case", [*TWO_LAYERS, Case("LSTM", proj_size=2)], ids=str)
+def test_checks_and_sizes_of_torchs_layers(case, freeze):
+    layer = case.layer()
+    ours = unroll(layer, freeze=freeze)
+    x, sizes = torch.randn(3, 4, 6), torch.tensor([4, 3])
+    expected = layer.get_expected_hidden_size(x, None)
+    for each in (layer, ours):
+        assert each.get_expected_hidden_size(x, None) == expected
+        assert each.get_expected_hidden_size(x, sizes) == layer.get_expected_hidden_size(x, sizes)
+        state = torch.randn(expected)
+        state = state if case.kind != "LSTM" else (state, torch.randn(layer.get_expected_cell_size(x, None)))
+        each.check_forward_args(x, state, None)
+        permuted = each.permute_hidden(state, torch.tensor([1, 0, 2]))
+        assert_equal(permuted, layer.permute_hidden(state, torch.tensor([1, 0, 2])))
+        for bad, error in ((x[..., :5], RuntimeError), (x[0], RuntimeError), (x.double(), ValueError)):
+            with pytest.raises(error, match=r"input"):
+                each.check_input(bad, None)
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            each.check_hidden_size(x, expected, "Expected hidden {}, got {}")
+    assert ours.proj_size == layer.proj_size
+    if not freeze:
+        assert ours.listed is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_names_of_classes(case):
+    ours = unroll(nn.Sequential(case.layer(F64)))
+    by_pickle = pickle.loads(pickle.dumps(ours))
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    torch.jit.script(ours)
+    for each in (ours, by_pickle, copy.deepcopy(ours), torch.load(file, weights_only=False)):
+        assert type(each[0]).__name__ == each[0]._get_name() == case.kind
+        assert isinstance(each[0], Unrolled) and not isinstance(each[0], (nn.RNNBase, nn.RNNCellBase))
+        assert_equal(each[0](*case.args(F64)), ours[0](*case.args(F64)))
+
+
+def test_repr_tells_all_options():
+    layer = nn.LSTM(3, 4)
+    assert repr(unroll(layer, plan=Plan(gates="split"), freeze=True)) == "LSTM(3, 4, unrolled, gates=split, frozen)"
+    plan = Plan(directions="stacked", time=4, products="sums")
+    assert repr(unroll(nn.GRU(3, 4, 2, bidirectional=True), plan=plan)) == (
+        "GRU(3, 4, num_layers=2, bidirectional=True, unrolled, directions=stacked, time=4, products=sums)"
+    )
+    cell = nn.RNNCell(3, 4, nonlinearity="relu")
+    assert repr(unroll(cell, freeze=True)) == "RNNCell(3, 4, nonlinearity=relu, unrolled, frozen)"
+    normed = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    assert repr(unroll(normed)).startswith("ParametrizedLSTM(\n  3, 4, unrolled\n  (parametrizations)")
 
 
 @pytest.mark.parametrize("case", EACH, ids=str)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from tests.checks import assert_equal, assert_same, problems
@@ -127,7 +128,7 @@ def test_subclass_with_parametrized_weights():
 
 class Own(nn.LSTM):
     def forward(self, x):
-        return x
+        return torch.lstm(x, self.start, self.own_weights, True, 1, 0.0, False, False, False)
 
 
 class Past(nn.LSTM):
@@ -165,12 +166,107 @@ class InProperty(nn.GRU):
         return super().extra_repr()
 
 
-class OwnCell(nn.RNNCellBase):
-    def __init__(self):
-        super().__init__(6, 5, bias=False, num_chunks=1)
+class Explicit(nn.RNNBase):
+    """Written out in Python, with methods and functions of its own; one has the name of a function of torch's."""
 
-    def forward(self, x, h):
-        return torch.tanh(x @ self.weight_ih.T + h @ self.weight_hh.T)
+    def __init__(self, *sizes):
+        super().__init__("RNN_TANH", *sizes, dtype=F64)
+
+    @staticmethod
+    def rnn_tanh(x, h, w_ih, w_hh):
+        return torch.tanh(functional.linear(x, w_ih) + functional.linear(h, w_hh))
+
+    @property
+    def zeros(self):
+        return torch.zeros(1, self.hidden_size, dtype=F64)
+
+    def forward(self, x, hx=None):
+        h, outputs = self.zeros, []
+        if x.dim() != 3:
+            raise ValueError(f"a sequence has three dimensions, not {x.dim()}")
+        for x_t in x.unbind(1 if self.batch_first else 0):
+            h = self.rnn_tanh(x_t, h, *(getattr(self, name) for name in self._all_weights[0][:2]))
+            outputs += [scaled(part * h.sign().abs()) for part in [h]]
+        return torch.stack(outputs), h
+
+
+def scaled(x):
+    return x * 2
+
+
+class ExplicitCell(nn.RNNCellBase):
+    def __init__(self):
+        super().__init__(6, 5, bias=False, num_chunks=1, dtype=F64)
+
+    def forward(self, x, h=None):
+        y = x @ self.weight_ih.T
+        return torch.tanh(y if h is None else y + h @ self.weight_hh.T)
+
+
+class Holding(nn.LSTM):
+    """Has nothing recurrent but a layer inside, which is unrolled where it is."""
+
+    def __init__(self):
+        super().__init__(6, 5, dtype=F64)
+        self.inner = gru()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+run = torch.gru
+
+
+def reaches(self, x):
+    return run(x, self.start, self.own_weights, True, 1, 0.0, False, False, False)
+
+
+class ByAlias(nn.GRU):
+    def forward(self, x):
+        return reaches(self, x)
+
+
+class ByName(nn.GRU):
+    def forward(self, x):
+        return getattr(torch, "gru")(x, self.start)  # noqa: B009
+
+
+class ByOperator(nn.GRU):
+    def forward(self, x):
+        operators = torch.ops.aten
+        return operators.gru.input(x, self.start)
+
+
+class InLambda(nn.GRU):
+    def forward(self, x):
+        return (lambda self: nn.GRU.forward(self, x))(self)
+
+
+class ByAttribute(nn.GRU):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.kernel = torch.gru
+
+    def forward(self, x):
+        return self.kernel(x, self.start)
+
+
+@pytest.mark.parametrize("layer", [Explicit(6, 5), ExplicitCell(), Holding()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("beside", [False, True])
+def test_layers_that_are_explicit_already_are_left_alone(layer, beside):
+    model, input = nn.ModuleList([layer, *[gru()] * beside]), x()
+    ours = unroll(model)
+    assert type(ours[0]) is type(layer) and all(a is b for a, b in zip(ours.parameters(), model.parameters()))
+    assert not beside or isinstance(ours[1], Unrolled)
+    assert_same(ours[0](input), layer(input))
+    if isinstance(layer, Holding):
+        assert isinstance(ours[0].inner, Unrolled)
+
+
+@pytest.mark.parametrize("kind", [ByAlias, ByName, ByOperator, InLambda, ByAttribute])
+def test_layers_that_may_reach_torchs_functions_are_refused(kind):
+    (problem,) = problems(unroll, nn.Sequential(kind(6, 5)))
+    assert kind.__name__ in problem
 
 
 OBJECTIONS = {
@@ -181,7 +277,6 @@ OBJECTIONS = {
     "kernel": (MixedKernel(6, 5), "MixedKernel overrides forward without calling super().forward"),
     "registered": (Registered(6, 5), "Registered overrides __init_subclass__"),
     "property": (InProperty(6, 5), "InProperty calls super() in described, a property"),
-    "cell": (OwnCell(), "OwnCell overrides forward without calling super().forward"),
     "base": (nn.RNNBase("GRU", 6, 5), "RNNBase is no subclass of torch.nn.LSTM, GRU, RNN or their cells"),
 }
 
@@ -271,5 +366,6 @@ def test_rules_that_help_nothing_are_refused():
     assert problems(unroll, model, rules={Own: lambda m: None}) == [
         "0: the rule for Own returned NoneType; return an nn.Module"
     ]
-    (problem,) = problems(unroll, model, rules={Own: lambda m: m})
-    assert "overrides forward without calling super().forward" in problem
+    assert problems(unroll, model, rules={Own: lambda m: m}) == [
+        "0: the rule for Own returned a layer of that class; return another module"
+    ]

@@ -212,16 +212,71 @@ def test_what_cannot_be_copied_is_refused():
     )
 
 
-def test_a_copy_of_its_own_is_noticed():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = gru()
+class Rebuilt(nn.Module):
+    """Pickles what its constructor needs, and builds its layers anew from that."""
 
-        def __deepcopy__(self, memo):
-            return type(self)()
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.layer, self.head = size, nn.GRU(6, size, dtype=F64), nn.Linear(size, 2, dtype=F64)
+        self.again = [self.layer]
 
-    assert problems(unroll, Model()) == ["layer: is still recurrent in the copy; report this model"]
+    def forward(self, x):
+        return self.head(self.layer(x)[0])
+
+    def __getstate__(self):
+        return {"size": self.size, "weights": self.state_dict()}
+
+    def __setstate__(self, state):
+        made = type(self)(state["size"])
+        made.load_state_dict(state["weights"])
+        self.__dict__.update(made.__dict__)
+        self.eval()
+
+
+class Reduced(Rebuilt):
+    def __reduce__(self):
+        return type(self), (self.size,)
+
+
+class CopiedByItself(Rebuilt):
+    def __deepcopy__(self, memo):
+        return type(self)(self.size)
+
+
+class Kept:
+    """An object that is never copied."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kept = Kept(gru())
+
+    def forward(self, x):
+        return self.kept.layer(x)[0]
+
+
+@pytest.mark.parametrize("kind", [Rebuilt, Reduced, CopiedByItself])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_models_that_build_their_layers_anew_where_they_are_copied(kind, freeze):
+    model, x = nn.Sequential(kind(5)), torch.randn(4, 3, 6, dtype=F64)
+    ours = unroll(model, freeze=freeze)
+    assert type(ours[0]) is kind and ours[0].again[0] is ours[0].layer and ours[0].head.weight is model[0].head.weight
+    assert isinstance(ours[0].layer, Unrolled) and ours.training
+    assert_same(ours(x), model(x))
+
+
+def test_objects_that_are_never_copied():
+    model, x = Holder(), torch.randn(4, 3, 6, dtype=F64)
+    ours = unroll(model)
+    assert isinstance(ours.kept.layer, Unrolled) and type(model.kept.layer) is nn.GRU
+    assert_same(ours(x), model(x))
 
 
 class Outputs(nn.Module):

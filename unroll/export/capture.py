@@ -23,6 +23,7 @@ from unroll.core.patching import alone
 from unroll.export.inputs import in_order
 from unroll.export.nodes import CallsAsNodes, call_node, layer_node, packed_node, refuse_packed
 from unroll.graphs.functions import FUNCTIONS
+from unroll.modules.flat_weights import reaches_lists
 from unroll.modules.layers import STAND_IN
 from unroll.modules.replace import replace
 from unroll.packed.contexts import keep_padding
@@ -121,10 +122,11 @@ def _apart(model: nn.Module) -> nn.Module:
     """Return a copy that shares all tensors, if one can be made.
 
     While `torch.export` runs a module, its parameters are fake, and what it assigns to itself stays; other threads may
-    use the model meanwhile.
+    use the model meanwhile. With other parameters torch's layers forget their list of weights, and `Unrolled` ones not.
     """
+    listed = reaches_lists(model)
     try:
-        return replace(model, None, lambda name, layer: False)
+        return replace(model, None, lambda name, layer: listed)
     except UnrollError:
         return model
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from unroll.core.errors import Problem, Problems
 from unroll.core.options import Rules, Where, chooses, unknown_names
 from unroll.modules.layers import Unrolled
+from unroll.modules.methods import is_explicit, is_filled
 from unroll.torchscript.operators import SCRIPT_KINDS, method_graphs
 
 
@@ -38,12 +39,17 @@ def walk_objects(root: Any) -> Iterator[tuple[str, Any]]:
     Looks into attributes, containers, plain objects and functions, where layers hide from `named_modules()`.
     What a function has captured is named in angle brackets, `act.<layer>`.
     """
+    kinds = (nn.Module, torch.Tensor, types.FunctionType, types.MethodType)
+    yield from ((name, value) for name, value in walk_all(root) if isinstance(value, kinds))
+
+
+def walk_all(root: Any) -> Iterator[tuple[str, Any]]:
+    """Yield everything that can be reached from a module in the same way, except in `LEAVES`."""
     seen: set[int] = set()
     stack: list[tuple[str, Any]] = [("", root)]
     while stack:
         name, value = stack.pop()
-        if isinstance(value, (nn.Module, torch.Tensor, types.FunctionType, types.MethodType)):
-            yield name, value
+        yield name, value
         # An object comes up under each of its names, and is looked into under the first.
         if id(value) not in seen and not isinstance(value, LEAVES):
             seen.add(id(value))
@@ -92,14 +98,6 @@ def _captured(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
     yield from (("default", part) for part in function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
-
-
-def is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def find(
@@ -171,7 +169,9 @@ def is_recurrent(value: Any) -> bool:
     """Tell whether this is a module that runs a recurrent operator itself."""
     if isinstance(value, torch.jit.ScriptModule):
         return any(graph.findAllNodes(kind) for graph in method_graphs(value) for kind in SCRIPT_KINDS)
-    return isinstance(value, (nn.RNNBase, nn.RNNCellBase, *QUANTIZED))
+    if isinstance(value, (nn.RNNBase, nn.RNNCellBase)):
+        return not is_explicit(value)
+    return isinstance(value, QUANTIZED)
 
 
 QUANTIZED = (quantized.LSTM, rnn.RNNBase, rnn.RNNCellBase)

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils import parametrize
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import LAYERS
+from unroll.modules.methods import names_list
 
 FIX = "set the weights by their names, layer.weight_hh_l0 = ..., or unroll with freeze=True"
 
@@ -99,18 +100,30 @@ def listed_weights(layer: Any) -> list[Tensor] | None:
     return None if any(weight is None for weight in named) else named
 
 
-def take_list(layer: Any, memo: dict[int, Any]) -> FlatWeights | None:
-    """Return a copy of the list of a layer of torch's, by a memo in which tensors stand for themselves.
-
-    None if the list has only what the names have. Code of the user's own may yet give it others, for weights that are
-    exchanged between then and now.
-    """
+def list_of(layer: nn.RNNBase) -> FlatWeights | None:
+    """Return the list of a layer of torch's; None if it will make it anew at the next call."""
     # Parametrized weights are other objects whenever they are read, and reading may change them.
     if parametrize.is_parametrized(layer) or layer._weights_have_changed():
         return None
-    named = [getattr(layer, name, None) for name in layer._flat_weights_names]
-    found = FlatWeights(copy.deepcopy(layer._flat_weights, memo), named)
-    return None if type(layer) in LAYERS and not found.differs() else found
+    return FlatWeights(layer._flat_weights, [getattr(layer, name, None) for name in layer._flat_weights_names])
+
+
+def take_list(layer: nn.RNNBase, memo: dict[int, Any]) -> FlatWeights | None:
+    """Return a copy of the list of a layer of torch's, by a memo in which tensors stand for themselves.
+
+    None if it has only what the names have, and no code of the user's own may give it others.
+    """
+    found = list_of(layer)
+    if found is None or (type(layer) in LAYERS and not found.differs()):
+        return None
+    return FlatWeights(copy.deepcopy(found.weights, memo), found.named)
+
+
+def reaches_lists(root: nn.Module) -> bool:
+    """Tell whether layers of torch's in a tree run with lists of other weights, or code in it reaches for lists."""
+    found = [list_of(layer) for layer in root.modules() if isinstance(layer, nn.RNNBase)]
+    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
+    return any(listed is not None and listed.differs() for listed in found) or any(map(names_list, kinds))
 
 
 def is_substituted(layer: Any) -> bool:
@@ -126,6 +139,8 @@ def _slot(named: Sequence[Any]) -> str:
 
 
 def _check(layer: Any, weights: Sequence[Any]) -> None:
+    if torch.jit.is_tracing():  # shapes would be traced
+        return
     shapes = [tuple(weight.shape) if isinstance(weight, Tensor) else None for weight in weights]
     wanted = layer.recurrence.weight_shapes
     if shapes != wanted:

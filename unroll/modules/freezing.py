@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen
 from unroll.modules.layers import Unrolled
+from unroll.modules.methods import names_list
 from unroll.modules.subclasses import assign_class
 
 
@@ -31,6 +32,11 @@ def freeze_layer(layer: Any) -> None:
     if foreign:
         fix = "make it a parameter (remove_weight_norm, prune.remove), or leave the layer out by where="
         raise UnrollError(Problem(layer.place, f"{', '.join(foreign)} is set from outside before each call", fix))
+    if any(map(names_list, type(layer).__mro__)):
+        fix = "leave the layer out by where="
+        raise UnrollError(
+            Problem(layer.place, f"{type(layer).__name__} reaches for _flat_weights in its own code", fix)
+        )
 
     for name in parametrizations:
         layer.parametrizations[name].eval()  # power iterations would go on, in tensors that the original shares

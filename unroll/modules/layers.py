@@ -71,12 +71,10 @@ class Unrolled(nn.Module):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        # torch.jit.trace reads all that is listed; what a frozen layer has no more would answer before forward does.
-        return [
-            name
-            for name in super().__dir__()
-            if self.frozen is None or name not in ("all_weights", "flat_weights", "_flat_weights")
-        ]
+        # torch.jit.trace reads all that is listed: that would make lists of weights, and what a frozen layer has no
+        # more would answer before forward does.
+        gone = {"flat_weights", "_flat_weights", *["all_weights"] * (self.frozen is not None)}
+        return [name for name in super().__dir__() if name not in gone]
 
     def refuse_if_frozen(self, finding: str = "has no parameters any more") -> None:
         if self.frozen is not None:

@@ -16,10 +16,11 @@ from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Where, check_rules, chooses, unknown_rules
 from unroll.core.plan import Plan
 from unroll.core.recurrence import cell_mode
-from unroll.modules.find import find, is_filled, is_recurrent, walk_objects
+from unroll.modules.find import LEAVES, find, is_recurrent, walk_all, walk_objects
 from unroll.modules.flat_weights import FlatWeights, take_list
 from unroll.modules.freezing import freeze_layers
 from unroll.modules.layers import Unrolled, UnrolledCell, UnrolledLayer
+from unroll.modules.methods import is_filled, is_known
 from unroll.modules.subclasses import assign_class, replacement_class
 from unroll.torchscript.rewrite import unroll_script
 
@@ -71,11 +72,12 @@ def replace(
     problems += _rebind_methods(reached, memo)
     problems += unknown_rules(unused) if outermost else []
     problems.check()
-    copied = _copy_tree(root, reached, shells, Plan.of(plan), memo)
+    copied = _copy_tree(root, reached, shells, Plan.of(plan), dict(memo))
+    if _left(copied, where):  # code of the model's own makes its layers anew where it is copied
+        copied = _copy_tree(root, reached, shells, Plan.of(plan), memo, _copying_themselves(root))
     if plan is not None and (where is not None or not found):
         _give_plan(copied, plan, where)
-    left = [name for entry in find(copied, rules=rules) if chooses(where, *entry) for name in entry.names]
-    Problems(Problem(name, "is still recurrent in the copy", "report this model") for name in left).check()
+    _left(copied, where).check()
     if freeze:
         chosen = [v for name, v in walk_objects(copied) if isinstance(v, Unrolled) and chooses(where, [name], v)]
         freeze_layers([*(shell for _, _, shell in shells), *chosen])
@@ -88,6 +90,9 @@ def _by_rule(name: str, kind: type, rule: Callable[[Any], nn.Module], layer: nn.
     if not isinstance(stand_in, nn.Module):
         finding = f"the rule for {kind.__name__} returned {type(stand_in).__name__}"
         raise UnrollError(Problem(name, finding, "return an nn.Module"))
+    if parametrize.type_before_parametrizations(stand_in) is kind:
+        finding = f"the rule for {kind.__name__} returned a layer of that class"
+        raise UnrollError(Problem(name, finding, "return another module"))
     return stand_in
 
 
@@ -117,17 +122,21 @@ def _copy_tree(
     shells: Iterable[tuple[str, nn.Module, Unrolled]],
     plan: Plan,
     memo: dict[int, Any],
+    by_attributes: Iterable[Any] = (),
 ) -> nn.Module:
-    """Copy what is not in the memo yet, and fill the shells."""
+    """Copy what is not in the memo yet, and fill the shells; some objects attribute by attribute, whatever they say."""
     # `copy.deepcopy` takes functions as they are. Those that hold a layer get cells of their own, shared as before.
     functions = [function for _, function in reached if _captures_layer(function)]
     memo |= {id(cell): types.CellType() for function in functions for cell in function.__closure__ or ()}
     memo |= {id(function): _empty_copy(function, memo) for function in functions}
+    memo |= {id(value): object.__new__(type(value)) for value in by_attributes}
     listed = [layer.listed for _, layer in reached if isinstance(layer, UnrolledLayer) and layer.listed is not None]
     try:
         memo |= {id(found): FlatWeights(copy.deepcopy(found.weights, memo), found.named) for found in listed}
         for name, layer, shell in shells:
             _copy_attributes(shell, layer, name, plan, memo)
+        for value in by_attributes:
+            memo[id(value)].__dict__.update(copy.deepcopy(vars(value), memo))
         copied = copy.deepcopy(root, memo)
         # Last, when what the cells hold has its copy in the memo.
         for function in functions:
@@ -139,6 +148,27 @@ def _copy_tree(
         fix = "take what cannot be copied out of its attributes"
         raise UnrollError(Problem(type(root).__name__, finding, fix)) from error
     return copied
+
+
+def _left(copied: nn.Module, where: Where) -> Problems:
+    """Return a problem for each layer that was picked and that no stand-in replaces."""
+    left = [name for entry in find(copied) if chooses(where, *entry) for name in entry.names]
+    return Problems(Problem(name, "is still recurrent in the copy", "report this model") for name in left)
+
+
+def _copying_themselves(root: nn.Module) -> list[Any]:
+    """List what holds recurrent layers, however deep, and has a class of the model's own that says how it is copied."""
+    protocol = {"__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
+
+    def says(value: Any) -> bool:
+        kinds = () if isinstance(value, (*LEAVES, Unrolled)) else type(value).__mro__
+        return hasattr(value, "__dict__") and any(protocol & vars(k).keys() and not is_known(k) for k in kinds)
+
+    def holds(value: Any) -> bool:
+        return any(isinstance(part, nn.Module) and is_recurrent(part) for _, part in walk_objects(value))
+
+    found = {id(value): value for _, value in walk_all(root) if says(value)}
+    return [value for value in found.values() if holds(value) and not is_recurrent(value)]
 
 
 def _give_plan(root: nn.Module, plan: Plan, where: Where) -> None:

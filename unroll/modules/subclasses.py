@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,14 +16,12 @@ from torch.nn.utils import parametrize
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import CELL_MODES, LAYERS
 from unroll.modules.layers import Unrolled
+from unroll.modules.methods import KERNEL_NAMES, function_of, names
 from unroll.modules.stand_ins import STAND_INS
 
 # Names that a subclass may define without changing what the layer computes. `forward` is looked at more closely.
 HARMLESS = {"forward", "reset_parameters", "flatten_parameters", "extra_repr", "__init__", "__repr__"}
 HARMLESS |= {"__module__", "__doc__", "__annotations__", "__constants__", "__static_attributes__", "__firstlineno__"}
-
-# Names that a method can only need to reach the fused kernel past `super()`.
-KERNEL_NAMES = {"_VF", "torch_VF", "mkldnn_rnn_layer", *(kind.__name__ for kind in STAND_INS)}
 
 
 def replacement_class(name: str, layer: nn.Module) -> type[Unrolled]:
@@ -58,35 +55,20 @@ def _objection(kind: type) -> str | None:
     for name, method in vars(kind).items():
         if name == "__init__":
             continue
-        method, wrapped = _function(method)
+        method, wrapped = function_of(method)
         if method is None:
             continue
-        code = method.__code__
-        names = {n for part in _codes(code) for n in (*part.co_names, *part.co_freevars)}
-        rebinds = "__class__" in code.co_freevars
-        if name == "forward" and not (rebinds and "forward" in names):
+        named = names(method)
+        rebinds = "__class__" in method.__code__.co_freevars
+        if name == "forward" and not (rebinds and "forward" in named):
             return "overrides forward without calling super().forward"
         if rebinds and wrapped:
             return f"calls super() in {name}, a {wrapped}"
-        if rebinds and kind.__name__ in names:
+        if rebinds and kind.__name__ in named:
             return f"names its own class in {name}, where super() without arguments would do"
-        if found := names & KERNEL_NAMES:
+        if found := named & KERNEL_NAMES:
             return f"reaches past super() in {name}, by {', '.join(sorted(found))}"
     return None
-
-
-def _function(method: Any) -> tuple[types.FunctionType | None, str]:
-    """Return the function in an entry of a class's namespace, and the name of what wraps it there."""
-    inner = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
-    wrapped = "" if inner is method else type(method).__name__
-    return (inner, wrapped) if isinstance(inner, types.FunctionType) else (None, wrapped)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 def assign_class(layer: Any, kind: type) -> None:
