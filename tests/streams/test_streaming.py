@@ -806,6 +806,49 @@ def test_an_output_that_is_a_state(tmp_path):
     assert problems(Stream, path)[0].startswith("Stream(file): has no input x with an output x.next")
 
 
+@pytest.mark.parametrize("kind", ["module", "graph", "program"])
+def test_names_that_fit_no_state_are_refused(kind, tmp_path):
+    model, x, path = nn.Sequential(nn.LSTM(3, 4)).eval(), torch.randn(5, 2, 3), tmp_path / "model.onnx"
+    form = {
+        "module": lambda: streaming(model, x),
+        "graph": lambda: streaming(trace(model), x),
+        "program": lambda: streaming(torch.export.export(model, (x,))),
+    }[kind]()
+    stream = Stream(form)
+    state = stream.state
+    stream.state = state | {"1.h": x}
+    assert problems(stream, x) == ["state: has 1.h, which is no state; the states are: 0.h, 0.c"]
+    stream.state = {"0.h": x}
+    assert problems(stream, x) == ["state: has no 0.c; give what the last call returned"]
+    args = None if kind == "program" else x
+    found = problems(export_onnx, form, args, path, input_names=["x", "hidden", "cell"])
+    fix = "leave it out: states keep their own names"
+    assert found == [
+        f"hidden: is to be the name of the state 0.h; {fix}",
+        f"cell: is to be the name of the state 0.c; {fix}",
+    ]
+    found = problems(export_onnx, form, args, path, output_names=["y", "h", "c", "0.h.next", "cell"])
+    assert found == [f"cell: is to be the name of the state 0.c.next; {fix}"]
+    export_onnx(form, args, path, input_names=["x", "0.h", "0.c"])
+    if kind == "graph":
+        with pytest.raises(AssertionError, match="has a name which is no state"):
+            form(x, state | {"1.h": x})
+
+
+def test_dynamic_shapes_of_one_argument(tmp_path):
+    """The sizes of the only argument, as a tuple: not one for each argument."""
+    model, x, path = nn.Sequential(nn.GRU(3, 4)).eval(), torch.randn(5, 2, 3), tmp_path / "model.onnx"
+    several = Wrapped(nn.GRU(3, 4), lambda layer, x, y: layer(x + y)[0]).eval()  # takes `*args`
+    batch = torch.export.Dim("b")
+    static = torch.export.Dim.STATIC
+    for shapes in ({"input": (static, batch, static)}, {"input": {1: batch}}, ({1: batch},)):
+        export_onnx(streaming(model, x), x, path, dynamic_shapes=shapes)
+        wide = torch.randn(5, 3, 3)
+        assert_same(Stream(path, 3)(wide), model(wide), rtol=1e-5)
+    export_onnx(streaming(several, (x, x)), (x, x.clone()), path, dynamic_shapes={"args": ({1: batch}, {1: batch})})
+    assert_same(Stream(path, 3)(wide, wide), several(wide, wide).detach(), rtol=1e-5)
+
+
 # Drift
 
 

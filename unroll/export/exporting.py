@@ -140,7 +140,7 @@ def export_onnx(
         program = capture(model, args, kwargs, dynamic_shapes=named_dims(dynamic_shapes), where=where, rules=rules)
         clock("translate")
         written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
-    name_states(model, program, written)
+    name_states(model, program, written, input_names or (), output_names or ())
     clock("unroll")
     with limited(limit):
         unroll_ir(written, where=None if where is None else from_torch, plan=plan)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -59,10 +59,14 @@ def _open_rows(state: Tensor) -> dict[int, Any]:
 
 def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> dict[str, Any]:
     """Return dynamic shapes for the arguments of the model inside, as `Streaming.forward` takes them."""
-    bound = list(inspect.signature(model.model.forward).bind_partial(*args).arguments)
+    signature = inspect.signature(model.model.forward)
+    bound = signature.bind_partial(*args).arguments
     if isinstance(shapes, Mapping):
-        positional = shapes[bound[0]] if len(bound) == 1 and isinstance(shapes.get(bound[0]), tuple) else None
-        positional = tuple(shapes.get(name) for name in bound) if positional is None else positional
+        positional: tuple[Any, ...] = ()
+        for name, value in bound.items():
+            given = shapes.get(name)
+            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL  # `*args`
+            positional += (tuple(given or [None] * len(value))) if several else (given,)
         named = {name: shapes.get(name) for name in kwargs if name != ARGUMENT}
         unknown = [name for name in shapes if name not in bound and name not in named]
         if unknown:
@@ -77,13 +81,24 @@ def _with_states(model: Streaming, args: tuple[Any, ...], kwargs: dict[str, Any]
     return {**found, "kwargs": named} if named else found
 
 
-def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, written: ir.Model) -> None:
+def name_states(
+    model: nn.Module | ExportedProgram,
+    program: ExportedProgram,
+    written: ir.Model,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> None:
     """Call the states of a streaming model by their names in the file.
 
     Args:
         model: of any kind; others than streaming ones are left alone.
         program: what it was captured as.
         written: the model of the file.
+        input_names: the names that were asked for, for the first inputs at least.
+        output_names: the same for outputs.
+
+    Raises:
+        UnrollError: for other names that were asked for states, and for states called as something else.
     """
     if not isinstance(model, Streaming) and example_state(model) is None:
         return
@@ -98,10 +113,14 @@ def name_states(model: nn.Module | ExportedProgram, program: ExportedProgram, wr
     named = {name: graph.inputs[k] for name, k in state.items()}
     named |= {f"{name}{NEXT}": value for name, value in zip(state, graph.outputs[results:])}
     others = {value.name for value in (*graph.inputs, *graph.outputs)} - {value.name for value in named.values()}
-    fix = "give the other one another name, by input_names or output_names"
+    asked = dict(zip(graph.inputs, input_names)) | dict(zip(graph.outputs, output_names))
     problems = Problems(
-        Problem(name, "is the name of a state and of something else", fix) for name in named if name in others
+        Problem(asked[value], f"is to be the name of the state {name}", "leave it out: states keep their own names")
+        for name, value in named.items()
+        if asked.get(value, name) != name
     )
+    fix = "give the other one another name, by input_names or output_names"
+    problems += (Problem(name, "is the name of a state and of something else", fix) for name in named if name in others)
     problems.check()
     # Values inside make way for the names.
     for node in graph:

@@ -53,6 +53,10 @@ def stream_graph(
     with graph.inserting_before(state.next):
         for name in example:
             inputs[name] = graph.create_node("call_function", operator.getitem, (state, name), name=_identifier(name))
+        # each name is asked for, so that no other fits into as many
+        fits = graph.call_function(operator.eq, (graph.call_function(len, (state,)), len(example)))
+        message = f"state: has a name which is no state; the states are: {', '.join(example)}"
+        graph.call_function(torch._assert, (fits, message))
     finals = _rewire(chains, inputs)
     output = graph.output_node()
     output.args = ((output.args[0], finals),)

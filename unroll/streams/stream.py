@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from unroll.core.errors import Problem, UnrollError
 from unroll.streams.graphs import example_state, initial_state
 from unroll.streams.modules import Streaming
+from unroll.streams.states import check_state_names
 
 
 class Stream:
@@ -73,10 +74,16 @@ def _runner(model: Any) -> tuple[Any, Any]:
         return runner(model)
     if isinstance(model, Streaming):
         return torch.no_grad()(model), model.initial_state
-    if example_state(model) is None:
+    example = example_state(model)
+    if example is None:
         finding = f"is a {type(model).__name__} without named states"
         raise UnrollError(
             Problem("Stream(model)", finding, "give what unroll.streaming returned, or a file made of it")
         )
     run = model.module() if isinstance(model, ExportedProgram) else model
-    return torch.no_grad()(run), partial(initial_state, model)
+
+    def checked(*args: Any, state: Any, **kwargs: Any) -> Any:
+        check_state_names("state", state, example)
+        return run(*args, state=state, **kwargs)
+
+    return torch.no_grad()(checked), partial(initial_state, model)
