@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError, UnrollWarning
 from unroll.core.options import Rules, Steps, Where, limited, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
 from unroll.graphs import programs
+from unroll.graphs.forwards import functional_calls
 from unroll.graphs.rewrite import unroll_graph
+from unroll.modules.find import find, walk_objects
+from unroll.modules.layers import Unrolled
 from unroll.modules.replace import replace
 from unroll.torchscript.rewrite import unroll_script
 
@@ -64,6 +68,10 @@ def unroll(
     Raises:
         UnrollError: with every layer that cannot be unrolled, why, and what to do.
 
+    Warns:
+        UnrollWarning: if a module holds no recurrent layer, unrolled or not, and for each module whose `forward` calls
+            `torch.lstm`, `torch.gru_cell` or their kin itself; both only without `where`.
+
     Example:
         >>> model = nn.Sequential(nn.LSTM(3, 5, num_layers=2, bidirectional=True))
         >>> x = torch.randn(7, 2, 3)
@@ -106,9 +114,29 @@ def _unrolled(
         return unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps, limit=limit)
-        return replace(model, plan, where, rules, freeze=freeze)
+        unrolled = replace(model, plan, where, rules, freeze=freeze)
+        if where is None:
+            _warn_of_the_rest(model, unrolled, rules)
+        return unrolled
     kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
     raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
+
+
+def _warn_of_the_rest(model: nn.Module, unrolled: nn.Module, rules: Rules | None) -> None:
+    """Warn of functions that are called in place of layers, and if there is nothing that was unrolled."""
+    calls = functional_calls(model)
+    for name, function in calls.items():
+        place = f"{name or type(model).__name__}.forward"
+        fix = "call unroll on a graph of the model: unroll.trace, torch.export or torch.jit.script"
+        _warn(f"{place}: calls {function}, which stays as it is in a module; {fix}")
+    if not calls and not any(isinstance(value, Unrolled) for _, value in walk_objects(unrolled)):
+        if not find(model, None, rules):
+            fix = "if it calls functions such as torch.lstm, give a graph of it: unroll.trace or torch.export"
+            _warn(f"{type(model).__name__}: has no recurrent layer, and nothing was unrolled; {fix}")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UnrollWarning, stacklevel=4)
 
 
 def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:

@@ -35,7 +35,8 @@ def unroll_backend(
 
     Registered as `"unroll"`. Dynamo shows `nn.LSTM`, `nn.GRU` and `nn.RNN` to a backend only while
     `torch._dynamo.config.allow_rnn` is set, which `unroll.compile` does for the calls of its own
-    model alone. (Without it, and with `fullgraph=True`, Dynamo raises an error of its own first.)
+    model alone. (Without it, and with `fullgraph=True`, Dynamo raises an error of its own first. Without either,
+    Dynamo leaves a module that calls such a layer to Python and calls no backend, which can then say nothing.)
 
     Args:
         graph: what Dynamo captured.
