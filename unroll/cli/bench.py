@@ -17,6 +17,7 @@ from unroll.bench.plots import draw
 from unroll.bench.results import COLUMNS, Measurements, advice, by_subject, cells, in_order
 from unroll.bench.run import benchmark
 from unroll.bench.subjects import DTYPES, LAYER, SWEPT
+from unroll.cli.path import import_from_here
 from unroll.cli.printing import console, print_whole
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
@@ -123,6 +124,8 @@ def _measure(subject: list[str], given: dict[str, Any], *, as_json: bool) -> Mea
         "bias": False if without_bias else None,
         **given,
     }
+    if factory is not None:
+        import_from_here()
     with _bar() as progress, redirect_stdout(sys.stderr) if as_json else nullcontext():
         return benchmark(factory or kind or "lstm", progress=progress, **options)
 

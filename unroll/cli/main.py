@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.cli.bench import bench_command
+from unroll.cli.path import import_from_here
 from unroll.cli.printing import console, plain, print_json, print_layers, show_parts, stdout_for
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import STEPS, limited
@@ -64,7 +63,6 @@ UNROLLING = ("where", "plan")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors are printed with their fix and end it with exit code 1."""
-    sys.path.insert(0, os.getcwd())
     try:
         app(arguments)
     except UnrollError as error:
@@ -116,6 +114,7 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write a PyTorch model as an ONNX file without recurrent operators, and check it."""
+    import_from_here()
     with stdout_for(as_json):
         model, args, given = load_factory(factory)
         if args is None and not isinstance(model, ExportedProgram):
@@ -159,6 +158,7 @@ def inspect_command(
                 if steps is not None:
                     fix = "leave it out: the example arguments tell"
                     raise UnrollError(Problem(f"--steps {steps}", "was given for a PyTorch model", fix))
+                import_from_here()
                 made, args, given = load_factory(model)
                 options = options_of(model, given, where=where)
                 part("unroll")
@@ -188,7 +188,9 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
     read_target(target)  # an unknown name is told first
     with stdout_for(as_json), show_parts() as part:
         part("read")
-        made, args, options = load_factory(model) if _is_factory(model) else (model, None, {})
+        if is_factory := _is_factory(model):
+            import_from_here()
+        made, args, options = load_factory(model) if is_factory else (model, None, {})
         if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
             raise UnrollError(_alone(model))
         as_it_is = args is None or isinstance(made, ExportedProgram)

@@ -15,8 +15,9 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError, innermost
 from unroll.core.patching import alone, patched, without_warnings
+from unroll.export.squeezes import drop_idle_squeezes
 
 # What torch says of its own workings while it exports.
 NOISE = (
@@ -76,6 +77,7 @@ def translate(
         finding, fix = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
         raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
     _refuse_twice([*(input_names or ()), *(output_names or ())])
+    drop_idle_squeezes(program)
     try:
         with alone(exports=True):
             translated = torch.onnx.export(
@@ -88,7 +90,8 @@ def translate(
                 dynamic_shapes=pytree.tree_map(lambda d: getattr(d, "__name__", d), dynamic_shapes),  # for their names
             )
     except Exception as error:
-        finding = f"cannot be translated by torch.onnx.export ({type(error).__name__}: {error})"
+        cause = innermost(error)
+        finding = f"cannot be translated by torch.onnx.export ({type(cause).__name__}: {cause})"
         raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
     assert translated is not None
     model: ir.Model = translated.model

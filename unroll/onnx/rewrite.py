@@ -21,7 +21,7 @@ from unroll.onnx.calls import Call
 from unroll.onnx.layers import DOMAIN, LAYER, LayerCall, is_layer
 from unroll.onnx.lowering import Lowering
 from unroll.onnx.reading import read_model
-from unroll.onnx.standard import STANDARD, StandardCall, check_node
+from unroll.onnx.standard import OF_RUNTIMES, STANDARD, StandardCall, check_node
 from unroll.onnx.surgery import drop_unread, drop_unread_initializers, hand_over, without_unread
 from unroll.onnx.writer import Constants, OnnxWriter
 
@@ -100,8 +100,13 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
     _inline(model)
     nodes = list(recurrent_nodes(model))
     chosen = [node for node in nodes if chooses(where, [_label(node)], _any(node))]
+    foreign = [node for node in all_nodes(model) if (node.domain, node.op_type) in OF_RUNTIMES]
     problems = unknown_steps(steps, map(_label, chosen))
-    problems += unknown_names(where, list(map(_label, nodes)), "node")
+    problems += unknown_names(where, list(map(_label, [*nodes, *foreign])), "node")
+    for node in foreign:
+        if chooses(where, [_label(node)], _any(node)):
+            fix = "give the file as it was before ONNX Runtime's tools rewrote it, or leave the node out by where="
+            problems.add(_label(node), f"is recurrent, and ONNX Runtime's own {node.domain}::{node.op_type}", fix)
     if any(_is_open(value) for node in chosen for value in node.inputs[:1]):
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
     # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.

@@ -22,6 +22,9 @@ from unroll.onnx.writer import OnnxWriter, reshape_to
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""
 
+OF_RUNTIMES = {("com.microsoft", "DynamicQuantizeLSTM"), ("com.microsoft", "AttnLSTM")}
+"""Recurrent operators of ONNX Runtime's own, by domain and name"""
+
 INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 """The inputs of each operator, of which all but an LSTM have the first six"""
 
