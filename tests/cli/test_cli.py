@@ -389,3 +389,50 @@ def test_missing_extra_is_named(monkeypatch):
 def test_the_script_has_its_name():
     project = tomllib.loads((Path(unroll.__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"unroll": f"{main.__module__}:{main.__name__}"}
+
+
+def rnn_file(path):
+    onnx.save(standard.model("RNN", {}, standard.draw("RNN", {}, dtype=np.float32)), path)
+
+
+def test_a_file_is_not_written_over_itself(run, tmp_path):
+    rnn_file("m.onnx")
+    before = Path("m.onnx").read_bytes()
+    Path("link.onnx").symlink_to("m.onnx")
+    for target in ("m.onnx", "./m.onnx", "link.onnx", tmp_path / "m.onnx"):
+        code, _, err = run("onnx", "m.onnx", target)
+        assert (code, "is the file to be read" in err, Path("m.onnx").read_bytes() == before) == (1, True, True)
+    code, _, _ = run("onnx", "m.onnx", "m.onnx", "--force")
+    assert code == 0
+    assert {node.op_type for node in onnx.load("m.onnx").graph.node} & {"RNN", "Tanh"} == {"Tanh"}
+
+
+def test_the_limit_of_steps(run):
+    rnn_file("m.onnx")
+    code, _, err = run("onnx", "m.onnx", "n.onnx", "--limit", "3")
+    assert (code, "4 steps written out, more than the limit of 3" in " ".join(err.split())) == (1, True)
+    code, out, _ = run("inspect", "m.onnx", "--limit", "3", "--json")
+    assert (code, "limit of 3" in out) == (1, True)
+    assert run("onnx", "m.onnx", "n.onnx", "--limit", "4")[0] == 0
+
+
+@pytest.mark.parametrize("command", [["-m", "unroll"], ["-c", "from unroll.cli.main import main; main()"]])
+@pytest.mark.parametrize("name", ["onnx_ir", "onnx", "google", "onnxruntime"])
+def test_what_lies_beside_a_file_is_not_run(tmp_path, command, name):
+    rnn_file(tmp_path / "m.onnx")
+    (tmp_path / f"{name}.py").write_text("print('RAN')\nraise SystemExit(9)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(unroll.__file__).parents[1])}
+    if command[0] == "-c":
+        environment["PYTHONSAFEPATH"] = "1"  # as a script that was installed: the folder of a -c is the current one
+    for arguments in (["inspect", "m.onnx"], ["onnx", "m.onnx", "n.onnx"]):
+        done = subprocess.run(
+            [sys.executable, *command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, "RAN" in done.stdout + done.stderr) == (0, False), done.stderr
+
+
+def test_a_factory_of_the_current_folder_comes_last(run, tmp_path):
+    (tmp_path / "mine_of_here.py").write_text("import torch\ndef make():\n    return torch.nn.GRU(2, 3).eval()\n")
+    (tmp_path / "json.py").write_text("raise SystemExit(9)\n")
+    assert run("inspect", "mine_of_here:make")[0] == 0
+    assert sys.path[-1] == str(tmp_path)

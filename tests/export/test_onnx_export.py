@@ -408,20 +408,60 @@ def test_an_example_that_is_a_piece_of_a_tensor(tmp_path):
         assert_same(run(export.path, whole), model(whole), rtol=1e-5)
 
 
-def test_what_to_do_where_onnx_runtime_refuses_a_file(tmp_path):
-    class Squeezes(nn.Module):
+class Squeezes(nn.Module):
+    """Squeezes sizes that are not one, which torch leaves, and one that is."""
+
+    def __init__(self, *axes):
+        super().__init__()
+        self.rnn, self.axes = nn.GRU(FEATURES, HIDDEN), axes
+
+    def forward(self, x):
+        for axis in self.axes:
+            x = x.squeeze(axis)
+        return self.rnn(x)[0].squeeze(self.axes[0])
+
+
+@pytest.mark.parametrize("axes", [(0,), (-1, 1), ((0, 2),), ((0, 3), -1)])
+def test_squeezes_that_leave_out_nothing(tmp_path, axes):
+    model = Squeezes(*axes).eval()
+    x = torch.randn(4, 3, FEATURES, *[1] * (axes == ((0, 3), -1)))
+    if axes == ((0, 3), -1):
+        model.forward = lambda x: model.rnn(x.squeeze((0, 3)))[0].squeeze(-1)
+    export = export_onnx(model, x, tmp_path / "m.onnx")
+    with torch.no_grad():
+        assert_same(run(export.path, x), (model(x),), rtol=1e-5)
+    assert export.operators["Squeeze"] == (axes == ((0, 3), -1))
+
+
+@pytest.mark.parametrize("name", ["zeros", "add", "full", "output", "x"])
+def test_tensors_called_as_what_a_graph_computes(tmp_path, name):
+    class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.rnn = nn.GRU(FEATURES, HIDDEN)
+            self.register_buffer(name, torch.randn(HIDDEN))
 
-        def forward(self, x):
-            return self.rnn(x)[0].squeeze(-1)  # of 5 features: torch leaves them, and its exporter writes a Squeeze
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            output = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], total_length=x.shape[0])[0]
+            return output + getattr(self, name) + torch.zeros(HIDDEN), torch.full((2,), 3.0)
 
-    model, x = Squeezes().eval(), torch.randn(4, 3, FEATURES)
+    model, inputs = Model().eval(), (torch.randn(6, 3, FEATURES), torch.tensor([2, 6, 4]))
+    export_onnx(model, inputs, tmp_path / "m.onnx")
+    names = {tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert name in names or f"{name}.1" in names
+    assert not any("unroll_names" in found for found in names)
+
+
+def test_what_to_do_where_onnx_runtime_refuses_a_file(tmp_path):
+    text = "g (float[2, 3] x) => (float[2] y) <int64[1] a = {1}> { y = Squeeze(x, a) }"
+    opset = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(onnx.parser.parse_graph(text), opset_imports=[opset], ir_version=9)
+    onnx.save(model, tmp_path / "squeeze.onnx")
     with pytest.raises(
         UnrollError, match="torch's exporter wrote that node if it is no step of a layer: change the operation"
     ):
-        export_onnx(model, x, tmp_path / "m.onnx")
+        unroll.Stream(tmp_path / "squeeze.onnx")
     graph = onnx.parser.parse_graph("g (float[2] x) => (float[2] y) { y = Tanh(x) }")
     for versions, reason in (
         ((1000, 10), r"1000 is under development.*; ask for an older opset_version, or pass check=False"),

@@ -310,3 +310,15 @@ def test_reading_leaves_what_it_is_given(tmp_path, monkeypatch):
     assert reading.read_model("m.onnx").graph.name == reading.read_model(os.path.abspath("m.onnx")).graph.name
     with pytest.raises(UnrollError, match=r"unroll\(model\): got builtins.int"):
         reading.read_model(3)
+
+
+@pytest.mark.parametrize("operator", ["DynamicQuantizeLSTM", "AttnLSTM"])
+def test_recurrent_operators_of_onnx_runtime(operator):
+    opset = helper.make_opsetid("com.microsoft", 1)
+    node = helper.make_node(operator, ["y"], ["z"], domain="com.microsoft", name="theirs")
+    model = lstm(change=lambda m: (m.graph.node.append(node), m.opset_import.append(opset)))
+    with pytest.raises(UnrollError, match=f"theirs: is recurrent, and ONNX Runtime's own com.microsoft::{operator}"):
+        unroll.unroll(model)
+    with pytest.raises(UnrollError, match="theirs: is recurrent"):
+        unroll.unroll(model, where="theirs")
+    assert operators(unroll.unroll(model, where="n")) >= {operator}

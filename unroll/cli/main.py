@@ -81,6 +81,7 @@ def onnx_command(
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",
     limit: LimitOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over the file that is read.")] = False,
     as_json: Json = False,
 ) -> None:
     """Replace the LSTM, GRU and RNN nodes of an ONNX file by plain operators.
@@ -92,7 +93,9 @@ def onnx_command(
     from unroll.export.rewriting import rewrite_file
 
     with show_parts() as part:
-        done = rewrite_file(source, target, where=where, plan=plan, steps=steps, limit=limit, progress=part)
+        done = rewrite_file(
+            source, target, where=where, plan=plan, steps=steps, limit=limit, force=force, progress=part
+        )
     if as_json:
         operators = dict(done.operators)
         print_json({"path": str(done.path), "size": done.size, "replaced": done.replaced, "operators": operators})

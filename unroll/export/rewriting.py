@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Steps, Where, limited
 from unroll.core.plan import Plan
 from unroll.export import verify
@@ -36,6 +37,7 @@ def rewrite_file(
     plan: Plan | str | None = None,
     steps: Steps = None,
     limit: int | None = None,
+    force: bool = False,
     progress: Callable[[str], None] = lambda part: None,
 ) -> Rewritten:
     """Unroll an ONNX file into another, which appears only if `onnx.checker` takes it.
@@ -47,12 +49,16 @@ def rewrite_file(
         plan: how the steps are laid out.
         steps: the number of time steps where the file leaves it open.
         limit: the most steps of a layer that are written out, as for `unroll`.
+        force: whether the target may be the source, which is lost then.
         progress: called with the name of each part of the work as it begins.
 
     Raises:
         UnrollError: for what cannot be read, honoured or written.
     """
     path = files.check_path(target)
+    if not force and path.exists() and os.path.exists(source) and os.path.samefile(source, path):
+        fix = "give another name, or pass --force, force=True, to lose what it holds"
+        raise UnrollError(Problem(str(path), "is the file to be read", fix))
     progress("read")
     model = read_model(source)
     progress("unroll")

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
 from unroll.core.patching import alone, patched, without_warnings
+from unroll.export.names import name_apart, name_back
 from unroll.export.squeezes import drop_idle_squeezes
 
 # What torch says of its own workings while it exports.
@@ -78,6 +79,7 @@ def translate(
         raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
     _refuse_twice([*(input_names or ()), *(output_names or ())])
     drop_idle_squeezes(program)
+    program = name_apart(program)
     try:
         with alone(exports=True):
             translated = torch.onnx.export(
@@ -95,6 +97,7 @@ def translate(
         raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
     assert translated is not None
     model: ir.Model = translated.model
+    name_back(model)
     _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
     problems = Problems()
     for kind, names, values in (
