@@ -29,7 +29,7 @@ Place = int | str
 
 
 class Effect(NamedTuple):
-    """What an operation does to the memory of an operand."""
+    """The effect of an operation on the memory of an operand."""
 
     writes: bool
     """True if it may write to it"""
