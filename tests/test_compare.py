@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -261,3 +262,26 @@ def test_a_model_that_cannot_be_copied_asks_for_no_reference():
     with pytest.raises(UnrollError, match=r"cannot be copied to float64 .*compare with reference=False"):
         compare(layer, layer, (INPUT,))
     assert compare(layer, layer, (INPUT,), reference=False).ok
+
+
+def test_two_files(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx_ir")
+    from tests.onnx import standard
+
+    inputs = standard.draw("LSTM", {}, dtype=np.float32)
+    model = standard.model("LSTM", {}, inputs)
+    onnx.save(model, tmp_path / "a.onnx")
+    onnx.save(unroll(model), tmp_path / "b.onnx")
+    x = torch.from_numpy(inputs["X"])
+    assert compare(tmp_path / "a.onnx", str(tmp_path / "b.onnx"), x).check().rows[0].place == "output['Y']"
+    assert compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (), {"X": x}).ok
+    onnx.save(standard.model("LSTM", {}, inputs | {"W": inputs["W"] * 1.01}), tmp_path / "c.onnx")
+    assert not compare(tmp_path / "a.onnx", tmp_path / "c.onnx", x).ok
+    with pytest.raises(UnrollError, match=r"takes X; give a tensor for each"):
+        compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x, x))
+    with pytest.raises(UnrollError, match=r"fails in ONNX Runtime"):
+        compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x[:, :, :1],))
+    with pytest.raises(UnrollError, match="gradients"):
+        compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x,), gradients=True)

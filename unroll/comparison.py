@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import seeded
+from unroll.extras import require
 from unroll.roundings import SHAKES, Shaken
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -108,8 +110,8 @@ def align(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def compare(
-    original: Callable[..., Any],
-    rewritten: Callable[..., Any],
+    original: Callable[..., Any] | str | os.PathLike[str],
+    rewritten: Callable[..., Any] | str | os.PathLike[str],
     args: Tensor | tuple[Any, ...] | list[tuple[Any, ...]],
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -135,14 +137,14 @@ def compare(
     is four in float32 and float64, else one. An original that is no module, or cannot be copied, has no `change`.
 
     Args:
-        original: a module, or any callable.
+        original: a module, any callable, or the path of an ONNX file, which ONNX Runtime runs.
         rewritten: what should do the same.
         args: a tuple of positional arguments (or a single tensor), or a list of such tuples for several inputs.
         kwargs: keyword arguments, the same for each input.
         gradients: compare also the gradients of inputs and, by name, of parameters, for one random
             direction of all outputs. A parameter that nothing uses has a gradient of zeros.
         reference: judge by a float64 copy of `original`, where that is an `nn.Module`.
-        rtol: 1e-9 in float64, 1e-5 in float32, 5e-3 in float16 and 4e-2 in bfloat16 by default.
+        rtol: 1e-9 in float64, 1e-5 in float32 (of files 1e-4), 5e-3 in float16 and 4e-2 in bfloat16 by default.
         seed: of torch's random numbers before each run, so that dropout draws alike. Afterwards they go on as if
             nothing had been drawn.
 
@@ -162,20 +164,40 @@ def compare(
     if not inputs or not all(isinstance(given, tuple) for given in inputs):
         fix = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
         raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", fix))
-    exact = _double(original) if reference and isinstance(original, nn.Module) else None
+    first, second = _runnable(original), _runnable(rewritten)
+    if first is not original or second is not rewritten:
+        rtol = rtol_of(inputs) if rtol is None else rtol
+        if gradients:
+            raise UnrollError(Problem("compare(gradients=True)", "was given for a file", "leave gradients out"))
+    exact = _double(first) if reference and isinstance(first, nn.Module) else None
     rows: list[Row] = []
     for number, given in enumerate(inputs):
         where = f"input {number}: " if len(inputs) > 1 else ""
         results = [
             _run(function, given, dict(kwargs or {}), gradients, seed, double=function is exact)
-            for function in (original, rewritten, exact)
+            for function in (first, second, exact)
             if function is not None
         ]
         found = list(_rows(results, rtol))
         if any(row.finding and row.place in results[0][1] for row in found):
-            found = list(_rows(results, rtol, _changes(original, given, dict(kwargs or {}), seed)))
+            found = list(_rows(results, rtol, _changes(first, given, dict(kwargs or {}), seed)))
         rows += [row._replace(place=where + row.place) for row in found]
     return Report(tuple(rows))
+
+
+def _runnable(model: Any) -> Callable[..., Any]:
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    require("onnxruntime")
+    from unroll.onnx.runtime import function_of
+
+    return function_of(model)
+
+
+def rtol_of(inputs: Any) -> float:
+    """Return the tolerance across runtimes for the types of some inputs."""
+    found = {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)} & ACROSS_RUNTIMES.keys()
+    return max(ACROSS_RUNTIMES[dtype] for dtype in found or [torch.float32])
 
 
 def _double(original: nn.Module) -> nn.Module | None:

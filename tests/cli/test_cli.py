@@ -136,7 +136,7 @@ def test_onnx(run, source):
     code, out, _ = run("onnx", source, "out.onnx")
     assert code == 0 and out.startswith("out.onnx: ") and " nodes, 0.0 MB" in out
     assert "Scan" in operators("out.onnx") and "GRU" not in operators("out.onnx")
-    code, again, _ = run("onnx", "out.onnx", "out.onnx")
+    code, again, _ = run("onnx", "out.onnx", "out.onnx", "--force")
     assert (code, again) == (0, out.rstrip() + "; no recurrent node was replaced\n")
     code, out, _ = run("onnx", source, "out.onnx", "--steps", "4", "--plan", "npu", "--json")
     found = json.loads(out)
@@ -405,6 +405,21 @@ def test_a_file_is_not_written_over_itself(run, tmp_path):
     code, _, _ = run("onnx", "m.onnx", "m.onnx", "--force")
     assert code == 0
     assert {node.op_type for node in onnx.load("m.onnx").graph.node} & {"RNN", "Tanh"} == {"Tanh"}
+
+
+def test_both_files_are_compared(run, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    for kind in ("LSTM", "GRU", "RNN"):
+        inputs = standard.draw(kind, {}, optional=("B", "sequence_lens", "initial_h"), dtype=np.float32)
+        onnx.save(standard.model(kind, {}, inputs, dynamic=("steps", "batch")), "m.onnx")
+        for options in ([], ["--steps", "4"], ["--plan", "time=3"]):
+            assert run("onnx", "m.onnx", "n.onnx", "--check", "--force", *options)[0] == 0
+    from unroll.core import cells
+
+    monkeypatch.setitem(cells.CELLS, "RNN_TANH", cells.CELLS["RNN_RELU"])
+    Path("n.onnx").unlink()
+    code, _, err = run("onnx", "m.onnx", "n.onnx", "--check")
+    assert (code, "differs by" in err, Path("n.onnx").exists()) == (1, True, False)
 
 
 def test_the_limit_of_steps(run):

@@ -81,6 +81,7 @@ def onnx_command(
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",
     limit: LimitOption = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare both in ONNX Runtime on random numbers.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over the file that is read.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -89,12 +90,20 @@ def onnx_command(
     Where the file leaves the number of time steps open, they run in a Scan; with --steps they are written out, or with
     --plan gates=paired,time=8 run in a Scan all the same, 8 in a turn.
     """
-    require("onnx", "onnx_ir")
+    require("onnx", "onnx_ir", *["onnxruntime"] * check)
     from unroll.export.rewriting import rewrite_file
 
     with show_parts() as part:
         done = rewrite_file(
-            source, target, where=where, plan=plan, steps=steps, limit=limit, force=force, progress=part
+            source,
+            target,
+            where=where,
+            plan=plan,
+            steps=steps,
+            limit=limit,
+            check=check,
+            force=force,
+            progress=part,
         )
     if as_json:
         operators = dict(done.operators)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from unroll.core.errors import Problems
 from unroll.onnx.layers import DOMAIN
 
 
@@ -48,6 +49,49 @@ def fresh_inputs(
                     leaf = _drawn(leaf, shape, generator).to(leaf.device)
             drawn.append(leaf)
         yield pytree.tree_unflatten(drawn, spec)
+
+
+DRAWN = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}
+"""The types of a file's inputs, by ONNX Runtime's names, of which random numbers can be drawn"""
+
+
+def file_inputs(place: str, values: Sequence[Any], steps: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield random inputs of a file: with its open sizes larger, smaller, and all the same.
+
+    Args:
+        place: the file, for messages.
+        values: its inputs, as ONNX Runtime tells them.
+        steps: the size of all that are open, if they were asked to be written out.
+
+    Raises:
+        UnrollError: for a type of which none can be drawn.
+    """
+    problems = Problems()
+    for value in values:
+        if value.type not in DRAWN:
+            problems.add(f"{place}: {value.name}", f"is a {value.type}, of which none is drawn", "leave out --check")
+    problems.check()
+    generator = torch.Generator().manual_seed(0)
+    opened = dict.fromkeys(size for value in values for size in value.shape if not isinstance(size, int))
+    tried: Any = [[steps] * len(opened)] if steps else [range(3, 3 + len(opened)), [2] * len(opened), [5] * len(opened)]
+    for sizes in tried:
+        chosen: dict[Any, int] = dict(zip(opened, sizes, strict=True))
+        drawn = []
+        for value in values:
+            shape: Any = [chosen.get(size, size) for size in value.shape]
+            dtype = DRAWN[value.type]
+            if dtype.is_floating_point:
+                drawn.append(torch.randn(shape, generator=generator).to(dtype))
+            else:  # numbers that lengths, and places in a table, may be
+                drawn.append(torch.randint(1, 3, shape, generator=generator).to(dtype))
+        yield tuple(drawn)
 
 
 def _within(size: int, limits: Any) -> int:

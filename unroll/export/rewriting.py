@@ -38,6 +38,7 @@ def rewrite_file(
     steps: Steps = None,
     limit: int | None = None,
     force: bool = False,
+    check: bool = False,
     progress: Callable[[str], None] = lambda part: None,
 ) -> Rewritten:
     """Unroll an ONNX file into another, which appears only if `onnx.checker` takes it.
@@ -49,6 +50,7 @@ def rewrite_file(
         plan: how the steps are laid out.
         steps: the number of time steps where the file leaves it open.
         limit: the most steps of a layer that are written out, as for `unroll`.
+        check: whether to compare both in ONNX Runtime, on random inputs.
         force: whether the target may be the source, which is lost then.
         progress: called with the name of each part of the work as it begins.
 
@@ -71,4 +73,6 @@ def rewrite_file(
         progress("check")
         size = files.size(draft)
         verify.check_file(draft, path, source)
+        if check:
+            verify.check_same(source, draft, path, steps if isinstance(steps, int) else None)
     return Rewritten(path, size, replaced, verify.operators(model))

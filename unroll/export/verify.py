@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.comparison import ACROSS_RUNTIMES, Report, Row, compare
+from unroll.comparison import ACROSS_RUNTIMES, Report, Row, compare, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
-from unroll.export.inputs import fresh_inputs
+from unroll.export.inputs import file_inputs, fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
-from unroll.onnx.runtime import first_line, session
+from unroll.onnx.runtime import first_line, function_of, session
 
 
 def operators(model: ir.Model) -> Counter[str]:
@@ -79,6 +79,36 @@ def _fault(path: str | os.PathLike[str]) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+def check_same(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], name: str | os.PathLike[str], steps: int | None = None
+) -> Report:
+    """Compare a file with the one that it was made of, in ONNX Runtime on random inputs.
+
+    Inputs that the source itself refuses are left out.
+
+    Args:
+        source: the file it was made of.
+        path: where the file lies.
+        name: what it is called in messages.
+        steps: the size of all that the source leaves open, where steps were asked to be written out.
+
+    Raises:
+        UnrollError: naming what differs, and if the source refuses all of them.
+    """
+    original, rewritten = function_of(source), function_of(path, name)
+    taken = []
+    for given in file_inputs(os.fspath(source), session(source, source).get_inputs(), steps):
+        problems = Problems()
+        with problems:
+            original(*given)
+        if not problems:
+            taken.append(given)
+    if not taken:
+        finding = "refuses all random inputs, so that nothing was compared"
+        raise UnrollError(Problem(os.fspath(source), finding, "leave out --check, and use unroll.compare on your own"))
+    return compare(original, rewritten, taken, reference=False, rtol=rtol_of(taken)).check()
 
 
 def check_values(

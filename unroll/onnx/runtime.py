@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from unroll.core.errors import Problem, UnrollError
 
@@ -25,6 +28,34 @@ def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
         else:
             finding, fix = f"is refused by ONNX Runtime ({first_line(error)})", _fix(str(error))
         raise UnrollError(Problem(os.fspath(name), finding, fix)) from error
+
+
+def function_of(path: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
+    """Return a function that runs a file on tensors, in the order of its inputs: its outputs, by name.
+
+    Args:
+        path: where the file lies.
+        name: what it is called in messages.
+
+    Raises:
+        UnrollError: if ONNX Runtime refuses the file, and when it is called on what the file cannot take.
+    """
+    place = os.fspath(path if name is None else name)
+    runner = session(path, place)
+    names, outputs = ([value.name for value in values] for values in (runner.get_inputs(), runner.get_outputs()))
+
+    def run(*tensors: Any, **named: Any) -> dict[str, torch.Tensor]:
+        given = dict(zip(names, tensors)) | named
+        if len(tensors) + len(named) != len(names) or given.keys() != set(names):
+            raise UnrollError(Problem(place, f"takes {', '.join(names)}", "give a tensor for each"))
+        try:
+            found = runner.run(None, {name: tensor.detach().cpu().numpy() for name, tensor in given.items()})
+        except Exception as error:
+            finding = f"fails in ONNX Runtime ({first_line(error)})"
+            raise UnrollError(Problem(place, finding, "give inputs that fit it")) from error
+        return {name: torch.from_numpy(array) for name, array in zip(outputs, found, strict=True)}
+
+    return run
 
 
 # By a part of what ONNX Runtime says: what to do.
