@@ -49,7 +49,10 @@ class Affine(NamedTuple):
         """Return `x @ weight`."""
         if self.summed:
             # [B, 1, in] * [out, in], summed over `in`
-            return torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
+            product = torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
+            # Autocast, which makes an operator's result as narrow as its weights, knows nothing of this.
+            widened = isinstance(product, torch.Tensor) and product.dtype != self.weight.dtype
+            return product.to(self.weight.dtype) if widened else product
         return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
 
     def onto(self, y: Tensorlike, x: Tensorlike) -> Tensorlike:

@@ -63,7 +63,7 @@ def run_rows(
     cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
     if cast:
         # If only products are cast, what follows them promotes their type to that of the rest.
-        promoting = not _casts_all(recurrence, rows, packed=bool(sizes or padded))
+        promoting = not _casts_all(recurrence, rows, ragged=bool(padded or (sizes and sizes[0] != sizes[-1])))
         if not promoting:
             rows = rows.to(cast)
             state = state and tuple(s.to(cast) for s in state)
@@ -136,12 +136,13 @@ def _is_compiled_for_cpu(rows: Tensor) -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
 
 
-def _casts_all(recurrence: Recurrence, rows: Tensor, *, packed: bool) -> bool:
+def _casts_all(recurrence: Recurrence, rows: Tensor, *, ragged: bool) -> bool:
     """Tell whether torch, under autocast, runs this layer in the lower precision throughout.
 
-    So do cuDNN and, for a padded LSTM without projection, oneDNN. Elsewhere only the products are cast.
+    So do cuDNN and, for an LSTM without projection on sequences of one length, oneDNN. Elsewhere only the products are
+    cast. In a graph lengths may be any, and count as ragged.
     """
     if rows.device.type == "cpu":
-        plain = not (recurrence.is_cell or recurrence.proj_size or packed)
+        plain = not (recurrence.is_cell or recurrence.proj_size or ragged)
         return recurrence.mode == "LSTM" and plain and rows.numel() > 0
     return True
