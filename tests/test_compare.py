@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from unroll import Report, UnrollError, compare, unroll
+from tests.checks import problems
+from unroll import Report, UnrollError, compare, export_onnx, unroll
 
 F64 = torch.float64
 
@@ -285,3 +286,74 @@ def test_two_files(tmp_path):
         compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x[:, :, :1],))
     with pytest.raises(UnrollError, match="gradients"):
         compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x,), gradients=True)
+
+
+class Keeping(nn.Module):
+    """Keeps its state: in a buffer that it writes, in one that it replaces, or in an attribute."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.rnn = how, nn.GRU(3, 4)
+        state = torch.zeros(1, 2, 4)
+        if how == "attribute":
+            self.state = state
+        else:
+            self.register_buffer("state", state)
+
+    def forward(self, x):
+        out, last = self.rnn(x, self.state.clone())
+        if self.how == "written":
+            self.state.copy_(last.detach())
+        else:
+            self.state = last.detach()
+        return out, self.state
+
+
+@pytest.mark.parametrize("how", ["written", "replaced"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_each_run_begins_with_the_same_buffers(how, gradients):
+    model, inputs = Keeping(how), [(torch.randn(5, 2, 3),) for _ in range(2)]
+    before = model.state
+    rewritten = unroll(model)
+    assert rewritten.state is before
+    assert compare(model, rewritten, inputs, gradients=gradients).ok
+    assert model.state is before and rewritten.state is before and not before.any()
+    assert not compare(model, lambda x: (model.rnn(x)[0], torch.zeros(1, 2, 4)), inputs[0]).ok
+
+
+def test_a_state_in_an_attribute_is_named():
+    model, x = Keeping("attribute"), torch.randn(5, 2, 3)
+    rewritten = unroll(model)
+    model(x)  # from here on the two go different ways
+    report = compare(model, rewritten, (x,), reference=False)
+    (first, *_) = problems(report.check)
+    assert first.endswith("; the original keeps state between calls: make it an argument and a result, or a buffer")
+    other = nn.GRU(3, 4)
+    (first, *_) = problems(compare(nn.GRU(3, 4), other, (x,)).check)
+    assert first.endswith("; the rewritten model is not the original")
+
+
+def test_a_state_in_an_attribute_is_named_by_the_check_of_an_export(tmp_path):
+    model, x = Keeping("attribute").eval(), torch.randn(5, 2, 3)
+    model(x)
+    (first, *_) = problems(export_onnx, model, x, tmp_path / "model.onnx")
+    assert "the original keeps state between calls" in first
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.GRUCell])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(kind, value, tmp_path):
+    model, x = nn.Sequential(kind(3, 4)).eval(), torch.randn(2, 3) if kind is nn.GRUCell else torch.randn(5, 2, 3)
+    name = "0.weight_hh" if kind is nn.GRUCell else "0.weight_hh_l0"
+    model.get_parameter(name).data[1, 2] = value
+    said = f"; {name} holds NaN or infinity, which the first step from zeros leaves out; the rewritten model is not the"
+    assert said in problems(compare(model, unroll(model), (x,)).check)[0]
+    assert said in problems(export_onnx, model, x, tmp_path / "model.onnx")[0]
+
+
+def test_gradients_of_a_compiled_model_have_the_names_of_the_original():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model_with_compiled_part = nn.Sequential(torch.compile(model[0], backend="eager"), model[1])
+    for compiled in (torch.compile(model, backend="eager"), model_with_compiled_part):
+        report = compare(model, compiled, (torch.randn(2, 3),), gradients=True).check()
+        assert "gradient of 0.weight" in {row.place for row in report.rows}

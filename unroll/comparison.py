@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from unroll.core.contents import buffers_restored, copied, not_finite
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import seeded
 from unroll.extras import require
-from unroll.roundings import SHAKES, Shaken
+from unroll.roundings import SHAKES, Shaken, distance
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest difference from the original, relative to the largest value, where there is no float64 result to judge by:
@@ -57,9 +57,11 @@ class Report:
 
     Attributes:
         rows: one for each value that was compared.
+        stateful: whether something differs, and the original gives another result when it is called again.
     """
 
     rows: tuple[Row, ...]
+    stateful: bool = False
 
     @property
     def ok(self) -> bool:
@@ -84,9 +86,10 @@ class Report:
         bad = [row for row in self.rows if row.finding]
         if bad:
             bad.sort(key=lambda row: row is not self.worst)
-            raise UnrollError(
-                *(Problem(row.place, row.finding, "the rewritten model is not the original") for row in bad)
-            )
+            fix = "the rewritten model is not the original"
+            if self.stateful:
+                fix = "the original keeps state between calls: make it an argument and a result, or a buffer"
+            raise UnrollError(*(Problem(row.place, row.finding, fix) for row in bad))
         return self
 
     def __str__(self) -> str:
@@ -148,6 +151,8 @@ def compare(
         seed: of torch's random numbers before each run, so that dropout draws alike. Afterwards they go on as if
             nothing had been drawn.
 
+    Buffers that a run changes are put back after it, so that each begins with the same.
+
     Returns:
         A report; `print(report)` shows it, `report.check()` raises if anything differs.
 
@@ -171,6 +176,7 @@ def compare(
             raise UnrollError(Problem("compare(gradients=True)", "was given for a file", "leave gradients out"))
     exact = _double(first) if reference and isinstance(first, nn.Module) else None
     rows: list[Row] = []
+    stateful = False
     for number, given in enumerate(inputs):
         where = f"input {number}: " if len(inputs) > 1 else ""
         results = [
@@ -181,8 +187,24 @@ def compare(
         found = list(_rows(results, rtol))
         if any(row.finding and row.place in results[0][1] for row in found):
             found = list(_rows(results, rtol, _changes(first, given, dict(kwargs or {}), seed)))
+        if any(row.finding for row in found):
+            stateful = stateful or _keeps_state(first, given, dict(kwargs or {}), seed)
+            found = blamed(found, first)
         rows += [row._replace(place=where + row.place) for row in found]
-    return Report(tuple(rows))
+    return Report(tuple(rows), stateful)
+
+
+def blamed(rows: Iterable[Row], original: Any) -> list[Row]:
+    """Return the rows, those with a finding naming recurrent weights of the original that are not finite."""
+    names = ", ".join(not_finite(original))
+    why = f"; {names} holds NaN or infinity, which the first step from zeros leaves out" if names else ""
+    return [row._replace(finding=row.finding + why) if row.finding else row for row in rows]
+
+
+def _keeps_state(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: int) -> bool:
+    """Tell whether an original gives another result when it is called again with the same."""
+    first, second = (_run(original, args, kwargs, False, seed, double=False) for _ in range(2))
+    return any(row.finding for row in _rows([first, second], 0.0))
 
 
 def _runnable(model: Any) -> Callable[..., Any]:
@@ -206,17 +228,10 @@ def _double(original: nn.Module) -> nn.Module | None:
     if all(t.dtype == torch.float64 for t in tensors if t.is_floating_point()):
         return None
     try:
-        return _copy(original).double()
+        return copied(original).double()
     except Exception as error:
         finding = f"cannot be copied to float64 ({type(error).__name__}: {error})"
         raise UnrollError(Problem("original", finding, "compare with reference=False")) from error
-
-
-def _copy(original: nn.Module) -> nn.Module:
-    # Results kept in attributes, such as the weight that weight_norm computes anew in each call.
-    kept = (value for module in original.modules() for value in pytree.tree_leaves(vars(module)))
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
-    return copy.deepcopy(original, memo)
 
 
 def _changes(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: int) -> dict[str, float]:
@@ -229,13 +244,13 @@ def _changes(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: i
     found: list[dict[str, Tensor]] = []
     try:
         for number in range(1 + SHAKES):
-            copied = _copy(original)
+            twin = copied(original)
             with Shaken(number) if number else nullcontext():
-                found.append(_run(copied, args, kwargs, True, seed, double=False)[1])
+                found.append(_run(twin, args, kwargs, True, seed, double=False)[1])
     except Exception:
         return {}
     still, *shaken = found
-    changes = {name: max(_distance(value, moved[name]) for moved in shaken) for name, value in still.items()}
+    changes = {name: max(distance(value, moved[name]) for moved in shaken) for name, value in still.items()}
     return {name: change for name, change in changes.items() if math.isfinite(change)}
 
 
@@ -251,6 +266,15 @@ def _run(
         return value.requires_grad_(gradients and value.is_floating_point())
 
     args, kwargs = pytree.tree_map(fresh, (tuple(args), kwargs))
+    with buffers_restored(function):
+        result, found = _results(function, args, kwargs, gradients, seed, double)
+        # one that is a buffer is what the buffer is now
+        return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), result), found
+
+
+def _results(
+    function: Callable[..., Any], args: Any, kwargs: Any, gradients: bool, seed: int, double: bool
+) -> tuple[Any, dict[str, Tensor]]:
     with torch.set_grad_enabled(gradients), seeded(seed):
         try:
             result = function(*args, **kwargs)
@@ -267,7 +291,9 @@ def _run(
     directions = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     wanted = {f"gradient of {_place('input', path)}": t for path, t in _leaves((args, kwargs)) if isinstance(t, Tensor)}
     if isinstance(function, nn.Module):
-        wanted |= {f"gradient of {name}": p for name, p in function.named_parameters()}
+        # a compiled module holds the original by this name
+        named = ((name.replace("_orig_mod.", ""), p) for name, p in function.named_parameters())
+        wanted |= {f"gradient of {name}": p for name, p in named}
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), directions, allow_unused=True)
     pairs = zip(wanted.items(), found, strict=True)
@@ -316,14 +342,14 @@ def _row(place: str, original: Any, rewritten: Any, exact: Any, rtol: float | No
         return row
     if not original.is_floating_point():
         return row._replace(finding="" if torch.equal(original, rewritten) else "has other values")
-    difference = _distance(original, rewritten)
+    difference = distance(original, rewritten)
     scale = original.detach().double().abs().nan_to_num(0, 0, 0).max().item()
     roundings = ROUNDINGS.get(original.dtype, 1)
     if exact is None or rtol is not None:
         limit = (TOLERANCES[original.dtype] if rtol is None else rtol) * scale + roundings * change
         finding = "" if difference <= limit else f"differs by {difference:.2e}, more than {limit:.2e}"
         return row._replace(difference=difference, limit=limit, finding=finding)
-    theirs, ours = _distance(original, exact), _distance(rewritten, exact)
+    theirs, ours = distance(original, exact), distance(rewritten, exact)
     limit = 2 * theirs + roundings * max(torch.finfo(original.dtype).eps * scale, change)
     finding = (
         ""
@@ -341,20 +367,3 @@ def _outline(value: Any) -> str:
 class _Word(str):
     __slots__ = ()
     __repr__ = str.__str__
-
-
-def differences(a: Tensor, b: Tensor) -> Tensor:
-    """Return the difference of each number; infinite where one is NaN or infinite and the other is not the same.
-
-    Example:
-        >>> differences(torch.tensor([1.0, math.inf]), torch.tensor([3.0, math.inf])).tolist()
-        [2.0, 0.0]
-    """
-    a, b = a.detach().double(), b.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf))
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference."""
-    return differences(a, b).max().item()

@@ -5,6 +5,7 @@ The method is that of D. S. Parker, Monte Carlo Arithmetic (1997).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,3 +37,20 @@ class Shaken(TorchDispatchMode):
             return value
         part = torch.rand(value.shape, generator=self.generator).to(value) - 0.5
         return torch.where(value == value.round(), value, value + value * part * torch.finfo(value.dtype).eps)
+
+
+def differences(a: Tensor, b: Tensor) -> Tensor:
+    """Return the difference of each number; infinite where one is NaN or infinite and the other is not the same.
+
+    Example:
+        >>> differences(torch.tensor([1.0, math.inf]), torch.tensor([3.0, math.inf])).tolist()
+        [2.0, 0.0]
+    """
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0, (a - b).abs().nan_to_num(math.inf, math.inf))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference."""
+    return differences(a, b).max().item()

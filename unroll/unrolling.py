@@ -129,8 +129,8 @@ def _warn_of_the_rest(model: nn.Module, unrolled: nn.Module, rules: Rules | None
         place = f"{name or type(model).__name__}.forward"
         fix = "call unroll on a graph of the model: unroll.trace, torch.export or torch.jit.script"
         _warn(f"{place}: calls {function}, which stays as it is in a module; {fix}")
-    done = calls or any(isinstance(value, Unrolled) for _, value in walk_objects(unrolled))
-    if not done and not find(model, None, rules):
+    done = any(isinstance(value, Unrolled) for _, value in walk_objects(unrolled))
+    if not (calls or done or find(model, None, rules)):
         fix = "if it calls functions such as torch.lstm, give a graph of it: unroll.trace or torch.export"
         _warn(f"{type(model).__name__}: has no recurrent layer, and nothing was unrolled; {fix}")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.comparison import ACROSS_RUNTIMES, Report, Row, compare, rtol_of
+from unroll.comparison import ACROSS_RUNTIMES, Report, Row, blamed, compare, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.inputs import file_inputs, fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
@@ -176,8 +176,8 @@ def check_values(
         default=ACROSS_RUNTIMES[torch.float64],
     )
     report = compare(expected, rewritten, leaves, reference=False, rtol=rtol)
-    rows = [row._replace(place=_renamed(row, output_names)) for row in report.rows]
-    return Report(tuple(rows)).check(), refused
+    rows = [row._replace(place=_renamed(row, output_names)) for row in blamed(report.rows, original)]
+    return Report(tuple(rows), report.stateful).check(), refused
 
 
 def _renamed(row: Row, names: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unroll.comparison import TOLERANCES, differences
+from unroll.comparison import TOLERANCES
+from unroll.roundings import differences
 
 TRIES = 100
 """The most ways to cut that are tried"""
