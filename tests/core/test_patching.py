@@ -72,11 +72,6 @@ def a_traced_model():
         return torch.jit.trace(a_model(), X)
 
 
-@cache  # while torch.fx traces, PyTorch refuses calls of compiled models in all threads
-def traced(make):
-    return trace(make())
-
-
 class Packer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -143,7 +138,7 @@ def compile_in_packing(folder):
 def stream(folder):
     stream = Stream(streaming(a_model(), X))
     stream(X[:2])
-    unroll(streaming(traced(a_model), X), X)
+    unroll(streaming(trace(a_model()), X), X)
 
 
 def compare_both(folder):
@@ -153,8 +148,8 @@ def compare_both(folder):
 
 def rewrite(folder):
     unroll(a_model(), freeze=True)
-    unroll(traced(a_model), X)
-    unroll(traced(a_packer), (X, LENGTHS))
+    unroll(trace(a_model()), X)
+    unroll(trace(a_packer()), (X, LENGTHS))
     unroll(a_traced_model(), X)
 
 

@@ -130,9 +130,29 @@ def alone(*, exports: bool = False) -> Iterator[None]:
             stack.enter_context(dynamo.compile_lock)
         stack.enter_context(_ALONE)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
+        # code is exchanged, and not the function: what is compiled holds that itself
+        stack.enter_context(patched(_symbolic_trace.is_fx_symbolic_tracing, __code__=_is_tracing_here.__code__))
+        stack.enter_context(patched(_Alone, thread=threading.get_ident()))
         if exports:
             stack.enter_context(patched(traceback, annotate=_annotate_in(threading.get_ident())))
         yield
+
+
+class _Alone:
+    thread = 0
+    """The identity of the thread that is in `alone`"""
+
+
+def _is_tracing_here() -> bool:
+    """Stand in for `torch.fx`'s function of that name, by which compiled models refuse to be traced, in all threads.
+
+    Only its code is used, with the names of torch's module.
+    """
+    import sys
+    import threading
+
+    here = sys.modules["unroll.core.patching"]._Alone.thread == threading.get_ident()  # pyright: ignore[reportAttributeAccessIssue]
+    return here and _is_fx_tracing_flag and not torch.compiler.is_compiling()  # pyright: ignore  # noqa: F821
 
 
 def _annotate_in(thread: int) -> Callable[[Any], AbstractContextManager[Any]]:
