@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import unroll
 from unroll import Plan, UnrollError
@@ -215,6 +216,19 @@ def test_a_model_of_ones_own():
 def test_no_error_is_told_of_random_results():
     (row,) = benchmark(f"{__name__}:make_dropping", contenders=["eager"], backward=True, rounds=1).rows
     assert row.median > 0 and row.error is None
+
+
+@pytest.mark.parametrize("target", [torch.float64, torch.bfloat16, "cpu"], ids=str)
+def test_packed_arguments_that_require_gradients_are_leaves(target):
+    packed = pack_sequence([torch.randn(3, 8).requires_grad_(), torch.randn(2, 8)])
+    packed = packed._replace(data=packed.data.detach().requires_grad_())
+    subject = Subject("GRU", input_size=8, hidden_size=4, backward=True)
+    task = Task(subject, nn.GRU(8, 4), (packed, torch.zeros(1, 2, 4)), {"given": packed})
+    moved = task._moved(target)
+    for each in (moved.args[0], moved.kwargs["given"]):
+        assert each.data.requires_grad and each.data.is_leaf and each.batch_sizes.tolist() == [2, 2, 1]
+    results = Task(subject, moved.model, moved.args, {}).runner(moved.model)()
+    assert results[-5].shape == packed.data.shape and results[-5].abs().sum() > 0
 
 
 def test_the_error_is_held_against_the_types_of_the_model():

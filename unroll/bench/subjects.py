@@ -224,7 +224,7 @@ class Task:
 
         def moved(value: Any) -> Any:
             if isinstance(value, PackedSequence):
-                return value.to(target)
+                return value.to(target)._replace(data=moved(value.data))  # gradients are asked of data itself
             if not isinstance(value, Tensor) or (isinstance(target, torch.dtype) and not value.is_floating_point()):
                 return value
             return value.detach().to(target).requires_grad_(value.requires_grad)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Streaming(nn.Module):
         self.layers = tuple(layers)
         self.example = dict(example)
         self.training = model.training
+        self._turn = _Turn()
 
     def extra_repr(self) -> str:
         return ", ".join(self.example)
@@ -83,9 +85,14 @@ class Streaming(nn.Module):
         return zero_states(example, batch, unbatched)
 
     def forward(self, *args: Any, state: State | None = None, **kwargs: Any) -> tuple[Any, State]:
+        # its layers hold the states of one run at a time: other threads wait
+        with nullcontext() if torch.compiler.is_dynamo_compiling() else self._turn.lock:
+            return self._forward(args, state, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], state: State | None, kwargs: dict[str, Any]) -> tuple[Any, State]:
         carries = [_carry(layer) for layer in self.layers]
         if any(carry.running for carry in carries):
-            fix = "make another by unroll.streaming for another thread, or for a call from inside of it"
+            fix = "make another by unroll.streaming for a call from inside of it"
             raise UnrollError(Problem("streaming", "is called while a call of it is under way", fix))
         if state is not None:
             check_state_names("state", state, self.example)
@@ -114,6 +121,16 @@ class Streaming(nn.Module):
             for names, states in zip(state_names(carry, layer), carry.chains):
                 found.update(zip(names, states))
         return {name: found[name] for name in self.example}
+
+
+class _Turn:
+    """A lock, of which a copy or a pickle has another."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Turn, ()
 
 
 def _carry(layer: Any) -> Carry:
