@@ -14,7 +14,7 @@ from torch.export import Dim
 
 import unroll
 from tests.cases import CHOSEN, FEATURES, HIDDEN, Case, replace
-from tests.checks import assert_equal, assert_same
+from tests.checks import assert_equal, assert_same, problems
 from unroll import Plan, UnrollError, export_onnx
 from unroll.core import cells
 
@@ -572,3 +572,28 @@ def test_time_grows_with_the_steps_alone(tmp_path):
         sizes.append(sum(export.operators.values()))
     per_step = (sizes[1] - sizes[0]) / 60
     assert per_step == 4 * 10  # Gemm, Sigmoid, Split, Gemm, Tanh, Mul, Mul, Add, Tanh, Mul in each of four passes
+
+
+class Difference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x, y, *, z=None):
+        x = x - 2 * y if z is None else x - 2 * y + 3 * z
+        return self.rnn(x)[0]
+
+
+def test_one_tensor_for_several_arguments(tmp_path):
+    """`torch.export` makes one input of both, and gives other results for others."""
+    model, path = Difference().eval(), tmp_path / "model.onnx"
+    x, y = torch.randn(2, 5, 2, 3).unbind()
+    assert export_onnx(model, (x, x), path).report.ok
+    session = ort.InferenceSession(path)
+    feed = dict(zip((value.name for value in session.get_inputs()), (x.numpy(), y.numpy()), strict=True))
+    torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), model(x, y).detach())
+    assert export_onnx(model, (x, y), path, kwargs={"z": x}).report.ok
+    program = torch.export.export(model, (x, x))
+    (refused,) = problems(export_onnx, program, None, path)
+    assert refused.startswith("x: was exported with the tensor of another argument")
+    assert export_onnx(torch.export.export(model, (x, y)), None, path).report.ok

@@ -252,3 +252,20 @@ def test_what_the_models_own_closures_hold_still_reaches_it():
         for scale in (2.0, 5.0):
             settings.scale = scale
             torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_more_lengths_than_dynamo_compiles_for(kind):
+    torch._dynamo.reset()
+    model = nn.Sequential(kind(3, 5)).eval()
+    compiled = library.compile(model, backend="eager")
+    with torch.no_grad():
+        for steps in range(1, 9):
+            compiled(torch.randn(steps, 2, 3))
+        with pytest.raises(UnrollError, match=r"^unroll.compile: has been compiled 8 times.*plan=Plan\(time=16\)"):
+            compiled(torch.randn(9, 2, 3))
+        torch._dynamo.reset()
+        compiled = library.compile(model, backend="eager", plan=Plan(time=16))
+        for steps in range(1, 12):
+            x = torch.randn(steps, 2, 3)
+            torch.testing.assert_close(compiled(x)[0], model(x)[0])

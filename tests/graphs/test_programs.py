@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import operator
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -290,3 +292,33 @@ def test_the_program_can_be_copied_and_traced_again(tagger):
     compare(unrolled.module(), again.module(), tokens).check()
     copied = copy.deepcopy(unrolled.graph_module)
     assert [node.target for node in copied.graph.nodes if node.target is not operator.getitem]
+
+
+OPEN = """
+import torch
+from torch import nn
+from torch.export import Dim, _patches, export
+from unroll import Plan, UnrollError, unroll
+
+model, x, sizes = nn.Sequential(nn.LSTM(3, 5)).eval(), torch.randn(6, 2, 3), ({0: Dim.DYNAMIC},)
+with _patches.register_lstm_while_loop_decomposition():
+    program = export(model, (x,), dynamic_shapes=sizes)
+for options in ({}, {"where": "0"}, {"plan": Plan(gates="split")}):
+    try:
+        unroll(program, **options)
+    except UnrollError as error:
+        assert "0: the number of time steps is unknown; fix it in the export" in str(error)
+        assert "steps=" not in str(error) and "unroll(module, plan=Plan(time=16))" in str(error)
+        print("refused")
+"""
+
+
+def test_an_open_number_of_steps_is_refused_with_advice_that_is_taken():
+    """`steps=` is refused for programs. Torch's decomposition stays in its tables: another process has it."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OPEN], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["refused"] * 3, done.stderr
+    model, x = nn.Sequential(nn.LSTM(3, 5)).eval(), torch.randn(6, 2, 3)
+    with torch.no_grad():
+        program = export(unroll(model, plan=Plan(time=16)), (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    longer = torch.randn(40, 2, 3)
+    torch.testing.assert_close(program.module()(longer)[0], model(longer)[0])

@@ -440,6 +440,14 @@ def two_layers(names=("first", "second")):
     return model, inputs
 
 
+def test_inspection_counts_the_nodes_of_each_layer_once():
+    model, _ = two_layers(("rnn", "rnn.1"))
+    first, second = inspect_model(ir.from_proto(model)).layers
+    assert first.nodes and abs(first.nodes - second.nodes) < second.nodes / 2
+    apart = inspect_model(ir.from_proto(two_layers()[0])).layers
+    assert (first.nodes, second.nodes) == tuple(layer.nodes for layer in apart)
+
+
 def test_shared_weights_are_stored_once():
     model, inputs = two_layers()
     result = unrolled(model)

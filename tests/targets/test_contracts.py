@@ -333,6 +333,13 @@ def test_what_must_be_constant():
     assert ("aten.addmm.default", "computes mat2, which must be constant") in found(given, "xnnpack")
 
 
+def test_the_last_dimension_of_a_number():
+    scalar = program(lambda x: torch.softmax(x * 2, 0), torch.ones(()))
+    assert not any("is along dimension" in finding for _, finding in found(scalar, "xnnpack"))
+    rows = program(lambda x: torch.softmax(x * 2, 0), torch.ones(2, 3))
+    assert any("is along dimension 0" in finding for _, finding in found(rows, "xnnpack"))
+
+
 def test_attributes_and_results():
     pooled = {"kernel_shape": [2, 2], "dilations": [2, 1]}
     model = onnx_model(("MaxPool", ["x"], ["y", "i"], pooled), inputs={"x": [1, 3, 9, 9]})

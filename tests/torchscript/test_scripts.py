@@ -795,3 +795,23 @@ def test_results_share_memory_only_where_torchs_do(kind, steps):
             torch.testing.assert_close((out, h), model(x))
             h.zero_()
             torch.testing.assert_close(out, model(x)[0])
+
+
+@pytest.mark.parametrize("kept", [["0"], ["0", "1"]], ids=str)
+@pytest.mark.parametrize("deep", [False, True])
+def test_frozen_modules_that_keep_their_submodules(kept, deep):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.offset = nn.LSTM(5, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return self.rnn(x)[0] + self.offset
+
+    model, x = nn.Sequential(nn.Linear(3, 5), Inner()).eval(), torch.randn(4, 2, 3)
+    if deep:
+        model = nn.Sequential(model, nn.Linear(4, 4)).eval()
+    frozen = torch.jit.freeze(torch.jit.script(model), preserved_attrs=kept)
+    ours = unroll(frozen)
+    torch.testing.assert_close(ours(x), model(x))
+    assert_unrolled(ours)

@@ -99,6 +99,9 @@ def _named(kind: Any) -> str:
 Steps = int | Mapping[str, int] | None
 """The number of time steps, for all layers or by the layer's name."""
 
+TOLD = "told"
+"""The value of `steps` by which what the graph tells of itself is all that there is: none can be given."""
+
 FIXED = "fixed"
 """The value of `steps` by which a symbolic length is that of the example, where whoever traces guards it."""
 

@@ -6,6 +6,7 @@ Torch's exporter then has nothing to do with the steps, and its cost does not gr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -75,6 +76,7 @@ def _captured(
     if isinstance(model, ExportedProgram):
         given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "where": where, "rules": rules}
         _refuse(given, "was given for an ExportedProgram, which has its own")
+        _refuse_twice(model)
         return model.run_decompositions(
             {op: partial(call_node, op) for op in FUNCTIONS if isinstance(op, torch._ops.OpOverload)}
         )
@@ -87,6 +89,7 @@ def _captured(
         raise UnrollError(*problems)
     # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
+    args, kwargs = _each_its_own(args, kwargs)
     on_layer = packed_node if every else refuse_packed
     try:
         with (
@@ -118,6 +121,17 @@ def _is_fixed(name: str, size: str) -> Problem:
     return Problem(f"dynamic_shapes: {name}", finding, fix)
 
 
+def _each_its_own(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return arguments with a copy of each tensor that is there twice: `torch.export` would make one input of both."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    seen: set[int] = set()
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            leaves[k] = leaf.clone() if id(leaf) in seen else leaf
+            seen.add(id(leaf))
+    return pytree.tree_unflatten(leaves, spec)
+
+
 def _apart(model: nn.Module) -> nn.Module:
     """Return a copy that shares all tensors, if one can be made.
 
@@ -139,6 +153,21 @@ def _left_out(model: nn.Module) -> list[Problem]:
         for name, module in model.named_modules()
         if isinstance(module, nn.LSTM) and module.proj_size
     ]
+
+
+def _refuse_twice(program: ExportedProgram) -> None:
+    """Refuse a program whose example has one tensor for several arguments, of which it reads one in place of others."""
+    examples = pytree.tree_leaves(program.example_inputs or ((), {}))
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    times = Counter(id(example) for example in examples if isinstance(example, torch.Tensor))
+    finding = "was exported with the tensor of another argument, which torch.export read in its place"
+    fix = "export the program with a tensor of its own for each argument"
+    problems = Problems(
+        Problem(str(name), finding, fix)
+        for name, example in zip(program.graph_signature.user_inputs, examples)
+        if times[id(example)] > 1 and not nodes[str(name)].users
+    )
+    problems.check()
 
 
 def _refuse(given: dict[str, Any], finding: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,7 +74,7 @@ def inspect_model(
         if not problems:
             write_calls(copy, calls, plan)
             nodes = list(copy.graph.all_nodes())
-            layers = [_counted(layer, nodes) for layer in layers]
+            layers = [_counted(layer, nodes, [other.name for other in layers]) for layer in layers]
     except UnrollError as error:
         return Inspection((), error.problems)
     return Inspection(tuple(layers), tuple(problems))
@@ -142,9 +142,11 @@ def _read(call: Call) -> Layer:
     return _described(call.recurrence, call.name, call.steps, parameters)
 
 
-def _counted(layer: Layer, nodes: Iterable[ir.Node]) -> Layer:
-    """Return the layer with the count and bytes of those nodes that took its place."""
-    made = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
+def _counted(layer: Layer, nodes: Iterable[ir.Node], names: Sequence[str]) -> Layer:
+    """Return the layer with the count and bytes of those nodes that took its place; `rnn.1` is none of `rnn`."""
+    others = tuple(f"{name}." for name in names if name.startswith(f"{layer.name}."))
+    found = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
+    made = [node for node in found if not (node.name or "").startswith(others)]
     return replace(layer, nodes=len(made), size=sum(map(_bytes, made)))
 
 

@@ -147,8 +147,16 @@ class _Compiling:
         self._torchdynamo_orig_backend, self._context = callback, context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with alone(), self._context():
-            return self._torchdynamo_orig_backend(*args, **kwargs)
+        from torch._dynamo import config, exc
+
+        try:
+            with alone(), self._context():
+                return self._torchdynamo_orig_backend(*args, **kwargs)
+        except exc.FailOnRecompileLimitHit as error:
+            limit = config.recompile_limit
+            finding = f"has been compiled {limit} times, once for each number of time steps or other size that differed"
+            fix = "give plan=Plan(time=16), which takes any number of steps, or pad to fewer lengths"
+            raise UnrollError(Problem("unroll.compile", finding, fix)) from error
 
 
 def _holds_when_called(guards: Sequence[Any]) -> list[bool]:

@@ -17,7 +17,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
-from unroll.core.options import FIXED, check_written, choose_steps
+from unroll.core.options import FIXED, TOLD, check_written, choose_steps
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
@@ -63,10 +63,13 @@ class Lowering(Generic[AnyCall]):
         if isinstance(known, torch.SymInt):
             # With FIXED, whoever traced guards the length of the example.
             known = int(known) if asked == FIXED else None
-        asked = None if asked == FIXED else asked.get(self.name) if isinstance(asked, Mapping) else asked
+        closed = asked in (FIXED, TOLD)
+        asked = None if closed else asked.get(self.name) if isinstance(asked, Mapping) else asked
         found = choose_steps(self.name, known, asked)
         if found is None:
             fix = "give example inputs, unroll(graph, args), or the number, steps=10"
+            if closed:
+                fix = "fix it in the export, or export or compile unroll(module, plan=Plan(time=16)), for any number"
             raise UnrollError(Problem(self.name, "the number of time steps is unknown", fix))
         check_written(self.name, found)
         return found

@@ -17,7 +17,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import lay_out
-from unroll.core.options import Where, check_written, unknown_names
+from unroll.core.options import TOLD, Where, check_written, unknown_names
 from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Frame
@@ -40,7 +40,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     found: list[tuple[fx.GraphModule, list[Lowering]]] = []
     for part in parts:
         with problems:
-            found.append((part, find_calls(part, where, plan, tensor_metadata(part), None)))
+            found.append((part, find_calls(part, where, plan, tensor_metadata(part), TOLD)))
     if callable(where) and names and not any(calls for _, calls in found):
         fix = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
         problems.add("where", "picks none of the program's recurrent calls", fix)

@@ -89,7 +89,7 @@ def is_padded(input: Any) -> bool:
 def refuse_ragged(place: str) -> NoReturn:
     """Refuse a sequence without its padding that is given to a graph."""
     finding = "is given a sequence that was packed outside of the graph, or outside of unroll.packing()"
-    fix = "pack it in the model, and export or compile that within `with unroll.packing():`"
+    fix = "pack it in the model, and export that within `with unroll.packing():`, or call unroll.compile(model)"
     raise UnrollError(Problem(place, finding, fix))
 
 

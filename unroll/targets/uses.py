@@ -153,7 +153,7 @@ def _arguments(use: Use, restriction: Restriction) -> Iterator[tuple[str, str]]:
     for name in restriction.last:
         # a negative dimension counts from the end
         shape, dim = use.outputs[0].shape, use.attributes[name]
-        if shape is not None and dim % len(shape) != len(shape) - 1:
+        if shape and dim % len(shape) != len(shape) - 1:
             yield f"is along dimension {dim}, offered is the last", "transpose around it"
     if restriction.results is not None and len(use.outputs) > restriction.results:
         yield f"uses result {len(use.outputs)}, offered are {restriction.results}", "compute the others apart"

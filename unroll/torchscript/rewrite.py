@@ -7,7 +7,7 @@ parameters and the names of submodules stay as they were.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, get_type_hints
 
@@ -118,14 +118,21 @@ def _prepared_copy(module: Any) -> Any:
 
 def _share(module: Any, copied: Any) -> None:
     """Give the copy the very tensors of the original."""
-    originals = dict(module.named_modules(remove_duplicate=False))
+    originals = dict(_parts(module._c))
     for path, ours in copied.named_modules(remove_duplicate=False):
         theirs = originals[path]
         for name in ours._concrete_type.get_attributes():
-            value = theirs._c.getattr(name)
+            value = theirs.getattr(name)
             leaves = [leaf for leaf in pytree.tree_leaves(value) if leaf is not None]
             if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
                 ours._c.setattr(name, value)
+
+
+def _parts(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a module of C++ and those inside of it with their paths; in Python, a frozen one shows none."""
+    yield path, module
+    for name, part in torch._C.ModuleDict(module).items():
+        yield from _parts(part, f"{path}.{name}" if path else name)
 
 
 _observed: ContextVar[dict[int, list[Observed]]] = ContextVar("noted")
