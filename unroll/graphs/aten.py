@@ -146,7 +146,10 @@ class AtenWriter(GraphWriter):
 
     def _chunk(self, value: Value, count: int, dim: int = 0) -> list[Value]:
         shape = value.node.meta["val"].shape
-        if dim:
+        if not dim and (whole := _flattened(value.node, count)):
+            # [count, rows, ...], as states are: sizes that are computed would be bounds of another export
+            parts = self.value("call_function", aten.unbind.int, (Value(self, node=whole),))
+        elif dim:
             parts = self.value("call_function", aten.split.Tensor, (value, shape[dim] // count, dim))
         else:  # so that rows of any number are divided without knowing how many
             # [count, rows, ...]; a symbolic size is left to reshape, as -1.
@@ -164,6 +167,15 @@ class AtenWriter(GraphWriter):
                 args = (value, dim, part.start, part.stop, part.step or 1)
                 value = self.value("call_function", aten.slice.Tensor, args)
         return value
+
+
+def _flattened(node: fx.Node, count: int) -> fx.Node | None:
+    """Return the tensor `[count, rows, ...]` that a node makes `[count * rows, ...]` of, if it does."""
+    whole = node.args[0] if node.target is aten.reshape.default else None
+    if not isinstance(whole, fx.Node):
+        return None
+    (first, *rest), shape = whole.meta["val"].shape, node.meta["val"].shape
+    return whole if isinstance(first, int) and first == count and tuple(rest[1:]) == tuple(shape[1:]) else None
 
 
 def writer_for(call: fx.Node, metadata: MetadataCache) -> Callable[[str, fx.Graph, Mapping[str, Any]], GraphWriter]:
