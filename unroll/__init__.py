@@ -1,7 +1,7 @@
 """Recurrent layers as explicit unrolled operations."""
 
 from unroll.bench.run import benchmark
-from unroll.comparison import Report, compare
+from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.export.exporting import Export, export_onnx
@@ -10,6 +10,7 @@ from unroll.graphs.programs import decompositions
 from unroll.graphs.tracing import trace
 from unroll.modules.layers import Unrolled
 from unroll.packed.contexts import packing
+from unroll.reports import Report
 from unroll.streams.modules import Streaming
 from unroll.streams.stateful import streaming
 from unroll.streams.stream import Stream

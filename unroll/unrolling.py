@@ -129,14 +129,15 @@ def _warn_of_the_rest(model: nn.Module, unrolled: nn.Module, rules: Rules | None
         place = f"{name or type(model).__name__}.forward"
         fix = "call unroll on a graph of the model: unroll.trace, torch.export or torch.jit.script"
         _warn(f"{place}: calls {function}, which stays as it is in a module; {fix}")
-    done = any(isinstance(value, Unrolled) for _, value in walk_objects(unrolled))
+    explicit = (Unrolled, nn.RNNBase, nn.RNNCellBase)  # torch's own would have been replaced
+    done = any(isinstance(value, explicit) for _, value in walk_objects(unrolled))
     if not (calls or done or find(model, None, rules)):
         fix = "if it calls functions such as torch.lstm, give a graph of it: unroll.trace or torch.export"
         _warn(f"{type(model).__name__}: has no recurrent layer, and nothing was unrolled; {fix}")
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, UnrollWarning, stacklevel=4)
+    warnings.warn(text, UnrollWarning, stacklevel=5)
 
 
 def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:

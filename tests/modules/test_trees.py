@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.checks import assert_same, problems
-from unroll import Plan, Unrolled, compare, compile, export_onnx, streaming, unroll
+from unroll import Plan, Unrolled, UnrollWarning, compare, compile, export_onnx, streaming, unroll
 from unroll.modules.find import is_recurrent
 
 F64 = torch.float64
@@ -401,7 +401,8 @@ def test_unrolling_in_two_parts_is_unrolling_at_once():
 
 def test_a_model_without_recurrent_layers_is_copied():
     model = nn.Sequential(nn.Linear(2, 2))
-    ours = unroll(model)
+    with pytest.warns(UnrollWarning, match="has no recurrent layer"):
+        ours = unroll(model)
     assert ours is not model and ours[0].weight is model[0].weight
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from unroll.bench.contenders import CONTENDERS, FUSED
 from unroll.bench.subjects import Subject
-from unroll.comparison import ACROSS_RUNTIMES, align
+from unroll.comparison import ACROSS_RUNTIMES
 from unroll.core.errors import Problem, UnrollError
+from unroll.reports import align
 
 WRONG = {str(dtype).removeprefix("torch."): limit for dtype, limit in ACROSS_RUNTIMES.items()}
 """From this error on, relative to the largest value, a result counts as wrong and its contender is not advised."""

@@ -22,7 +22,8 @@ def buffers_restored(model: Any) -> Iterator[None]:
         yield
     finally:
         for current, before in tables:
-            current.update(before)
+            for name, buffer in before.items():  # of TorchScript it is a table that can do no more
+                current[name] = buffer
         with torch.no_grad():
             for buffer, value in saved:
                 if not torch.equal(buffer, value):

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from unroll.comparison import Report
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where, limited, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
+from unroll.reports import Report
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.comparison import ACROSS_RUNTIMES, Report, Row, blamed, compare, rtol_of
+from unroll.comparison import ACROSS_RUNTIMES, blamed, compare, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.inputs import file_inputs, fresh_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, function_of, session
+from unroll.reports import Report, Row
 
 
 def operators(model: ir.Model) -> Counter[str]:
