@@ -12,6 +12,7 @@ from torch import fx, nn
 from tests.cases import PLANS, Case
 from tests.grid import nodes_per_step, unrolling
 from unroll import Plan, trace, unroll
+from unroll.graphs.results import constant_index
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -50,6 +51,18 @@ def test_last_step_alone_is_not_stacked(read):
     found = called(nn.LSTM(6, 5), read)
     assert found["cat"] == 3  # the weights and their bias
     assert found["reshape"] == 1  # the input
+
+
+def test_a_slice_of_all_is_the_whole():
+    assert called(nn.LSTM(6, 5), lambda r: r[0][0:]) == called(nn.LSTM(6, 5), lambda r: r[0])
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for args in ((x,), (x, 0), (x, 0, 0)):
+        assert constant_index(graph.call_function(torch.ops.aten.slice.Tensor, args), x, 2) == (slice(None),) * 2
+    assert constant_index(graph.call_function(torch.ops.aten.slice.Tensor, (x, 1, 2)), x, 2) == (
+        slice(None),
+        slice(2, None),
+    )
 
 
 def test_unused_final_states_are_not_shaped():

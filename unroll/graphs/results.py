@@ -216,10 +216,8 @@ def constant_index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] |
             index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
     elif user.target in (torch.ops.aten.select.int, torch.ops.aten.slice.Tensor):
         dim, *rest = user.args[1:] or (0,)
-        # aten's slice(dim, start) has a start, where Python's slice of one argument has an end.
-        part = (
-            rest[0] if user.target is torch.ops.aten.select.int else slice(*(rest if len(rest) != 1 else (*rest, None)))
-        )
+        # aten's slice(dim, start) has a start, where Python's slice of one argument has an end
+        part = rest[0] if user.target is torch.ops.aten.select.int else slice(*(*rest, None, None, None)[:3])
         if not isinstance(dim, int):
             return None
         index = (slice(None),) * (dim % rank) + (part,)
@@ -238,6 +236,6 @@ def constant_index(user: fx.Node, node: fx.Node, rank: int) -> tuple[Any, ...] |
 
 
 def _is_full(entry: Any) -> bool:
-    return (
-        isinstance(entry, slice) and (entry.start or 0, entry.step or 1) == (0, 1) and (entry.stop or 0) >= sys.maxsize
-    )
+    if not isinstance(entry, slice) or (entry.start or 0, entry.step or 1) != (0, 1):
+        return False
+    return entry.stop is None or entry.stop >= sys.maxsize
