@@ -129,7 +129,8 @@ def rewrite(graph: fx.Graph, calls: Sequence[Lowering], *, asserts: bool = True)
 def _keys(graph: fx.Graph, calls: Sequence[Lowering]) -> list[Any]:
     """Return the keys of calls, the same for two calls only if nothing between them may tell one layout from two."""
     repeated = [key for key, count in Counter(call.key for call in calls).items() if count > 1]
-    writers = {call.key: call.weight_writers() for call in calls if call.key in repeated}
+    by_key = {call.key: call for call in calls}
+    writers = {key: by_key[key].weight_writers() for key in repeated}
     times = dict.fromkeys(repeated, 0)
     by_node, found = {call.call.node: call for call in calls}, {}
     for node in graph.nodes if repeated else ():
