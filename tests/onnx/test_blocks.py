@@ -72,6 +72,21 @@ def test_every_length_and_batch(kind, direction):
             assert_close(run_ort(result, other), standard.evaluate(kind, attributes, other))
 
 
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_none(kind, block, opset):
+    """From version 18 on, ONNX Runtime refuses a Split of no rows; its own operators end the process."""
+    attributes = {"direction": "bidirectional"}
+    optional = ("B", "initial_h", "sequence_lens")
+    inputs = standard.draw(kind, attributes, optional=optional)
+    result = unrolled(standard.model(kind, attributes, inputs, dynamic=OPEN, opset=opset), plan=Plan(time=block))
+    steps, hidden = len(inputs["X"]), inputs["R"].shape[2]
+    feed = {"X": inputs["X"][:, :0], "initial_h": inputs["initial_h"][:, :0]}
+    found = run_ort(result, inputs | feed | {"sequence_lens": inputs["sequence_lens"][:0]})
+    assert [value.shape for value in found[:2]] == [(steps, 2, 0, hidden), (2, 0, hidden)]
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(KINDS),

@@ -92,5 +92,5 @@ class LayerCall(Call):
         # T is open: the rows get their axes from the running model.
         size = len(result.outputs) * recurrence.output_size
         rows = schedule.joined_rows(result.outputs)
-        output = reshape_to(writer, rows, *lead, size)
+        output = reshape_to(writer, rows, *lead, size, batch=1)
         return [torch.transpose(output, 0, 1) if recurrence.batch_first else output, *states]

@@ -59,7 +59,7 @@ def over_blocks(
             rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
         # [count, block * B, size]: a turn of the loop reads one block of each.
         reads = [
-            _Entry(reshape_to(writer, x, blocks.count, blocks.rows, size), size)
+            _Entry(reshape_to(writer, x, blocks.count, blocks.rows, size, batch=1), size)
             for x, size in zip(rows, sizes, strict=True)
         ]
         starts = [

@@ -278,7 +278,7 @@ class StandardCall(Call):
         if self.steps is not None:
             y = [torch.reshape(output.rows(), (self.steps, 1, -1, size)) for output in result.outputs]
         else:
-            y = [reshape_to(writer, output.rows(), lead[0], 1, lead[1], size) for output in result.outputs]
+            y = [reshape_to(writer, output.rows(), lead[0], 1, lead[1], size, batch=2) for output in result.outputs]
         y = torch.cat(y, 1) if len(y) > 1 else y[0]
         if swap:
             y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})

@@ -311,9 +311,11 @@ def shape_of(writer: OnnxWriter, *sizes: Tensorlike | int) -> Tensorlike:
     return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
 
 
-def reshape_to(writer: OnnxWriter, value: Tensorlike, *sizes: Tensorlike | int) -> Tensorlike:
-    """Reshape a value to these sizes, of which any may be zero."""
-    return reshape_by(writer, value, shape_of(writer, *sizes), rank=len(sizes))
+def reshape_to(writer: OnnxWriter, value: Tensorlike, *sizes: Tensorlike | int, batch: int) -> Tensorlike:
+    """Reshape a value to these sizes, of which that of the axis `batch` may be zero."""
+    # Before version 14, a zero would stand for the size that the value has on that axis.
+    known = [-1 if axis == batch and writer.opset < 14 else size for axis, size in enumerate(sizes)]
+    return reshape_by(writer, value, shape_of(writer, *known), rank=len(sizes))
 
 
 def reshape_by(writer: OnnxWriter, value: Tensorlike, shape: Tensorlike, rank: int) -> Tensorlike:
