@@ -59,8 +59,9 @@ def unroll(
             and held as buffers that nothing else shares, in place of the layers' parameters and parametrizations.
             Gradients of inputs, and dropout in training mode, are as ever. It settles the dtype: convert first. A
             module that is converted later raises an `UnrollError` when it runs, a graph module an `AssertionError`.
-        limit: the most steps of a layer that are written out, 20,000 if not given; more are refused. A module, which
-            runs at any length, takes none.
+        limit: the most steps of a layer that are written out, 20,000 if not given; more are refused. A module runs at
+            any length, and is held to it where a graph is made of a run: by `torch.export`, `torch.compile`,
+            `torch.jit.trace`, `make_fx`.
 
     Returns:
         A module of `unroll.Unrolled` layers for a module, a graph module without them for a graph module.
@@ -113,8 +114,12 @@ def _unrolled(
         _refuse_freeze(freeze, "a ScriptModule", "leave freeze out, and use torch.jit.freeze")
         return unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
-        _refuse("a module, which runs at any length", args=args, steps=steps, limit=limit)
+        _refuse("a module, which runs at any length", args=args, steps=steps)
         unrolled = replace(model, plan, where, rules, freeze=freeze)
+        if limit is not None:
+            for layer in unrolled.modules():
+                if isinstance(layer, Unrolled):
+                    layer.limit = limit
         if where is None:
             _warn_of_the_rest(model, unrolled, rules)
         return unrolled

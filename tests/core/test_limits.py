@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import unroll
 from tests.onnx import standard
@@ -94,8 +95,6 @@ def test_the_limit_is_an_argument():
         unroll.unroll(file(4), limit=3)
     assert unroll.unroll(file(4), limit=4).graph.node
     assert options.limit() == options.STEPS == 20_000
-    with pytest.raises(UnrollError, match=r"unroll\(limit=...\): was given for a module, which runs at any length"):
-        unroll.unroll(LAYER, limit=5)
     for wrong in (0, -1, True, 2.0, "9"):
         with pytest.raises(UnrollError, match="is no number of steps"):
             unroll.unroll(graph, steps=5, limit=wrong)
@@ -107,6 +106,29 @@ def test_exports(tmp_path):
         unroll.export_onnx(LAYER, torch.zeros(6, 1, 1), tmp_path / "m.onnx", limit=5)
     assert not list(tmp_path.iterdir())
     unroll.export_onnx(LAYER, torch.zeros(6, 1, 1), tmp_path / "m.onnx", limit=6)
+
+
+def test_unrolled_modules_of_which_a_graph_is_made():
+    x = torch.zeros(7, 1, 1)
+    ways = [
+        lambda model: torch.export.export(model, (x,), strict=False),
+        lambda model: torch.export.export(model, (x,), strict=True),
+        lambda model: torch.compile(model, backend="eager", fullgraph=True)(x),
+        lambda model: torch.jit.trace(model, (x,)),
+        lambda model: make_fx(model)(x),
+        lambda model: make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x),
+    ]
+    for way in ways:
+        with pytest.raises(Exception, match="would have 7 steps written out, more than the limit of 6"):
+            way(unroll.unroll(LAYER, limit=6))
+        way(unroll.unroll(LAYER, limit=7))
+    many = torch.zeros(MANY, 1, 1)
+    for way in (
+        lambda: torch.export.export(unroll.unroll(LAYER), (many,), strict=False),
+        lambda: make_fx(unroll.unroll(LAYER))(many),
+    ):
+        with refused("steps written out", seconds=3):
+            way()
 
 
 def test_modules_run_at_any_length():

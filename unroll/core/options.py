@@ -144,20 +144,22 @@ def limit() -> int:
     return _limit.get()
 
 
-def check_written(place: str, steps: int | None, block: int | None = None) -> None:
+def check_written(place: str, steps: int | None, block: int | None = None, *, most: int | None = None) -> None:
     """Refuse a layer of which too many steps would be written out. Every frontend asks before it writes.
 
     Args:
         place: the layer.
         steps: its steps; None for any number, in a loop.
         block: the steps of a block, where a loop goes over blocks.
+        most: that may be written out; as many as `limit` says if it is None.
 
     Raises:
-        UnrollError: if they are more than the `limit`.
+        UnrollError: if they are more.
     """
     written = block if steps is None else steps if block is None else min(block, steps)
-    if written is not None and written > limit():
-        finding = f"would have {written:,} steps written out, more than the limit of {limit():,}"
+    most = limit() if most is None else most
+    if written is not None and written > most:
+        finding = f"would have {written:,} steps written out, more than the limit of {most:,}"
         fix = f"run them in a loop where there is one, plan='time=16', or pass limit={written}"
         raise UnrollError(Problem(place, finding, fix))
 

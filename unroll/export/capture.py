@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.core.arguments import as_args
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError, innermost
 from unroll.core.options import Rules, Where
 from unroll.core.patching import alone
 from unroll.export.inputs import in_order
@@ -104,7 +104,8 @@ def _captured(
     except Exception as error:
         if fixed := FIXED.findall(str(error)):
             raise UnrollError(*(_is_fixed(*found) for found in fixed)) from error
-        finding = f"cannot be captured by torch.export ({type(error).__name__}: {error})"
+        cause = innermost(error)
+        finding = f"cannot be captured by torch.export ({type(cause).__name__}: {cause})"
         fix = "make torch.export.export(model, args, strict=False) work first"
         raise UnrollError(Problem(type(model).__name__, finding, fix)) from error
 

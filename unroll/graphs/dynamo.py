@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import FIXED, Where, read_where, unknown_names
+from unroll.core.options import FIXED, STEPS, Where, read_where, unknown_names
 from unroll.core.patching import alone, configured, original, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import LAYERS, read_layer
@@ -199,6 +199,7 @@ class _Original:
 
     def __init__(self, layer: Any, plan: Plan) -> None:
         self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
+        self.limit = STEPS
         self.recurrence = read_layer(layer)
         layer._update_flat_weights()  # as its own `forward` does
         self.flat_weights = layer._flat_weights

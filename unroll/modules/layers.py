@@ -16,6 +16,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Frozen
+from unroll.core.options import STEPS
 from unroll.core.patching import Local
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_cell, read_layer
@@ -43,12 +44,14 @@ class Unrolled(nn.Module):
 
     Attributes:
         plan: how the steps are laid out.
+        limit: the most steps that are written out where a graph is made of a run.
         place: the layer's name in the model, for messages.
         frozen: where its weights are after `unroll(model, freeze=True)`; None for a layer with parameters.
         carry: where its state is kept between calls of a model that `unroll.streaming` made; None in others.
     """
 
     plan: Plan
+    limit: int = STEPS
     place: str
     hidden_size: int
     frozen: Frozen | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 from torch.torch_version import TorchVersion
@@ -29,6 +30,11 @@ def is_captured(rows: Tensor) -> bool:
     `torch.compiler.is_compiling` alone is true in all threads while one of them exports.
     """
     return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and is_fake(rows))
+
+
+def is_written(rows: Tensor) -> bool:
+    """Tell whether what runs now is written down, step by step, in a graph, also by `make_fx`."""
+    return is_captured(rows) or get_proxy_mode() is not None
 
 
 def is_trained(place: str, tensors: Iterable[Any]) -> bool:

@@ -15,6 +15,7 @@ from unroll.core import schedule
 from unroll.core.arguments import AUTOCAST, as_result, autocast_dtype, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
+from unroll.core.options import check_written
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import copy_apart, split_rows
@@ -31,6 +32,8 @@ class Layer(Protocol):
     def place(self) -> str: ...
     @property
     def plan(self) -> Plan: ...
+    @property
+    def limit(self) -> int: ...
     @property
     def training(self) -> bool: ...
     @property
@@ -75,6 +78,8 @@ def run_rows(
         weights = [] if layer.frozen is not None else layer.flat_weights
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
         loop = None if trained else loops.over_blocks(steps, layer.plan.block, padded.mask if padded else None)
+    if loop is None and has_static_value(steps) and loops.is_written(rows):
+        check_written(layer.place, steps, most=layer.limit)
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
     # steps, or where the only step has to give the weights that meet them a gradient.
     looped = loop is not None  # what Dynamo can tell of a function in every version

@@ -110,7 +110,7 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
         check_arguments(recurrence, layer.place, input, hx, weight=layer.like)
         batched, steps, _ = recurrence.frame(input.shape)
         steps = None if recurrence.is_cell or layer.plan.block is not None else steps
-        check_written(layer.place, steps)
+        check_written(layer.place, steps, most=layer.limit)
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
     # zeros have a batch already
