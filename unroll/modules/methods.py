@@ -79,7 +79,7 @@ def is_explicit(layer: nn.Module) -> bool:
         if function in seen:
             continue
         seen.add(function)
-        for value in _reached(function, layer):
+        for value in reached(function, layer):
             function = value.__func__ if isinstance(value, (types.MethodType, staticmethod)) else value
             if isinstance(function, types.FunctionType) and not is_known(function):
                 pending.append(function)
@@ -95,7 +95,7 @@ class _Doubt:
 _SELF, _UNKNOWN = object(), object()
 
 
-def _reached(function: types.FunctionType, layer: nn.Module) -> Iterator[Any]:
+def reached(function: types.FunctionType, layer: nn.Module) -> Iterator[Any]:
     """Yield the global objects, and those that belong to a layer, which a method or function of a layer reads."""
     free = zip(function.__code__.co_freevars, function.__closure__ or ())
     enclosed = {name: cell.cell_contents for name, cell in free if name != "__class__" and is_filled(cell)}
