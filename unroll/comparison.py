@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def compare(
             raise UnrollError(Problem("compare(gradients=True)", "was given for a file", "leave gradients out"))
     exact = _double(first) if reference and isinstance(first, nn.Module) else None
     rows: list[Row] = []
-    stateful = False
+    stateful, kept = False, list[str]()
     for number, given in enumerate(inputs):
         where = f"input {number}: " if len(inputs) > 1 else ""
         results = [
@@ -109,9 +110,11 @@ def compare(
             found = list(_rows(results, rtol, _changes(first, given, dict(kwargs or {}), seed)))
         if any(row.finding for row in found):
             stateful = stateful or _keeps_state(first, given, dict(kwargs or {}), seed)
+            if stateful and not kept:
+                kept = kept_state(first, partial(_run, first, given, dict(kwargs or {}), False, seed, double=False))
             found = blamed(found, first)
         rows += [row._replace(place=where + row.place) for row in found]
-    return Report(tuple(rows), stateful)
+    return Report(tuple(rows), stateful, tuple(kept))
 
 
 def blamed(rows: Iterable[Row], original: Any) -> list[Row]:
@@ -119,6 +122,37 @@ def blamed(rows: Iterable[Row], original: Any) -> list[Row]:
     names = ", ".join(not_finite(original))
     why = f"; {names} holds NaN or infinity, which the first step from zeros leaves out" if names else ""
     return [row._replace(finding=row.finding + why) if row.finding else row for row in rows]
+
+
+def kept_state(model: Any, run: Callable[[], Any]) -> list[str]:
+    """Return the attributes of modules, by path, whose tensors are others after a run; buffers and parameters are none.
+
+    Example:
+        >>> class Memory(nn.Module):
+        ...     def forward(self, x):
+        ...         self.last = x + 1
+        >>> memory = Memory()
+        >>> kept_state(memory, lambda: memory(torch.zeros(2)))
+        ['last']
+    """
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+
+    def seen() -> dict[str, list[tuple[int, int]]]:
+        held = {"_parameters", "_buffers", "_modules"}
+        return {
+            f"{path}.{name}".strip("."): [
+                (id(leaf), leaf._version)
+                for leaf in pytree.tree_leaves(value)
+                if isinstance(leaf, Tensor) and not leaf.is_inference()
+            ]
+            for path, module in modules.items()
+            for name, value in vars(module).items()
+            if name not in held
+        }
+
+    before = seen()
+    run()
+    return [name for name, tensors in seen().items() if tensors != before.get(name, [])]
 
 
 def _keeps_state(original: Any, args: Sequence[Any], kwargs: dict[str, Any], seed: int) -> bool:

@@ -35,10 +35,12 @@ class Report:
     Attributes:
         rows: one for each value that was compared.
         stateful: whether something differs, and the original gives another result when it is called again.
+        kept: the attributes of the original, by path, in which it keeps tensors between calls, if it is stateful.
     """
 
     rows: tuple[Row, ...]
     stateful: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -65,7 +67,8 @@ class Report:
             bad.sort(key=lambda row: row is not self.worst)
             fix = "the rewritten model is not the original"
             if self.stateful:
-                fix = "the original keeps state between calls: make it an argument and a result, or a buffer"
+                held = f" in {', '.join(self.kept)}" if self.kept else ""
+                fix = f"the original keeps state between calls{held}: make it an argument and a result, or a buffer"
             raise UnrollError(*(Problem(row.place, row.finding, fix) for row in bad))
         return self
 

@@ -34,6 +34,9 @@ app = typer.Typer(
 FACTORY = """package.module:name of a function that returns the model, or the model and a tuple of its arguments, or
 these and a dictionary of keyword arguments for unroll.export_onnx."""
 
+CAPTURE = """export, by torch.export; trace, one run for good, for code that torch.export cannot follow; or auto, which
+traces what cannot be exported."""
+
 app.command("bench", short_help="Measure a layer or a model in every form.")(bench_command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
@@ -121,6 +124,7 @@ def export_command(
     where: Where = None,
     plan: PlanOption = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
+    capture: Annotated[str, typer.Option(help=CAPTURE)] = "export",
     check: Annotated[bool, typer.Option(help="Compare ONNX Runtime with the original.")] = True,
     limit: LimitOption = None,
     as_json: Json = False,
@@ -133,7 +137,17 @@ def export_command(
             raise UnrollError(_alone(factory))
         options = options_of(factory, given, opset_version=opset, where=where)
         with show_parts() as part:
-            export = export_onnx(model, args, target, plan=plan, check=check, limit=limit, progress=part, **options)
+            export = export_onnx(
+                model,
+                args,
+                target,
+                plan=plan,
+                capture=capture,  # pyright: ignore[reportArgumentType]
+                check=check,
+                limit=limit,
+                progress=part,
+                **options,
+            )
     if as_json:
         print_json(plain(export))
     else:

@@ -13,11 +13,12 @@ import inspect
 import re
 import sys
 import threading
+import traceback as stack
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.fx import _symbolic_trace, traceback
@@ -253,6 +254,31 @@ def without_warnings(*messages: str, category: type[Warning] = Warning) -> Itera
     ignored = [("ignore", re.compile(message, re.IGNORECASE), category, None, 0) for message in messages]
     with patched(warnings, filters=[*ignored, *warnings.filters]):
         yield
+
+
+class Told(NamedTuple):
+    """A warning, and where it was given: file, line and function of each frame, the innermost first."""
+
+    text: str
+    frames: list[tuple[str, int, str]]
+
+
+@contextmanager
+def collected_warnings(category: type[Warning]) -> Iterator[list[Told]]:
+    """Collect the warnings of a category that this thread is given while this lasts, in place of showing them."""
+    here, found = threading.get_ident(), list[Told]()
+
+    def show(message: Any, kind: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if issubclass(kind, category) and threading.get_ident() == here:
+            frames = stack.walk_stack(sys._getframe(1))
+            found.append(Told(str(message), [(f.f_code.co_filename, n, f.f_code.co_name) for f, n in frames]))
+        else:
+            told = warnings.WarningMessage(message, kind, filename, lineno, file, line)
+            warnings._showwarnmsg_impl(told)  # pyright: ignore[reportAttributeAccessIssue]
+
+    always = ("always", None, category, None, 0)
+    with patched(warnings, showwarning=show, filters=[always, *warnings.filters]):
+        yield found
 
 
 _DRAWING: list[list[Any]] = []

@@ -5,16 +5,19 @@ Torch's exporter then has nothing to do with the steps, and its cost does not gr
 
 from __future__ import annotations
 
+import os
 import re
+import traceback
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils import _pytree as pytree
 
 from unroll.core.arguments import as_args
@@ -30,6 +33,22 @@ from unroll.modules.replace import replace
 from unroll.packed.contexts import keep_padding
 from unroll.packed.functions import stop_by_index
 from unroll.packed.guard import guard_run
+
+OURS, TORCH = os.path.dirname(os.path.dirname(__file__)), os.path.dirname(torch.__file__)
+"""The folders of this package and of torch"""
+
+
+class NotCaptured(UnrollError):
+    """A model that torch's own exporter cannot follow."""
+
+
+def origin(error: BaseException) -> str | None:
+    """Return the file and line of the model's own code that an error of torch's names or was raised in, if any."""
+    named = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    raised = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    # the first frame is that of whoever called the exporter
+    found = [(file, line) for file, line in (*raised[1:], *named) if not file.startswith((OURS, TORCH, "<"))]
+    return "{}:{}".format(*found[-1]) if found else None
 
 
 def capture(
@@ -80,6 +99,40 @@ def _captured(
         return model.run_decompositions(
             {op: partial(call_node, op) for op in FUNCTIONS if isinstance(op, torch._ops.OpOverload)}
         )
+    model, args, kwargs = prepare(model, args, kwargs, where, rules)
+
+    def export(shapes: Any) -> ExportedProgram:
+        with layers_as_nodes(model, every=where is None):
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+    try:
+        try:
+            return export(dynamic_shapes)
+        except Exception as error:
+            if not isinstance(innermost(error), ConstraintViolationError) or FIXED.search(str(error)):
+                raise
+            return export(_within_bounds(dynamic_shapes))
+    except UnrollError:
+        raise
+    except Exception as error:
+        if fixed := FIXED.findall(str(error)):
+            raise NotCaptured(*(_is_fixed(*found) for found in fixed)) from error
+        cause = innermost(error)
+        at = "".join(f" at {place}" for place in [origin(cause)] if place)
+        first = next(iter(str(cause).splitlines()), "")
+        finding = f"cannot be captured by torch.export{at} ({type(cause).__name__}: {first})"
+        fix = "make torch.export.export(model, args, strict=False) work first"
+        raise NotCaptured(Problem(type(model).__name__, finding, fix)) from error
+
+
+def prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], where: Where, rules: Rules | None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Return what is run for a capture: a copy of the model that shares all tensors, and arguments for it alone.
+
+    Raises:
+        UnrollError: for layers that cannot be honoured, and for a model in training mode.
+    """
     if model.training:
         finding = "is in training mode, in which an ONNX file cannot run it"
         raise UnrollError(Problem(type(model).__name__, finding, "call model.eval() first"))
@@ -89,29 +142,37 @@ def _captured(
         raise UnrollError(*problems)
     # Strides mean nothing in a file, and those of a piece of a tensor would fix sizes that are open.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, (args, kwargs))
-    args, kwargs = _each_its_own(args, kwargs)
-    on_layer = packed_node if every else refuse_packed
-    try:
-        with (
-            STAND_IN.set(layer_node),
-            CallsAsNodes() if every else nullcontext(),
-            keep_padding(on_layer, stop_by_index),
-            guard_run(model),
-        ):
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except UnrollError:
-        raise
-    except Exception as error:
-        if fixed := FIXED.findall(str(error)):
-            raise UnrollError(*(_is_fixed(*found) for found in fixed)) from error
-        cause = innermost(error)
-        finding = f"cannot be captured by torch.export ({type(cause).__name__}: {cause})"
-        fix = "make torch.export.export(model, args, strict=False) work first"
-        raise UnrollError(Problem(type(model).__name__, finding, fix)) from error
+    return model, *_each_its_own(args, kwargs)
 
+
+@contextmanager
+def layers_as_nodes(model: nn.Module, *, every: bool) -> Iterator[None]:
+    """Let the recurrent layers of a model write single nodes while this lasts: all, or those that are `Unrolled`."""
+    with (
+        STAND_IN.set(layer_node),
+        CallsAsNodes() if every else nullcontext(),
+        keep_padding(packed_node if every else refuse_packed, stop_by_index),
+        guard_run(model),
+    ):
+        yield
+
+
+UNBOUND = Dim("unbound")
 
 FIXED = re.compile(r"marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 """The message of `torch.export` for a size that cannot stay open"""
+
+
+def _within_bounds(dynamic_shapes: Any) -> Any:
+    """Return dynamic shapes whose sizes have the bounds that the model gives them, where none were asked for.
+
+    Behind a strided convolution a length must be some steps long, and `torch.export` refuses a `Dim` of any length.
+    """
+
+    def loosened(dim: Any) -> Any:
+        return Dim.DYNAMIC if isinstance(dim, Dim) and (dim.min, dim.max) == (UNBOUND.min, UNBOUND.max) else dim
+
+    return pytree.tree_map(loosened, dynamic_shapes)
 
 
 def _is_fixed(name: str, size: str) -> Problem:

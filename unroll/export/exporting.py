@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.options import Rules, Where, limited, read_where
 from unroll.core.plan import Plan
 from unroll.extras import require
@@ -74,6 +75,7 @@ def export_onnx(
     plan: Plan | str | None = None,
     where: Where = None,
     rules: Rules | None = None,
+    capture: Literal["export", "trace", "auto"] = "export",
     check: bool = True,
     limit: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -101,6 +103,11 @@ def export_onnx(
         plan: how the steps are laid out, `"onnxruntime"` by default. Layers that are frozen keep theirs.
         where: which layers, as for `unroll`; others are left to torch's exporter, at its own risk.
         rules: for layers of classes of your own, as for `unroll`.
+        capture: `"export"` by `torch.export`; `"trace"` by `torch.jit.trace` and torch's older exporter, for code that
+            `torch.export` cannot follow. A trace sees one run, and keeps for good what data decided in it: branches,
+            the length of loops, numbers read from tensors. The check then runs more inputs: other values, signs and
+            masks flipped, other open sizes; where the file differs on one, it is refused. `"auto"` traces what
+            `torch.export` cannot capture.
         check: whether to run the checks.
         limit: the most steps of a layer that are written out, 20,000 if not given; more are refused.
         progress: called with the name of each part of the work as it begins.
@@ -110,6 +117,12 @@ def export_onnx(
 
     Raises:
         UnrollError: for everything that cannot be honoured, and if a check fails.
+
+    Warns:
+        UnrollWarning: of a model that was traced, with the places, file and line, where the run decided something.
+
+    The file says in its metadata how it was made: `unroll.version`, `unroll.plan`, `unroll.capture`, `unroll.opset` as
+    it was asked for, and `unroll.frozen`, what a trace has kept.
 
     Example:
         >>> import os, tempfile
@@ -122,12 +135,12 @@ def export_onnx(
     from unroll.core.arguments import as_args
     from unroll.core.patching import seeded
     from unroll.export import verify as checks
-    from unroll.export.capture import capture
     from unroll.export.inputs import in_order
+    from unroll.export.routes import Wanted, captured
     from unroll.export.states import add_state_inputs, name_states
-    from unroll.export.translate import named_dims, quiet, translate
+    from unroll.export.translate import quiet
     from unroll.onnx import files
-    from unroll.onnx.rewrite import from_torch, unroll_ir
+    from unroll.onnx.rewrite import PLAN, from_torch, unroll_ir
 
     path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
@@ -135,20 +148,17 @@ def export_onnx(
         raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", fix))
     args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
+    wanted = Wanted(args, kwargs, dynamic_shapes, where, rules, input_names, output_names, opset_version)
     with quiet():
-        clock("capture")
-        program = capture(model, args, kwargs, dynamic_shapes=named_dims(dynamic_shapes), where=where, rules=rules)
-        clock("translate")
-        written = translate(program, dynamic_shapes, input_names, output_names, opset_version)
-    name_states(model, program, written, input_names or (), output_names or ())
+        found = captured(model, wanted, capture, clock)
+    written = found.model
+    if found.program is not None:
+        name_states(model, found.program, written, input_names or (), output_names or ())
     clock("unroll")
     with limited(limit):
         unroll_ir(written, where=None if where is None else from_torch, plan=plan)
-    if isinstance(model, ExportedProgram):
-        original, (args, given) = model.module(), model.example_inputs or (args, {})
-    else:
-        original, given = model, kwargs
-    report, refused = None, 0
+    files.sign(written, plan=plan or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
+    report, compared, refused = None, 0, 0
     clock("save")
     # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
@@ -158,8 +168,13 @@ def export_onnx(
             checks.check_operators(written, recurrent=where is not None)
             checks.check_file(draft, path)
             outputs = [str(value.name) for value in written.graph.outputs]
-            with quiet(), seeded():
-                report, refused = checks.check_values(draft, path, program, original, args, given, outputs)
+            original = model.module() if isinstance(model, ExportedProgram) else model
+            with quiet(), seeded(), found.explaining():
+                report, compared, refused = checks.check_values(
+                    draft, path, original, *found.given, found.others(), found.weights, outputs
+                )
+    if found.route == "trace":
+        warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=2)
     counted = checks.operators(written)
     return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problems
@@ -49,6 +49,104 @@ def fresh_inputs(
                     leaf = _drawn(leaf, shape, generator).to(leaf.device)
             drawn.append(leaf)
         yield pytree.tree_unflatten(drawn, spec)
+
+
+class Leaf(NamedTuple):
+    """A tensor among the arguments of a model: an input of its file."""
+
+    name: str
+    tensor: Tensor
+    open: dict[int, str]
+    """The names of its open sizes, by axis"""
+
+
+def tensor_leaves(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+) -> list[Leaf]:
+    """Return the tensors among the arguments, in the order in which pytree flattens them.
+
+    Open sizes that `dynamic_shapes` does not name are taken for one if they are the same in the example.
+    """
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **kwargs).arguments
+    if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
+        shapes = dict(dynamic_shapes or {})
+    else:
+        shapes = dict(zip(bound, dynamic_shapes))
+    found: list[Leaf] = []
+    for name, value in bound.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            for key, inner in value.items():
+                found += _leaves(key, inner, shapes.get(key, (shapes.get(name) or {}).get(key)))
+        else:
+            found += _leaves(name, value, shapes.get(name))
+    return found
+
+
+def _leaves(name: str, value: Any, shape: Any) -> Iterator[Leaf]:
+    if isinstance(value, Tensor):
+        entries = enumerate(shape) if isinstance(shape, (tuple, list)) else (shape or {}).items()
+        yield Leaf(name, value, {axis: text for axis, dim in entries if (text := _dim_name(dim, value.shape[axis]))})
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}_{key}", inner, (shape or {}).get(key))
+    else:
+        parts = pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
+        if len(parts) == 1 and parts[0] is value:
+            return
+        for k, inner in enumerate(parts):
+            inside = shape[k] if isinstance(shape, (tuple, list)) and k < len(shape) else None
+            yield from _leaves(f"{name}_{k}", inner, inside)
+
+
+def _dim_name(dim: Any, size: int) -> str | None:
+    """Return the name of a size by its entry in `dynamic_shapes`; None if it is not open."""
+    if dim is None or isinstance(dim, int) or dim is Dim.STATIC:
+        return None
+    if isinstance(dim, str):
+        return dim
+    return f"size_{size}" if isinstance(dim, type(Dim.AUTO)) else dim.__name__
+
+
+def varied_inputs(
+    leaves: Sequence[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield inputs on which what a trace has frozen shows: other values, signs and masks flipped, other open sizes.
+
+    Whole numbers of one axis, which may be lengths, come as they are drawn and sorted falling.
+    """
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    generator = torch.Generator().manual_seed(0)
+
+    def made(tensors: Iterator[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return pytree.tree_unflatten([next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in flat], spec)
+
+    def drawn(sizes: Mapping[str, int], *, falling: bool) -> Iterator[Tensor]:
+        for leaf in leaves:
+            shape = [sizes[leaf.open[axis]] if axis in leaf.open else n for axis, n in enumerate(leaf.tensor.shape)]
+            tensor = _drawn(leaf.tensor, shape, generator).to(leaf.tensor.device)
+            whole = tensor.dim() == 1 and not tensor.is_floating_point() and tensor.dtype is not torch.bool
+            yield tensor.sort(descending=True).values if falling and whole else tensor
+
+    yield made(_flipped(leaf.tensor) for leaf in leaves)
+    sizes = {name: leaf.tensor.shape[axis] for leaf in leaves for axis, name in leaf.open.items()}
+    changes = [lambda n, k: n]
+    if sizes:
+        changes += [lambda n, k: n + 2 + k, lambda n, k: max(n - 1 - k, 1), lambda n, k: 1]
+    else:
+        changes *= 2
+    for change in changes:
+        for falling in (False, True):
+            yield made(drawn({name: change(n, k) for k, (name, n) in enumerate(sizes.items())}, falling=falling))
+
+
+def _flipped(tensor: Tensor) -> Tensor:
+    """Return a tensor with other signs, or a mask with the other truth; other whole numbers in another order."""
+    if tensor.dtype is torch.bool:
+        return ~tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return -tensor
+    return tensor.flip(0) if tensor.dim() else tensor
 
 
 DRAWN = {

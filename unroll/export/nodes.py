@@ -14,11 +14,13 @@ from torch.overrides import TorchFunctionMode
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.recurrence import Recurrence, read_layer
+from unroll.export.traced import traced_node
 from unroll.graphs.functions import FUNCTIONS, form_of_call, read_on_tensors
 from unroll.modules.layers import Unrolled, UnrolledLayer
 from unroll.onnx.layers import DOMAIN, LAYER
 from unroll.packed.guard import mark, unmark
 from unroll.packed.sequences import PaddedSizes, restore_order, sort_states
+from unroll.torchscript.kernels import pause_tracing
 
 
 class CallsAsNodes(TorchFunctionMode):
@@ -35,7 +37,8 @@ def call_node(func: Any, *args: Any, **kwargs: Any) -> Any:
     if form == "packed":
         fix = "export the module itself, whose calls of pack_padded_sequence are understood"
         raise UnrollError(Problem(kind, "is called on packed rows, whose sizes are not in the graph", fix))
-    given, weights, recurrence = read_on_tensors(kind, form, args, kwargs)
+    with pause_tracing():
+        given, weights, recurrence = read_on_tensors(kind, form, args, kwargs)
     return as_result(_node(recurrence, kind, given["input"], given["hx"], weights, training=bool(given["train"])))
 
 
@@ -75,7 +78,8 @@ def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequ
     recurrence = replace(read_layer(layer), batch_first=False)
     weights = _weights(layer)
     data = unmark(packed.data)
-    check_arguments(recurrence, place, data, hx, weight=weights[0], rows=sizes.count)
+    with pause_tracing():  # in a trace, sizes are tensors
+        check_arguments(recurrence, place, data, hx, weight=weights[0], rows=data.shape[0] // int(sizes.steps))
     state: Any = sort_states(packed, hx)
     state = state and as_result(state)
     # [T, B, F], of data that is not watched here; it may have other uses, and is marked again.
@@ -117,20 +121,25 @@ def _node(
     if torch.is_autocast_enabled(input.device.type):
         fix = "convert the model by .to(dtype), or export it without autocast"
         raise UnrollError(Problem(place, "is called under autocast", fix))
-    check_arguments(recurrence, place, input, hx if not isinstance(hx, list) else tuple(hx), weight=weights[0])
-    frame = recurrence.frame(input.shape)
-    shapes = recurrence.state_shapes(frame)
-    if not recurrence.is_cell:
-        *lead, features = recurrence.output_shape(frame)
-        # A layer's output comes first among the results.
-        rows = lead if lengths is None else [frame.steps * frame.batch]
-        shapes.insert(0, (*rows, features))
+    with pause_tracing():
+        check_arguments(recurrence, place, input, hx if not isinstance(hx, list) else tuple(hx), weight=weights[0])
+        frame = recurrence.frame(input.shape)
+        shapes = recurrence.state_shapes(frame)
+        if not recurrence.is_cell:
+            *lead, features = recurrence.output_shape(frame)
+            # A layer's output comes first among the results.
+            rows = lead if lengths is None else [frame.steps * frame.batch]
+            shapes.insert(0, (*rows, features))
     state = as_states(hx) or (None,) * len(recurrence.state_sizes)
-    attributes = {**asdict(recurrence), "batched": frame.batched, "padded": lengths is not None, "plan": plan}
+    options = {**asdict(recurrence), "batched": frame.batched, "padded": lengths is not None, "plan": plan}
+    attributes = {name: int(value) if isinstance(value, bool) else value for name, value in options.items()}
+    operands = (input, *state, *weights, *([] if lengths is None else [lengths]))
+    if torch.jit.is_tracing():
+        return traced_node(recurrence, place if named else "", attributes, operands)
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Recurrence",
-        (input, *state, *weights, *([] if lengths is None else [lengths])),
-        {name: int(value) if isinstance(value, bool) else value for name, value in attributes.items()},
+        operands,
+        attributes,
         dtypes=[input.dtype] * len(shapes),
         shapes=shapes,
         version=1,

@@ -12,16 +12,20 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, _trace
 from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
-from unroll.core.patching import alone, patched, without_warnings
+from unroll.core.patching import alone, original, patched, without_warnings
+from unroll.export.capture import NotCaptured
 from unroll.export.names import name_apart, name_back
 from unroll.export.squeezes import drop_idle_squeezes
 
 # What torch says of its own workings while it exports.
 NOISE = (
+    r"ONNX Preprocess",
+    r"You are using the legacy TorchScript",
+    r"The feature will be removed",
     r"The tensor attributes? .*_flat_weights",
     r".*isinstance\(treespec, LeafSpec\)",
     r"# The axis name",
@@ -30,6 +34,7 @@ NOISE = (
 
 # That torchvision is missing; that a version is converted, which is checked afterwards.
 LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes",
     "torch.onnx._internal.exporter._registration",
     "torch.onnx._internal.exporter._compat",
     "onnxscript.version_converter",
@@ -47,7 +52,20 @@ def quiet() -> Iterator[None]:
     def is_shown(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or record.thread != here
 
+    shown: Any = original(torch._C, "_jit_onnx_log")
+
+    def log(*values: Any) -> None:
+        if threading.get_ident() != here:
+            shown(*values)
+
+    def show(*values: Any, **options: Any) -> None:
+        if threading.get_ident() != here:
+            print(*values, **options)
+
     with ExitStack() as stack:
+        # by which they show the graph as far as it came, before an error
+        stack.enter_context(patched(_trace, print=show))
+        stack.enter_context(patched(torch._C, _jit_onnx_log=log))
         for logger in map(logging.getLogger, LOGGERS):
             stack.enter_context(patched(logger, filters=[*logger.filters, is_shown]))
         stack.enter_context(without_warnings(*NOISE))
@@ -94,7 +112,7 @@ def translate(
     except Exception as error:
         cause = innermost(error)
         finding = f"cannot be translated by torch.onnx.export ({type(cause).__name__}: {cause})"
-        raise UnrollError(Problem("model", finding, "replace the operator that it names")) from error
+        raise NotCaptured(Problem("model", finding, "replace the operator that it names")) from error
     assert translated is not None
     model: ir.Model = translated.model
     name_back(model)

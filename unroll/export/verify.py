@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.comparison import ACROSS_RUNTIMES, blamed, compare, rtol_of
+from unroll.comparison import ACROSS_RUNTIMES, blamed, compare, kept_state, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
-from unroll.export.inputs import file_inputs, fresh_inputs
+from unroll.export.inputs import file_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, function_of, session
 from unroll.reports import Report, Row
@@ -115,27 +114,30 @@ def check_same(
 def check_values(
     path: str | os.PathLike[str],
     name: str | os.PathLike[str],
-    program: ExportedProgram,
     original: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    others: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+    weights: Iterable[Any],
     output_names: Sequence[str],
-) -> tuple[Report, int]:
-    """Compare ONNX Runtime with the original, on the given and on fresh random inputs.
+) -> tuple[Report, int, int]:
+    """Compare ONNX Runtime with the original, on the given inputs and on others.
 
-    Where sizes are dynamic, fresh inputs have other sizes. Inputs that the original itself refuses are left out.
+    Inputs that the original itself refuses are left out.
 
     Args:
         path: where the file lies.
         name: what it is called in messages.
-        program: the model as it was captured, which tells which sizes are dynamic.
         original: what the file must agree with.
         args: example inputs.
         kwargs: example keyword arguments.
+        others: arguments and keyword arguments of other runs.
+        weights: of the model, whose types tell how close the two must be.
         output_names: of the file.
 
     Returns:
-        A report with the outputs' names for places, and how many inputs the original refused.
+        A report with the outputs' names for places, how many inputs were compared, and how many of the others the
+        original refused.
 
     Raises:
         UnrollError: naming what differs.
@@ -143,7 +145,7 @@ def check_values(
     runner = session(path, name)
     names = [value.name for value in runner.get_inputs()]
     inputs, refused = [(args, kwargs)], 0
-    for fresh in fresh_inputs(program, args, kwargs):
+    for fresh in others:
         try:
             with torch.no_grad():
                 original(*fresh[0], **fresh[1])
@@ -171,14 +173,15 @@ def check_values(
         return [leaf.cpu() for leaf in pytree.tree_leaves(original(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
     leaves = [tuple(pytree.tree_leaves(pair)) for pair in inputs]
-    tensors = [t for t in (*program.state_dict.values(), *leaves[0]) if isinstance(t, Tensor)]
+    tensors = [t for t in (*weights, *leaves[0]) if isinstance(t, Tensor)]
     rtol = max(
         (ACROSS_RUNTIMES[t.dtype] for t in tensors if t.dtype in ACROSS_RUNTIMES),
         default=ACROSS_RUNTIMES[torch.float64],
     )
     report = compare(expected, rewritten, leaves, reference=False, rtol=rtol)
     rows = [row._replace(place=_renamed(row, output_names)) for row in blamed(report.rows, original)]
-    return Report(tuple(rows), report.stateful).check(), refused
+    kept = kept_state(original, lambda: original(*args, **kwargs)) if report.stateful else []
+    return Report(tuple(rows), report.stateful, tuple(kept)).check(), len(inputs), refused
 
 
 def _renamed(row: Row, names: Sequence[str]) -> str:

@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from unroll.core.errors import Problem, UnrollError, refusing
+from unroll.core.version import VERSION
 
 LARGEST = 1_800_000_000
 """Bytes of weights above which they go into a file of their own: no protocol buffer may pass 2 GB."""
@@ -70,3 +72,10 @@ def _writing(path: Path) -> Iterator[None]:
 def size(path: Path) -> int:
     """Return the bytes of a file, with those of the weights beside it."""
     return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
+
+
+def sign(model: ir.Model, **facts: Any) -> None:
+    """Write into a model's metadata how it was made, each fact as `unroll.name`; what is empty is left out."""
+    for name, value in {"version": VERSION, **facts}.items():
+        if text := "\n".join(value) if isinstance(value, list) else str(value):
+            model.metadata_props[f"unroll.{name}"] = text

@@ -67,6 +67,11 @@ def stop_by_index(lengths: Tensor, good: Tensor, message: str) -> Tensor:
     return lengths + table.index_select(0, (~good).to(torch.int64))
 
 
+def _is_known_true(found: Any) -> bool:
+    """Tell whether a comparison of sizes is true; in a trace, where they are tensors, for those of the example."""
+    return bool(found) if torch.jit.is_tracing() else statically_known_true(found)
+
+
 def _miscounted(found: int, count: int) -> Problem:
     return Problem(PLACE, f"there are {found} lengths for {count} rows", "give a length for each row")
 
@@ -129,7 +134,7 @@ class PaddedFunctions:
         within = (lengths > 0) & (lengths <= steps)
         lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
         # none is longer than the one before it; the first has none before
-        falling = (lengths <= lengths.roll(1)) | (torch.arange(count) == 0)
+        falling = (lengths <= lengths.roll(1, 0)) | (torch.arange(count) == 0)
         lengths = check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         # [T, B] as [T * B, 1], like the rows
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
@@ -154,12 +159,14 @@ class PaddedFunctions:
         # unmarked for this use alone: the model may have others
         result = torch.where(mask, unmark(data), padding).unflatten(0, (steps, sizes.count))
         mark(data)
-        if total_length is None:
+        if total_length is None and torch.jit.is_tracing():  # which would keep a number as it is now
+            result = result[: lengths.max()]
+        elif total_length is None:
             longest = lengths.max().item()
             torch._check(longest >= 1)
             torch._check(longest <= steps)
             result = result[:longest]
-        elif not statically_known_true(total_length == steps):
+        elif not _is_known_true(total_length == steps):
             message = f"pad_packed_sequence: total_length={total_length} is less than the longest length"
             lengths = self._check(lengths, lengths <= total_length, message)
             # from the last axis on: features and B stay, and T becomes total_length, which may be less

@@ -150,6 +150,9 @@ def _initial(recurrence: Recurrence, input: Tensor, batch: Any, hx: Any) -> list
 def pause_tracing() -> Iterator[None]:
     """Keep `torch.jit.trace` from following while this lasts: Python may look at shapes here."""
     state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield

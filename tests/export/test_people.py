@@ -1,0 +1,257 @@
+"""Models as people write them, by every way: module, compiled, program, and a file by `torch.export` or a trace."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import unroll
+from tests.people import PEOPLE, Person
+from unroll import UnrollError, UnrollWarning, compare, export_onnx
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from unroll.onnx.runtime import function_of  # noqa: E402
+
+# of a model that keeps state in an attribute, which torch.export drops
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
+
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def made(person: Person) -> nn.Module:
+    torch.manual_seed(0)
+    return person.make().eval()
+
+
+def row(person: Person) -> list[str]:
+    """The cells of a model in the table of docs/models.md: module, compiled, program, file, open batch."""
+    (line,) = (line for line in TABLE.read_text().splitlines() if line.startswith(f"| `{person.name}` "))
+    return [cell.strip() for cell in line.strip("|").split("|")][2:]
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def exported(person, path, capture):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UnrollWarning)
+        export = export_onnx(made(person), person.args(), path, dynamic_shapes=person.shapes, capture=capture)
+    return export, "\n".join(str(w.message) for w in told if issubclass(w.category, UnrollWarning))
+
+
+@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+def test_modules(person):
+    model = made(person)
+    for args in filter(None, (person.args, person.other)):
+        compare(model, unroll.unroll(model), args()).check()
+    assert row(person)[0] == "yes"
+
+
+@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+def test_compiled(person):
+    torch._dynamo.reset()
+    model, args = made(person), person.args()
+    with torch.no_grad():
+        expected = model(*args)
+    try:
+        with torch.no_grad():
+            found = unroll.compile(made(person), backend="eager")(*args)
+        torch.testing.assert_close(found, expected)
+        result = "yes"
+    except Exception:
+        with torch.no_grad():
+            found = unroll.compile(made(person), backend="eager", fullgraph=False)(*args)
+        torch.testing.assert_close(found, expected)
+        result = "`fullgraph=False`"
+    assert row(person)[1] == result
+
+
+@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+def test_programs(person):
+    model, args = made(person), person.args()
+    try:
+        with unroll.packing():
+            program = torch.export.export(unroll.unroll(model), args, strict=False)
+    except Exception:
+        assert row(person)[2] == "no"
+        return
+    if person.route == "none":
+        assert row(person)[2] == "no: the state is lost"
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(*args), made(person)(*args))
+    assert row(person)[2] == "yes"
+
+
+@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+def test_files(person, tmp_path):
+    path = tmp_path / "m.onnx"
+    if person.route == "none":
+        with pytest.raises(UnrollError, match="keeps state between calls in h: make it an argument and a result"):
+            exported(person, path, "auto")
+        assert not path.exists()
+        assert row(person)[3:] == ["no: keeps state", ""]
+        return
+    export, told = exported(person, path, "auto")
+    assert not {"LSTM", "GRU", "RNN"} & export.operators.keys()
+    props = metadata(path)
+    assert props["unroll.capture"] == person.route
+    assert props["unroll.version"] == unroll.__version__
+    assert props["unroll.plan"] == "gates=paired"
+    assert props["unroll.opset"] == "default"
+    assert bool(told) == (person.route == "trace")
+    assert row(person)[3] == ("`export`" if person.route == "export" else "`auto`, traced")
+    if person.other is not None:
+        args = person.other()
+        with torch.no_grad():
+            expected = made(person)(*args)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for found, wanted in zip(function_of(path)(*args).values(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert row(person)[4] == ("yes" if person.other is not None else "")
+
+
+@pytest.mark.parametrize("person", [p for p in PEOPLE if p.route == "trace"], ids=lambda p: p.name)
+def test_what_cannot_be_exported_says_what_a_trace_would_keep(person, tmp_path):
+    with pytest.raises(UnrollError) as caught:
+        exported(person, tmp_path / "m.onnx", "export")
+    (problem,) = caught.value.problems
+    assert "cannot be captured by torch.export" in problem.finding
+    assert "or pass capture='trace', which would keep as in the example: " in problem.fix
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("person", [p for p in PEOPLE if p.route != "none"], ids=lambda p: p.name)
+def test_traces(person, tmp_path):
+    """All that can be exported can be traced too, but for operators that torch's older exporter lacks."""
+    if person.name in ("Separator", "Documents"):  # unfold of open sizes, pad_sequence
+        with pytest.raises(UnrollError, match="cannot be traced"):
+            exported(person, tmp_path / "m.onnx", "trace")
+        return
+    export, told = exported(person, tmp_path / "m.onnx", "trace")
+    assert export.report is not None
+    assert export.report.ok
+    assert "was traced, and whatever data decides stays as it was in the example" in told
+
+
+class Branching(nn.Module):
+    """Reads a flag, and does what it says, or takes the sign of a sum."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.gru, self.of = nn.GRU(3, 4), of
+
+    def forward(self, x, flags):
+        out = self.gru(x)[0]
+        if self.of == "flags" and flags.any():
+            out = out * 2
+        if self.of == "signs" and x.sum() > 0:
+            out = -out
+        if self.of == "count":
+            out = out[: int(flags.sum())]
+        if self.of == "list":
+            out = out + sum(flags.tolist())
+        return out
+
+
+@pytest.mark.parametrize("of", ["flags", "signs", "count", "list"])
+def test_a_trace_that_is_wrong_elsewhere_is_refused(of, tmp_path):
+    x = torch.randn(5, 2, 3).abs()
+    flags = torch.tensor([True, True, False])
+    with pytest.raises(UnrollError) as caught:
+        export_onnx(Branching(of).eval(), (x, flags), tmp_path / "m.onnx", capture="auto")
+    found = str(caught.value)
+    assert re.search(r"test_people\.py:\d+: was kept by the trace: ", found), found
+    assert "differs" in found or "shape" in found
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_trace_has_kept_is_told_and_written(tmp_path):
+    class Checks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, x, lengths):
+            if (lengths < 0).any():
+                raise ValueError("negative")
+            return self.gru(x)[0] * lengths[None, :, None]
+
+    args = torch.randn(5, 2, 3), torch.tensor([1, 2])
+    path = tmp_path / "m.onnx"
+    with pytest.warns(
+        UnrollWarning, match=r"Checks: was traced(.|\n)*test_people\.py:\d+: Converting a tensor to a Pyth"
+    ):
+        export_onnx(Checks().eval(), args, path, capture="auto", output_names=["y"], opset_version=17)
+    props = metadata(path)
+    assert re.fullmatch(r".*test_people\.py:\d+: Converting a tensor to a Python boolean", props["unroll.frozen"])
+    assert props["unroll.opset"] == "17"
+    model = onnx.load(path)
+    assert [value.name for value in model.graph.input] == ["x", "lengths"]
+    assert [value.name for value in model.graph.output] == ["y"]
+    assert any(node.name.startswith("gru.") for node in model.graph.node)
+
+
+def test_a_tracer_takes_no_streams_and_no_programs(tmp_path):
+    program = torch.export.export(nn.GRU(3, 4).eval(), (torch.zeros(4, 2, 3),))
+    streamed = unroll.streaming(nn.GRU(3, 4).eval(), torch.zeros(4, 2, 3))
+    for model in (program, streamed):
+        with pytest.raises(UnrollError, match="keeps its form by torch.export alone"):
+            export_onnx(model, torch.zeros(4, 2, 3), tmp_path / "m.onnx", capture="trace")
+    with pytest.raises(UnrollError, match="is no way to capture a model; choose export, trace, auto"):
+        export_onnx(nn.GRU(3, 4).eval(), torch.zeros(4, 2, 3), tmp_path / "m.onnx", capture="fx")  # pyright: ignore
+
+
+def test_a_buffer_that_a_trace_changes_is_refused(tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.gru(x)[0]
+
+    with pytest.raises(UnrollError, match="calls: is a buffer that the model changes, and an ONNX file keeps none"):
+        export_onnx(Counts().eval(), torch.zeros(4, 2, 3), tmp_path / "m.onnx", capture="trace")
+
+
+class Front(nn.Module):
+    """A front end of speech: strided convolutions over time, and layers on what they leave."""
+
+    def __init__(self, two: bool) -> None:
+        super().__init__()
+        self.two = two
+        self.first, self.second = nn.Conv1d(5, 6, 3, stride=2, padding=1), nn.Conv2d(1, 3, 3, stride=2)
+        self.lstm = nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        if not self.two:
+            return self.lstm(self.first(x.transpose(1, 2)).relu().transpose(1, 2))[0]
+        h = self.second(x.unsqueeze(1))
+        batch, channels, time, features = h.shape
+        return self.lstm(h.transpose(1, 2).reshape(batch, time, channels * features))[0]
+
+
+@pytest.mark.parametrize("capture", ["export", "trace"])
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_an_open_length_behind_a_strided_convolution(two, capture, tmp_path):
+    model, path = Front(two).eval(), tmp_path / "m.onnx"
+    shapes = ({0: "batch", 1: "time"},)
+    export = export_onnx(model, torch.randn(2, 16, 5), path, dynamic_shapes=shapes, capture=capture)
+    assert export.operators["Scan"] == 2
+    assert [d.dim_param for d in onnx.load(path).graph.input[0].type.tensor_type.shape.dim] == ["batch", "time", ""]
+    for steps in (9, 16, 31):
+        x = torch.randn(3, steps, 5)
+        with torch.no_grad():
+            (found,) = function_of(path)(x).values()
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
