@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problems
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.onnx.layers import DOMAIN
 
 
@@ -68,7 +68,11 @@ def tensor_leaves(
     Open sizes that `dynamic_shapes` does not name are taken for one if they are the same in the example.
     """
     signature = inspect.signature(model.forward)
-    bound = signature.bind(*args, **kwargs).arguments
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        fix = "give what its forward takes"
+        raise UnrollError(Problem("args, kwargs", f"do not fit {type(model).__name__} ({error})", fix)) from error
     if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
         shapes = dict(dynamic_shapes or {})
     else:

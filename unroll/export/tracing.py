@@ -24,8 +24,11 @@ from unroll.core.options import Rules, Where
 from unroll.core.patching import alone, collected_warnings
 from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare
 from unroll.export.inputs import Leaf, tensor_leaves
-from unroll.export.translate import quiet
+from unroll.export.translate import check_asked, check_given, quiet
 from unroll.onnx.layers import DOMAIN, LAYER, is_layer
+
+NEWEST = 20
+"""The newest version of the standard's operators that torch's older exporter writes"""
 
 OPSET = 18
 """The version of the standard's operators that is written if none is asked for"""
@@ -57,14 +60,12 @@ def trace_model(
         UnrollError: for layers that cannot be honoured, for a model that changes its buffers, and if the trace or
             torch's exporter fails.
     """
+    check_asked(input_names, output_names, opset_version, NEWEST)
     place = type(model).__name__
     model, args, kwargs = prepare(model, args, kwargs, where, rules)
     leaves = tensor_leaves(model, args, kwargs, dynamic_shapes)
     asked = list(input_names or ())
-    if len(asked) > len(leaves):
-        fix = "give a name for each, in order"
-        raise UnrollError(Problem(f"input_names={asked}", f"does not fit {[leaf.name for leaf in leaves]}", fix))
-    names = asked + [leaf.name for leaf in leaves[len(asked) :]]
+    names = asked[: len(leaves)] + [leaf.name for leaf in leaves[len(asked) :]]
     before = {name: (id(value), value._version) for name, value in model.named_buffers()}
     flat = _Flat(model, args, kwargs).eval()
     with (
@@ -83,7 +84,7 @@ def trace_model(
                     dynamo=False,
                     verbose=False,
                     input_names=names,
-                    output_names=list(output_names or ()) or None,
+                    output_names=None,
                     opset_version=OPSET if opset_version is None else opset_version,
                     dynamic_axes={name: leaf.open for name, leaf in zip(names, leaves) if leaf.open},
                     custom_opsets={DOMAIN: 1},
@@ -102,9 +103,8 @@ def trace_model(
     )
     problems.check()
     _keep_inputs(written, names, leaves)
-    for k, value in enumerate(written.graph.outputs):
-        if k >= len(output_names or ()):
-            value.name = f"output_{k}" if len(written.graph.outputs) > 1 else "output"
+    _name_outputs(written, output_names or ())
+    check_given(written, input_names, output_names).check()
     _name_layers(written)
     reasons = (f"{place}: {_reason(warning.text)}" for warning in told if (place := _place(warning.frames)))
     return Traced(written, list(dict.fromkeys(reasons)))
@@ -148,6 +148,17 @@ def _keep_inputs(model: ir.Model, names: Sequence[str], leaves: Sequence[Leaf]) 
             shape = [leaf.open.get(axis, size) for axis, size in enumerate(leaf.tensor.shape)]
             found[name] = ir.val(name, tensor_adapters.from_torch_dtype(leaf.tensor.dtype), shape)
     model.graph.inputs[:] = [found[name] for name in names]
+
+
+def _name_outputs(model: ir.Model, asked: Sequence[str]) -> None:
+    """Name the outputs as asked, and those after them by their number."""
+    outputs = model.graph.outputs
+    names = [*asked, *(f"output_{k}" if len(outputs) > 1 else "output" for k in range(len(asked), len(outputs)))]
+    for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
+        if value.name in names and value not in outputs:
+            value.name = f"{value.name}.inside"
+    for value, name in zip(outputs, names, strict=False):
+        value.name = name
 
 
 def _name_layers(model: ir.Model) -> None:

@@ -78,6 +78,35 @@ def named_dims(dynamic_shapes: Any) -> Any:
     return pytree.tree_map(lambda d: dims.setdefault(d, Dim(d)) if isinstance(d, str) else d, dynamic_shapes)
 
 
+def check_asked(
+    input_names: Sequence[str] | None, output_names: Sequence[str] | None, opset_version: int | None, newest: int
+) -> None:
+    """Refuse names, and a version of the standard's operators, that no file of torch's exporter can have."""
+    named = (("input_names", input_names), ("output_names", output_names))
+    if texts := [(kind, names) for kind, names in named if isinstance(names, str)]:
+        raise UnrollError(
+            *(Problem(f"{k}={names!r}", "is a single string", "give a list of names") for k, names in texts)
+        )
+    if opset_version is not None and not OLDEST <= opset_version <= newest:
+        finding, fix = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
+        raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
+    _refuse_twice([*(input_names or ()), *(output_names or ())])
+
+
+def check_given(model: ir.Model, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> Problems:
+    """Return a problem for names that were asked for and that a model does not have; refuse any that it has twice."""
+    _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
+    problems = Problems()
+    for kind, names, values in (
+        ("input_names", input_names, model.graph.inputs),
+        ("output_names", output_names, model.graph.outputs),
+    ):
+        found = [value.name for value in values]
+        if names and (len(names) > len(found) or list(names) != found[: len(names)]):
+            problems.add(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order")
+    return problems
+
+
 def translate(
     program: ExportedProgram,
     dynamic_shapes: Any,
@@ -86,16 +115,7 @@ def translate(
     opset_version: int | None,
 ) -> ir.Model:
     """Translate the program by torch's exporter; its recurrent layers are still single nodes."""
-    named = (("input_names", input_names), ("output_names", output_names))
-    if texts := [(kind, names) for kind, names in named if isinstance(names, str)]:
-        raise UnrollError(
-            *(Problem(f"{k}={names!r}", "is a single string", "give a list of names") for k, names in texts)
-        )
-    newest = onnx.defs.onnx_opset_version()
-    if opset_version is not None and not OLDEST <= opset_version <= newest:
-        finding, fix = "is none that torch's exporter can write", f"ask for {OLDEST} to {newest}"
-        raise UnrollError(Problem(f"opset_version={opset_version}", finding, fix))
-    _refuse_twice([*(input_names or ()), *(output_names or ())])
+    check_asked(input_names, output_names, opset_version, onnx.defs.onnx_opset_version())
     drop_idle_squeezes(program)
     program = name_apart(program)
     try:
@@ -116,15 +136,7 @@ def translate(
     assert translated is not None
     model: ir.Model = translated.model
     name_back(model)
-    _refuse_twice([value.name for value in {*model.graph.inputs, *model.graph.outputs}])
-    problems = Problems()
-    for kind, names, values in (
-        ("input_names", input_names, model.graph.inputs),
-        ("output_names", output_names, model.graph.outputs),
-    ):
-        found = [value.name for value in values]
-        if names and (len(names) > len(found) or list(names) != found[: len(names)]):
-            problems.add(f"{kind}={list(names)}", f"does not fit {found}", "give a name for each, in order")
+    problems = check_given(model, input_names, output_names)
     if opset_version is not None and model.opset_imports.get("") != opset_version:
         finding = f"torch's exporter wrote {model.opset_imports.get('')}, and could not convert it"
         problems.add(f"opset_version={opset_version}", finding, "ask for 18 or newer")
