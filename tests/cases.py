@@ -195,12 +195,15 @@ def grid() -> list[Case]:
 GRID = grid()
 
 VALUES = {field: get_args(choices) for field, choices in CHOICES.items()}
-ALL_PLANS = [Plan(**dict(zip(VALUES, values, strict=True))) for values in itertools.product(*VALUES.values())]
+CHOSEN_VALUES = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())]
+# products="linear" goes with no other choice, see tests/core/test_options.py
+LINEAR = Plan(products="linear")
+ALL_PLANS = [Plan(**v) for v in CHOSEN_VALUES if v["products"] != "linear" or vars(LINEAR) | v == vars(LINEAR)]
 """Every way to write all steps."""
 
 PLANS = [plan for plan in ALL_PLANS if sum(getattr(plan, field) != VALUES[field][0] for field in VALUES) < 2]
 PLANS.append(ALL_PLANS[-1])
-"""Every choice by itself, and with all others: for frontends where a case costs more."""
+"""Every choice by itself, and with all others that it goes with: for frontends where a case costs more."""
 
 CHOSEN = [
     Case("LSTM"),

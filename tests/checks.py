@@ -43,7 +43,8 @@ def gradients(function: Callable[..., Any], args: tuple[Any, ...], seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     wanted = {f"input {k}": t for k, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
     if isinstance(function, nn.Module):
-        wanted |= dict(function.named_parameters())
+        state = function.state_dict(keep_vars=True)  # in which layers have torch's names for what modules hold
+        wanted |= {name: t for name, t in state.items() if isinstance(t, nn.Parameter)}
     total = sum(
         (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum()
         for t in results

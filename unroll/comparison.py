@@ -245,9 +245,11 @@ def _results(
     directions = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     wanted = {f"gradient of {_place('input', path)}": t for path, t in _leaves((args, kwargs)) if isinstance(t, Tensor)}
     if isinstance(function, nn.Module):
+        # of a state_dict, in which layers have torch's names whatever holds their parameters
+        named = {id(p): (name, p) for name, p in reversed(function.state_dict(keep_vars=True).items())}
         # a compiled module holds the original by this name
-        named = ((name.replace("_orig_mod.", ""), p) for name, p in function.named_parameters())
-        wanted |= {f"gradient of {name}": p for name, p in named}
+        found = ((name.replace("_orig_mod.", ""), p) for name, p in reversed(named.values()))
+        wanted |= {f"gradient of {name}": p for name, p in found}
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), directions, allow_unused=True)
     pairs = zip(wanted.items(), found, strict=True)

@@ -19,7 +19,7 @@ LAYERS = {
     "GRUCell": lambda: nn.GRUCell(3, 4),
     "LSTMCell": lambda: nn.LSTMCell(3, 4),
 }
-PLANS = ("gates=merged", "gates=split", "products=sums", "directions=stacked", "layers=wavefront")
+PLANS = ("gates=merged", "gates=split", "products=sums", "products=linear", "directions=stacked", "layers=wavefront")
 
 
 def leaves(layer):

@@ -233,6 +233,8 @@ GRAPHS = {
     "lstm": lambda: unroll(trace(Tagger()), steps=2),
     "lstm_paired": lambda: unroll(trace(Tagger()), steps=2, plan=Plan(gates="paired")),
     "gru_cell": lambda: unroll(trace(Decoder())),
+    "lstm_linear": lambda: unroll(trace(Tagger()), steps=2, plan="products=linear"),
+    "gru_linear": lambda: unroll(trace(Reading(nn.GRU(3, 2), lambda r: r[1])), steps=2, plan="products=linear"),
     "rnn": lambda: unroll(trace(Reading(nn.RNN(3, 2, num_layers=2, dropout=0.5), lambda r: r[1][-1])), steps=3),
 }
 

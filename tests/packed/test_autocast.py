@@ -18,7 +18,7 @@ LAYERS = {
 CELLS = {"LSTMCell": nn.LSTMCell(3, 4), "GRUCell": nn.GRUCell(3, 4), "RNNCell": nn.RNNCell(3, 4)}
 CELLS["relu"] = nn.RNNCell(3, 4, bias=False, nonlinearity="relu")
 PLANS = ["default", "gates=split", "gates=paired,products=sums", "products=sums", "directions=stacked"]
-PLANS += ["directions=stacked,products=sums", "layers=wavefront", "layers=wavefront,products=sums"]
+PLANS += ["directions=stacked,products=sums", "layers=wavefront", "layers=wavefront,products=sums", "products=linear"]
 LENGTHS = [[1], [3], [1, 1], [3, 3], [3, 1], [3, 3, 2]]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -2,8 +2,8 @@
 
 Everything here is an ordinary function of tensor-like values and calls a small closed set of torch
 functions (`addmm`, `matmul`, `add`, `sub`, `mul`, `sigmoid`, `tanh`, `relu`, `split`, `chunk`, `cat`,
-`neg`, `transpose`; for several passes at once `stack`, `baddbmm`, `bmm`; for products by sums `unsqueeze`, `sum`),
-never in place. Given tensors it computes; given values of a graph it writes nodes.
+`neg`, `transpose`; for several passes at once `stack`, `baddbmm`, `bmm`; for products by sums `unsqueeze`, `sum`; for
+those of `nn.Linear` `linear`), never in place. Given tensors it computes; given values of a graph it writes nodes.
 
 Formulas are those of the PyTorch documentation of `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN`. What the
 ONNX standard lets vary beyond them is a `Variant`; torch's layers have none, and steps without one write nothing more.
@@ -46,7 +46,13 @@ class Cell:
         return next(gate for gate in self.gates if gate not in self.sigmoid)
 
     def products(self, layout: str) -> tuple[tuple[str, ...], ...]:
-        """Return the groups of gates that share a product: `merged`, `paired` (sigmoid gates, candidate) or `split`."""
+        """Return the groups of gates that share a product.
+
+        Args:
+            layout: `merged`, `paired` (sigmoid gates, candidate), `split`, or `linear`: `merged` in torch's order.
+        """
+        if layout == "linear" and not self.waits:
+            return (self.gates,)
         if layout == "split":
             return tuple((gate,) for gate in (*self.sigmoid, self.candidate))
         pair = (self.sigmoid, (self.candidate,))
@@ -55,6 +61,8 @@ class Cell:
 
     def input_products(self, layout: str) -> tuple[tuple[str, ...], ...]:
         """Return the groups of gates that share a product with `x`."""
+        if layout == "linear":
+            return (self.gates,)
         # The GRU's merged product with h stands apart from x, so that reset can scale the candidate's part of it.
         return self.products(layout if self.folds or layout == "split" else "paired")
 
@@ -74,6 +82,8 @@ class Cell:
         With `differentiable`, each parameter is given a gradient in memory of its own.
         """
         hidden = self.products(layout)
+        if layout == "linear":
+            return self._prepare_linear(weights, hidden, hidden_size, precision)
         # Gates whose b_hh is added to the product with h; that of the others is added to x, once for all steps.
         apart = () if self.folds else next(group for group in hidden if self.candidate in group)
 
@@ -97,7 +107,7 @@ class Cell:
                     if summed
                     else torch.cat([torch.transpose(rows[gate], 0, 1) for gate in group], 1),
                     torch.cat([biases[gate] for gate in group]) if group[0] in biases else None,
-                    summed=summed,
+                    form="sums" if summed else "matrix",
                 )
                 for group in groups
             )
@@ -113,7 +123,8 @@ class Cell:
                 h_bias = {gate: b for gate, b in by_gate(b_hh).items() if gate in apart}
         projection = weights.w_hr
         if projection is not None:
-            projection = Affine(projection if summed else torch.transpose(projection, 0, 1), summed=summed)
+            form = "sums" if summed else "matrix"
+            projection = Affine(projection if summed else torch.transpose(projection, 0, 1), form=form)
         prepared = StepWeights(
             maps(weights.w_ih, self.input_products(layout), x_bias),
             maps(weights.w_hh, hidden, h_bias, summed=summed),
@@ -121,9 +132,29 @@ class Cell:
             hidden_size,
             precision,
         )
-        if weights.peephole is None:
-            return prepared
-        return prepared._replace(peephole=tuple(torch.chunk(prepared.widen(weights.peephole), 3)))
+        return prepared.looking(weights.peephole)
+
+    def _prepare_linear(
+        self,
+        weights: Weights,
+        hidden: tuple[tuple[str, ...], ...],
+        hidden_size: int,
+        precision: Precision | None,
+    ) -> StepWeights:
+        """Take the parameters as they are; those of `h` are cut in two for a candidate that waits."""
+        rows = [len(group) * hidden_size for group in hidden]
+
+        def cut(whole: Tensorlike) -> Sequence[Tensorlike]:
+            return [whole] * len(rows) if whole is None else torch.split(whole, rows) if len(rows) > 1 else [whole]
+
+        each = zip(cut(weights.w_hh), cut(weights.b_hh), strict=True)
+        return StepWeights(
+            (Affine(weights.w_ih, weights.b_ih, form="linear"),),
+            tuple(Affine(w, b, form="linear") for w, b in each),
+            None if weights.w_hr is None else Affine(weights.w_hr, form="linear"),
+            hidden_size,
+            precision,
+        ).looking(weights.peephole)
 
 
 def _sigmoid_gates(
@@ -142,10 +173,12 @@ def _lstm(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: 
     h, c = state
     size = weights.hidden_size
     sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
-    products = x if h is None else [w.onto(xi, h) for xi, w in zip(x, weights.hidden, strict=True)]
-    pre = [weights.widen(product) for product in products]
-    # merged [B, 4 * H], in the order of the products: input, forget, output, candidate
-    if len(pre) == 1:
+    pre = [weights.widen(w.onto(xi, h)) for xi, w in zip(x, weights.hidden, strict=True)]
+    # [B, 4 * H] in torch's order, or merged in that of the products: input, forget, output, candidate
+    if weights.hidden[0].form == "linear":
+        i, f, g, o = torch.chunk(pre[0], 4, -1)
+        pre = [i, f, o, g]
+    elif len(pre) == 1:
         pre = torch.split(pre[0], [3 * size, size], -1)
     gates = pre[:-1]
     # with peepholes i and f look at the old c, and o at the new one
@@ -179,14 +212,14 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
     (h,) = state
     size = weights.hidden_size
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
-    *x_sigmoid, x_new = x
+    *x_sigmoid, x_new = torch.split(x[0], [2 * size, size], -1) if len(x) == 1 else x
     *hidden, last = weights.hidden
     h_new = last(h)  # reset scales this product, its bias included
     h_new = h_new if h_new is None else weights.widen(h_new)
-    if hidden and h is not None:
+    if hidden:
         x_sigmoid = [w.onto(xi, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
     pre = [weights.widen(xi) for xi in x_sigmoid]
-    # merged: the product with h is one of all gates, [B, 3 * H], while those with x are two
+    # merged: the product with h is one of all gates, [B, 3 * H]
     if not hidden and h_new is not None:
         h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
         pre = [torch.add(pre[0], h_sigmoid)]
@@ -199,13 +232,12 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
 def _gru_resetting_first(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
     (h,) = state
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
-    *pre, n = x
+    size = weights.hidden_size
+    *pre, n = torch.split(x[0], [2 * size, size], -1) if len(x) == 1 else x
     *hidden, last = weights.hidden
-    if h is not None:
-        pre = [w.onto(xi, h) for xi, w in zip(pre, hidden, strict=True)]
+    pre = [w.onto(xi, h) for xi, w in zip(pre, hidden, strict=True)]
     r, z = _sigmoid_gates([weights.widen(p) for p in pre], ("reset", "update"), label, sigmoid)
-    if h is not None:
-        n = last.onto(n, weights.narrow(torch.mul(r, weights.widen(h))))
+    n = last.onto(n, None if h is None else weights.narrow(torch.mul(r, weights.widen(h))))
     return _between(label(tanh(weights.widen(n)), "new"), z, h, weights, label)
 
 
@@ -221,8 +253,7 @@ def _rnn(activation: Callable[[Tensorlike], Tensorlike]) -> Callable[..., State]
     def step(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
         (h,) = state
         (activate,) = weights.activations(activation)
-        pre = x[0] if h is None else weights.hidden[0].onto(x[0], h)
-        return (label(activate(pre), "h"),)
+        return (label(activate(weights.hidden[0].onto(x[0], h)), "h"),)
 
     return step
 

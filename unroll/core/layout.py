@@ -44,7 +44,7 @@ def lay_out(
         target.enter(scope(recurrence, k))
         prepared = recurrence.cell.prepare(
             w,
-            plan.gates,
+            plan.layout,
             recurrence.hidden_size,
             precision,
             summed=plan.products == "sums",
@@ -66,7 +66,7 @@ def lay_out(
         target.enter("stacked")
         inputs = stack(passes[1:]).inputs  # the first layer has other features, and its input is known before the steps
         stacks.append(stack([p._replace(inputs=()) for p in passes])._replace(inputs=inputs))
-    widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.gates))
+    widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.layout))
     return Layout(passes, stacks, widths)
 
 

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     def pieces(self, rows: Tensorlike, sizes: Sequence[int] | None = None) -> Sequence[Tensorlike]:
         """Divide projected rows into what each step reads, in pieces of `sizes` if they are given."""
         # true if x is only what a step adds its product to, and is not read by itself; see `Target.divide`
-        into_products = self.recurrence.cell.folds and not any(m.summed for m in self.layout.passes[0].hidden)
+        into_products = self.recurrence.cell.folds and all(m.form == "matrix" for m in self.layout.passes[0].hidden)
         return split_rows(rows, self.steps, sizes) if sizes or into_products else self.target.divide(rows, self.steps)
 
 

@@ -13,7 +13,7 @@ Directions = Literal["separate", "stacked"]
 
 Layers = Literal["sequential", "wavefront"]
 
-Products = Literal["matrix", "sums"]
+Products = Literal["matrix", "sums", "linear"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,11 @@ class Plan:
             module runs its steps one by one in either case.
         products: with the hidden state: `matrix` is an operator of the target, `sums` a multiplication by each row of
             the weight and a sum, of which a compiler makes code of its own. For a batch of one: what does not compile
-            it stores the weight as many times as the batch has rows.
+            it stores the weight as many times as the batch has rows. `linear` makes each product, with the input too,
+            of the layer's own parameters as `nn.Linear` does, in torch's order of gates and with its own bias, and adds
+            the one with the input after it: `nn.Linear` in modules, `F.linear` or `aten.linear` in graphs, `MatMul`
+            and `Add` in ONNX files, as quantizers, adapters and converters look for. Merged gates alone, and without
+            stacks or wavefronts, which cut or join weights.
 
     In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
     TorchScript layer follows layer.
@@ -84,12 +88,23 @@ class Plan:
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
             fix = "choose 'explicit', or the number of steps in a block, such as 16"
             problems.add("Plan(time=...)", f"got {self.time!r}", fix)
+        if self.products == "linear":
+            plain = {"gates": "merged", "directions": "separate", "layers": "sequential"}
+            for field, value in plain.items():
+                if (given := getattr(self, field)) != value:
+                    finding = f"got {given!r} with products='linear', whose weights are the layer's own, in one piece"
+                    problems.add(f"Plan({field}=...)", finding, f"choose {value!r}, or products='matrix'")
         problems.check()
 
     def __str__(self) -> str:
         """Return the choices that are not the default's, as `of` reads them."""
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(chosen) or "default"
+
+    @property
+    def layout(self) -> str:
+        """The way in which gates share products: `gates`, or `linear`."""
+        return "linear" if self.products == "linear" else self.gates
 
     @property
     def block(self) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 Tensorlike = Any
 """A tensor, or anything with `__torch_function__` that stands for one."""
@@ -32,22 +33,26 @@ class Affine(NamedTuple):
     """The map `x @ weight + bias`; None stands for an `x` of zeros."""
 
     weight: Tensorlike
-    """`[in, out]`, or stacked `[n, in, out]`; if summed, `[out, in]`, or stacked `[n, 1, out, in]`"""
+    """`[in, out]`, or stacked `[n, in, out]`; for `linear` `[out, in]`, for `sums` that or stacked `[n, 1, out, in]`"""
     bias: Tensorlike | None = None
     """`[out]`, or stacked `[n, 1, out]`, or None"""
     stacked: bool = False
     """True if there are `n` maps, for an `x` of `[n, B, in]`"""
-    summed: bool = False
-    """True if the product is written as a multiplication and a sum"""
+    form: str = "matrix"
+    """The way in which the product is written, a choice of `Plan.products`"""
+    linear: Callable[..., Tensorlike] = functional.linear
+    """What `linear` calls with `x`, weight and bias"""
 
     def __call__(self, x: Tensorlike | None) -> Tensorlike | None:
         if x is None:
             return self.bias
+        if self.form == "linear":
+            return self.linear(x, self.weight, self.bias)
         return self.times(x) if self.bias is None else self.onto(self.bias, x)
 
     def times(self, x: Tensorlike) -> Tensorlike:
         """Return `x @ weight`."""
-        if self.summed:
+        if self.form == "sums":
             # [B, 1, in] * [out, in], summed over `in`
             product = torch.sum(torch.mul(torch.unsqueeze(x, -2), self.weight), [-1])
             # Autocast, which makes an operator's result as narrow as its weights, knows nothing of this.
@@ -55,9 +60,14 @@ class Affine(NamedTuple):
             return product.to(self.weight.dtype) if widened else product
         return torch.bmm(x, self.weight) if self.stacked else torch.matmul(x, self.weight)
 
-    def onto(self, y: Tensorlike, x: Tensorlike) -> Tensorlike:
-        """Return `y + x @ weight`."""
-        if self.summed:
+    def onto(self, y: Tensorlike, x: Tensorlike | None) -> Tensorlike:
+        """Return `y + x @ weight`; `linear` adds its bias too."""
+        if self.form == "linear":
+            product = self(x)
+            return y if product is None else torch.add(y, product)
+        if x is None:
+            return y
+        if self.form == "sums":
             return torch.add(y, self.times(x))
         return torch.baddbmm(y, x, self.weight) if self.stacked else torch.addmm(y, x, self.weight)
 
@@ -108,6 +118,10 @@ class StepWeights(NamedTuple):
         clipped = ((lambda x, f=f, clip=clip: f(torch.clamp(x, -clip, clip))) for f in chosen[:2])
         return *clipped, *chosen[2:]
 
+    def looking(self, peephole: Tensorlike | None) -> StepWeights:
+        """Return the same with peepholes, `[3 * H]`, if there are any."""
+        return self if peephole is None else self._replace(peephole=tuple(torch.chunk(self.widen(peephole), 3)))
+
     def widen(self, value: Tensorlike) -> Tensorlike:
         """Convert a result of products, for the gates to work on."""
         return value if self.precision is None else value.to(self.precision.gates)
@@ -123,8 +137,8 @@ def stack(passes: Sequence[StepWeights]) -> StepWeights:
     def of(maps: Sequence[Affine]) -> Affine:
         biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
         weight = torch.stack([m.weight for m in maps])
-        weight = torch.unsqueeze(weight, 1) if maps[0].summed else weight
-        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].summed)
+        weight = torch.unsqueeze(weight, 1) if maps[0].form == "sums" else weight
+        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].form)
 
     first = passes[0]
     projection, peephole = first.projection, first.peephole

@@ -47,6 +47,7 @@ OPERATORS: dict[Any, Any] = {
     torch.unsqueeze: aten.unsqueeze.default,
     torch.where: aten.where.self,
     functional.dropout: aten.dropout.default,
+    functional.linear: aten.linear.default,
 }
 """The functions of the recipe that are one operator"""
 

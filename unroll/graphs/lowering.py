@@ -25,6 +25,7 @@ from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
 from unroll.graphs.effects import is_written, origins, uses
 from unroll.graphs.results import Handover, Results, Returned
 from unroll.graphs.writer import GraphWriter
+from unroll.modules import linears
 from unroll.modules.flat_weights import FIX, is_substituted
 from unroll.modules.layers import UnrolledLayer
 
@@ -184,6 +185,8 @@ class ModuleLowering(Lowering[ModuleCall]):
 
     def __init__(self, call: ModuleCall, known: Metadata, steps: Any) -> None:
         layer = self.layer = call.layer
+        if linears.are_held(layer):
+            linears.check_plain(layer)
         # parametrizations are computed anew for each call, as spectral norm goes on with each
         self.key = call.node if parametrize.is_parametrized(layer) else call.name
         self.recurrence, self.plan = self.read_recurrence(), layer.plan
@@ -212,12 +215,14 @@ class ModuleLowering(Lowering[ModuleCall]):
 
     def weights(self) -> list[Value]:
         parametrized = getattr(self.layer, "parametrizations", {})
+        held = linears.are_held(self.layer)
         found = []
         for name in self.recurrence.flat_names:
             if name in parametrized:
                 found.append(self.writer.value("call_module", f"{self.name}.parametrizations.{name}"))
             else:
-                found.append(self.writer.value("get_attr", f"{self.name}.{name}"))
+                path = ".".join(linears.place_of(name)) if held else name
+                found.append(self.writer.value("get_attr", f"{self.name}.{path}"))
         return found
 
     def dropout(self) -> Callable[[Value], Value] | None:

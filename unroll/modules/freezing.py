@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen
+from unroll.modules import linears
 from unroll.modules.layers import Unrolled
 from unroll.modules.methods import names_list
 from unroll.modules.subclasses import assign_class
@@ -25,6 +26,8 @@ def freeze_layer(layer: Any) -> None:
     """
     if layer.frozen is not None:
         return
+    if linears.are_held(layer):
+        linears.release(layer)
     recurrence = layer.recurrence
     names = [name for group in recurrence.weight_names for name in group]
     parametrizations = layer.parametrizations if parametrize.is_parametrized(layer) else {}

@@ -20,6 +20,7 @@ from unroll.core.options import STEPS
 from unroll.core.patching import Local
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_cell, read_layer
+from unroll.modules import linears
 from unroll.modules.flat_weights import FlatWeights, listed_weights, make_list, reach_list, set_list
 from unroll.modules.running import own, run_packed, run_rows
 from unroll.torchscript import kernels
@@ -64,14 +65,46 @@ class Unrolled(nn.Module):
         raise NotImplementedError
 
     @property
-    def like(self) -> Tensor:
-        """A tensor with the dtype and on the device of the weights."""
+    def like(self) -> Any:
+        """A tensor with the dtype and on the device of the weights; None if they are in modules of another kind."""
+        if linears.are_held(self):
+            return linears.weight_like(self)
         return self.flat_weights[0] if self.frozen is None else getattr(self, self.frozen.first)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.frozen is not None and name in SETTLED.union(*self.recurrence.weight_names):
             self.refuse_if_frozen(f"cannot be given another {name}")
-        super().__setattr__(name, value)
+        if name == "plan":
+            self._give_plan(value)
+        elif held := linears.holder_of(self, name):
+            setattr(*held, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        held = linears.holder_of(self, name)
+        found = getattr(*held, None) if held else None
+        return super().__getattr__(name) if found is None else found
+
+    def _give_plan(self, plan: Plan) -> None:
+        before = self.__dict__.get("plan")
+        if before is not None and linears.are_held(self) and plan.products != "linear":
+            linears.release(self)
+        held = before is not None and before.products == "linear"
+        if plan.products == "linear" and not held and self.frozen is None:
+            linears.hold(self)
+        self.__dict__["plan"] = plan
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if linears.are_held(self):
+            linears.name_as_torch(self, found, prefix)
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if linears.are_held(self):
+            linears.name_by_module(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __dir__(self) -> list[str]:
         # torch.jit.trace reads all that is listed: that would make lists of weights, and what a frozen layer has no
@@ -88,6 +121,8 @@ class Unrolled(nn.Module):
     def all_weights(self) -> list[list[Tensor]]:
         """The weights, a list for each layer and direction, in torch's order."""
         self.refuse_if_frozen()
+        if linears.are_held(self):
+            linears.check_plain(self)
         names = self.recurrence.weight_names
         try:
             return [[getattr(self, name) for name in group] for group in names]
@@ -173,11 +208,16 @@ class UnrolledLayer(Unrolled):
     def _flat_weights(self) -> list[Tensor]:
         """The list of weights that it runs with, as torch's layers do; models that drop or tie weights reach for it."""
         self.refuse_if_frozen("has no _flat_weights any more")
+        if linears.are_held(self):
+            return cast(list, tuple(self.flat_weights))  # others in the list would not be run with
         return reach_list(self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
         self.refuse_if_frozen("cannot be given other _flat_weights")
+        if linears.are_held(self):
+            finding = "holds its weights in nn.Linear modules, and runs with no list, _flat_weights"
+            raise UnrollError(Problem(self.place, finding, "set the weights by their names, layer.weight_hh_l0 = ..."))
         set_list(self, weights)
 
     def _init_flat_weights(self) -> None:

@@ -220,7 +220,7 @@ def _copy_attributes(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[i
     if isinstance(layer, nn.RNNBase):
         shell.listed = take_list(layer, memo)
     shell.__dict__.update(copy.deepcopy({key: value for key, value in vars(layer).items() if key not in gone}, memo))
-    shell.place, shell.plan = name or type(layer).__name__, plan
+    shell.place = name or type(layer).__name__
     if isinstance(shell, UnrolledCell):
         shell.mode = str(cell_mode(layer))
     if shell.recurrence.mode not in CELLS:
@@ -229,3 +229,4 @@ def _copy_attributes(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[i
             Problem(shell.place, f"has the unknown mode {shell.recurrence.mode}", f"the modes are {known}")
         )
     assign_class(shell, type(shell))
+    shell.plan = plan

@@ -20,7 +20,7 @@ from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import copy_apart, split_rows
 from unroll.core.values import Target
-from unroll.modules import loops
+from unroll.modules import linears, loops
 from unroll.packed.guard import mark, unmark
 from unroll.packed.sequences import PaddedSizes, known_sizes, restore_order, sort_states
 
@@ -71,11 +71,12 @@ def run_rows(
             rows = rows.to(cast)
             state = state and tuple(s.to(cast) for s in state)
     loop = None
+    called = linears.are_held(layer)  # modules, at every step, as hooks and observers expect
     if layer.plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
         if promoting:
             finding = "runs in blocks under autocast, where the type of its state changes after the first step"
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
-        weights = [] if layer.frozen is not None else layer.flat_weights
+        weights = linears.parameters(layer) if called else [] if layer.frozen is not None else layer.flat_weights
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
         loop = None if trained else loops.over_blocks(steps, layer.plan.block, padded.mask if padded else None)
     if loop is None and has_static_value(steps) and loops.is_written(rows):
@@ -83,7 +84,8 @@ def run_rows(
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
     # steps, or where the only step has to give the weights that meet them a gradient.
     looped = loop is not None  # what Dynamo can tell of a function in every version
-    if state is None and (promoting or sizes or padded or looped or (steps == 1 and torch.is_grad_enabled())):
+    alone = steps == 1 and torch.is_grad_enabled()
+    if state is None and (promoting or sizes or padded or looped or called or alone):
         state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
     drop = layer.training and recurrence.dropout
     return schedule.run(
@@ -103,6 +105,8 @@ def lay_out_weights(layer: Layer, cast: torch.dtype | None, dtype: torch.dtype |
     """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
     if layer.frozen is not None:
         return layer.frozen.read(layer, cast, dtype)
+    if linears.are_held(layer):
+        return linears.lay_out_modules(layer, dtype)
     recurrence, weights = layer.recurrence, layer.flat_weights
     cast_weights = [weight.to(cast) for weight in weights] if cast else weights
     return lay_out(recurrence, recurrence.weights(cast_weights), layer.plan, dtype)

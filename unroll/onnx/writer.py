@@ -89,6 +89,7 @@ class OnnxWriter(Writer):
         self.taken = taken
         self.made: list[ir.Node] = []
         self.tensor_names: dict[int, tuple[torch.Tensor, str]] = {}
+        self.transposes: dict[OnnxValue, OnnxValue] = {}
         self.numbers: dict[str, int] = {}
         self.outer: OnnxWriter | None = None
         self.depth = 0
@@ -193,6 +194,17 @@ class OnnxWriter(Writer):
                 writer = arg_writer
         return writer
 
+    def transposed(self, weight: Any) -> Any:
+        """Return a weight `[in, out]` of one `[out, in]`; of a constant another constant, once for all who read it."""
+        if isinstance(weight, OnnxValue):
+            written = weight.writer.transposes
+            if weight not in written:
+                written[weight] = _transpose(weight.writer, weight, 0, 1)
+            return written[weight]
+        _, name = self.tensor_names.get(id(weight)) or (None, self.name("constant"))
+        stored = self.constants.get(("transposed", id(weight)), lambda: self._stored(weight.T, name), keep=weight)
+        return self.value(stored, weight.dtype, 2)
+
     def split(self, value: OnnxValue, sizes: int | Sequence[int], dim: int = 0) -> list[OnnxValue]:
         """Split into as many equal pieces, or pieces of these sizes, by one node whose outputs are named one by one."""
         count = sizes if isinstance(sizes, int) else len(sizes)
@@ -221,6 +233,11 @@ def _cast(writer: OnnxWriter, value: OnnxValue, dtype: torch.dtype) -> OnnxValue
     if value.dtype is dtype:
         return value
     return writer.op("Cast", value, dtype=dtype, attributes={"to": tensor_adapters.from_torch_dtype(dtype)})
+
+
+def _linear(writer: OnnxWriter, x: OnnxValue, weight: Any, bias: Any) -> OnnxValue:
+    product = writer.op("MatMul", x, writer.transposed(weight))
+    return product if bias is None else writer.op("Add", product, bias)
 
 
 def _transpose(writer: OnnxWriter, value: OnnxValue, first: int, second: int) -> OnnxValue:
@@ -278,6 +295,7 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.baddbmm: lambda writer, bias, x, weight: writer.op("Add", writer.op("MatMul", x, weight), bias),
     torch.ge: lambda writer, x, y: writer.op("GreaterOrEqual", x, y, dtype=torch.bool),
     torch.clamp: lambda writer, x, low, high: writer.op("Clip", x, low, high),
+    functional.linear: _linear,
     functional.leaky_relu: lambda writer, x, negative_slope, **_: writer.op(
         "LeakyRelu", x, attributes={"alpha": negative_slope}
     ),

@@ -31,7 +31,7 @@ def make_scriptable(layer: Any) -> Any:
         UnrollError: for a layer of which TorchScript would compile something else than it runs.
     """
     problems = Problems()
-    if computed := [name for name in layer.recurrence.flat_names if name not in layer._parameters]:
+    if computed := [n for n in layer.recurrence.flat_names if not isinstance(getattr(layer, n), nn.Parameter)]:
         fix = "remove the parametrization, or use torch.jit.trace"
         problems.add(layer.place, f"computes {', '.join(computed)} at every call", fix)
     elif layer.origin is not None:
