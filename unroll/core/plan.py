@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.forms import FORMS
 
 Gates = Literal["merged", "paired", "split"]
 
@@ -39,13 +40,15 @@ class Plan:
             the one with the input after it: `nn.Linear` in modules, `F.linear` or `aten.linear` in graphs, `MatMul`
             and `Add` in ONNX files, as quantizers, adapters and converters look for. Merged gates alone, and without
             stacks or wavefronts, which cut or join weights.
+        runtime: of an ONNX file: the runtime in whose form it is written, of `FORMS`, where the standard has several
+            for one thing, such as `Split` and `Gather`. Other kinds of model have one form.
 
     In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
     TorchScript layer follows layer.
 
     Example:
         >>> Plan(gates="paired")
-        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix')
+        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix', runtime='')
     """
 
     gates: Gates = "merged"
@@ -53,6 +56,7 @@ class Plan:
     layers: Layers = "sequential"
     time: Literal["explicit"] | int = "explicit"
     products: Products = "matrix"
+    runtime: str = ""
 
     @staticmethod
     def of(plan: Plan | str | None) -> Plan:
@@ -88,6 +92,8 @@ class Plan:
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
             fix = "choose 'explicit', or the number of steps in a block, such as 16"
             problems.add("Plan(time=...)", f"got {self.time!r}", fix)
+        if self.runtime not in FORMS:
+            problems.add("Plan(runtime=...)", f"got {self.runtime!r}", f"choose one of {', '.join(map(repr, FORMS))}")
         if self.products == "linear":
             plain = {"gates": "merged", "directions": "separate", "layers": "sequential"}
             for field, value in plain.items():
@@ -142,6 +148,7 @@ PRESETS = {
     # The fewest nodes a step. Not timed: no TensorRT was to be had. Its operator table has all that this writes.
     "tensorrt": Plan(gates="merged"),
     # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
-    "npu": Plan(gates="split"),
+    "npu": Plan(gates="split", runtime="npu"),
+    "webgpu": Plan(runtime="webgpu"),
 }
 """Plans for targets, by the target's name"""

@@ -37,6 +37,8 @@ class Call:
     """True if the running model must check lengths, from zero to T, and write zeros past the end of a row, which are
     all that there is of a row of length zero, last states included; False if whoever reads the results does"""
     variants: Sequence[Variant | None] = ()
+    trusted = False
+    """True if the sizes that are known of the input are checked in a run"""
     uncounted: Collection[ir.Value] = ()
     """The states and lengths whose rows the running model must count, as they may be too many or too few"""
 
@@ -112,6 +114,13 @@ class Call:
             tensor = None if value is None else constant(value)
             return None if tensor is None else tuple(int(n) for n in tensor.shape)  # pyright: ignore[reportArgumentType]
         return tuple(n if isinstance(n, int) else None for n in shape.dims)
+
+    def known_size(self, axis: int) -> list[int] | None:
+        """Return the size of the input on an axis, as `[size]`; None where the running model may have another."""
+        if axis == self.time and self.steps is not None and not self.recurrence.is_cell:
+            return [self.steps]
+        size = (self.shape(self.given) or {axis: None})[axis] if self.trusted else None
+        return None if size is None else [size]
 
     def _dtype(self) -> torch.dtype:
         for value in self.node.inputs[:3]:

@@ -15,7 +15,8 @@ from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Weights
 from unroll.onnx.calls import Call
 from unroll.onnx.constants import known_tensor
-from unroll.onnx.writer import OnnxWriter, reshape_to
+from unroll.onnx.sizes import reshape_to
+from unroll.onnx.writer import OnnxWriter
 
 DOMAIN = "unroll"
 """The domain of the operator `Recurrence`."""

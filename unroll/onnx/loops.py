@@ -14,7 +14,8 @@ from unroll.core.cells import State
 from unroll.core.recurrence import Recurrence
 from unroll.core.scan import mask_state, scan
 from unroll.core.weights import Tensorlike
-from unroll.onnx.writer import OnnxWriter, reshape_to, zeros
+from unroll.onnx.sizes import numbers_to, reshape_to, shape_of, zeros
+from unroll.onnx.writer import OnnxWriter
 
 Loop = Callable[..., tuple[Any, State]]
 
@@ -30,7 +31,7 @@ def over_blocks(
     steps: int | None = None,
     block: int = 1,
 ) -> Loop:
-    """Return the loop of a target: a `Scan` whose body is a block of steps.
+    """Return the loop of a target: a `Scan`, or a `Loop` if the file's form has it, whose body is a block of steps.
 
     Where the last block is not full, rows of zeros fill it, and what its steps make of them is left out of the
     results: a `Scan` without any turn, as one over the rest might be, is an error in ONNX Runtime.
@@ -66,10 +67,11 @@ def over_blocks(
             _Entry(zeros(writer, lead[1], size, dtype) if s is None else s, size)
             for s, size, dtype in zip(state, recurrence.state_sizes, dtypes, strict=True)
         ]
-        scan = _Scan(writer, recurrence.cell.states, block, reverse=reverse)
-        scan.write_body(step, starts, reads, masked=mask is not None, all_states=filling)
+        kind = _Scan if writer.form.loop == "Scan" else _Loop
+        node = kind(writer, recurrence.cell.states, block, blocks.count, reverse=reverse)
+        node.write_body(step, starts, reads, masked=mask is not None, all_states=filling)
         writer.enter(here)  # the steps have entered scopes of their own
-        finals, outputs = scan.write(starts, reads)
+        finals, outputs = node.write(starts, reads)
         if not filling:
             return outputs[0], tuple(finals)
         # `finals` are the states after the rows of zeros: the true ones are taken from the states of all steps.
@@ -96,9 +98,13 @@ class _Scan:
     step, and what its steps put out, joined: `h` of each, or all states where a last block is filled up.
     """
 
-    def __init__(self, writer: OnnxWriter, states: Sequence[str], block: int, *, reverse: bool) -> None:
-        self.writer, self.states, self.block, self.reverse = writer, states, block, reverse
+    def __init__(
+        self, writer: OnnxWriter, states: Sequence[str], block: int, count: Tensorlike, *, reverse: bool
+    ) -> None:
+        self.writer, self.states, self.block, self.count, self.reverse = writer, states, block, count, reverse
+        self.body = writer.inner()
         self.inputs: list[ir.Value] = []
+        self.begin()
 
     def write_body(
         self, step: Callable, starts: Sequence[_Entry], reads: Sequence[_Entry], *, masked: bool, all_states: bool
@@ -112,9 +118,9 @@ class _Scan:
             masked: whether rows without a step keep their state.
             all_states: whether all states are put out, or `h` alone.
         """
-        body = self.body = self.writer.inner()
+        body = self.body
         before = tuple(self._input(f"before.{name}", start) for name, start in zip(self.states, starts, strict=True))
-        read = [self._input(f"x.{k}", entry) for k, entry in enumerate(reads)]
+        read = [self.read(f"x.{k}", entry) for k, entry in enumerate(reads)]
         block, count = self.block, len(reads) - masked
         # pieces[k][t]: the rows `[B, width]` that step t reads of sequence k; left[t]: the states after step t.
         pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
@@ -135,6 +141,13 @@ class _Scan:
             value.type, value.shape = like.type, ir.Shape([None, like.width])
         self.results = results
 
+    def begin(self) -> None:
+        """Write what the body takes before the states."""
+
+    def read(self, name: str, entry: _Entry) -> Tensorlike:
+        """Return the block of a sequence that a turn reads."""
+        return self._input(name, entry)
+
     def _input(self, name: str, entry: _Entry) -> Tensorlike:
         body = self.body
         name, shape = body.unique(body.name(name)), ir.Shape([None, entry.width])
@@ -144,21 +157,67 @@ class _Scan:
     def write(self, starts: Sequence[_Entry], reads: Sequence[_Entry]) -> tuple[list[Any], list[Any]]:
         """Write the node, and return the last states and, as rows of all steps, what the steps put out."""
         writer, count = self.writer, len(self.results) - len(starts)
-        name = writer.name("step" if self.block == 1 else "block")
-        graph = ir.Graph(self.inputs, self.results, nodes=self.body.made, name=name)
-        attributes: dict[str, Any] = {"body": graph, "num_scan_inputs": len(reads)}
-        if self.reverse:
-            attributes |= {"scan_input_directions": [1] * len(reads), "scan_output_directions": [1] * count}
         names = [writer.name(f"{kind}.{state}") for kind in ("final", "outputs") for state in self.states]
-        given = [entry.value.node for entry in (*starts, *reads)]
-        outputs = writer.node("Scan", given, names[: len(self.results)], attributes)
+        outputs = self.node(starts, reads, names[: len(self.results)], count)
         finals = [writer.value(v, start.value.dtype, 2) for v, start in zip(outputs, starts, strict=False)]
         # The node puts out [count, block * B, width].
         stacked = [
-            torch.reshape(writer.value(v, start.value.dtype, 3), (-1, start.width))
+            torch.reshape(self.ordered(writer.value(v, start.value.dtype, 3), start.width), (-1, start.width))
             for v, start in zip(outputs[len(starts) :], starts, strict=False)
         ]
         return finals, stacked
+
+    def graph(self, results: list[Any]) -> ir.Graph:
+        name = self.writer.name("step" if self.block == 1 else "block")
+        return ir.Graph(self.inputs, results, nodes=self.body.made, name=name)
+
+    def node(self, starts: Sequence[_Entry], reads: Sequence[_Entry], names: list[str], count: int) -> Sequence[Any]:
+        """Write the node itself, which puts out `count` sequences beside the last states."""
+        attributes: dict[str, Any] = {"body": self.graph(self.results), "num_scan_inputs": len(reads)}
+        if self.reverse:
+            attributes |= {"scan_input_directions": [1] * len(reads), "scan_output_directions": [1] * count}
+        return self.writer.node("Scan", [entry.value.node for entry in (*starts, *reads)], names, attributes)
+
+    def ordered(self, stacked: Tensorlike, width: int) -> Tensorlike:
+        """Return what the turns put out, in the order of time."""
+        return stacked
+
+
+class _Loop(_Scan):
+    """The same as a `Loop` node, whose body picks its blocks by the number of the turn."""
+
+    def begin(self) -> None:
+        body = self.body
+        self.last = self.writer.op("Sub", self.count, [1], rank=1)
+        for name, kind in (("turn", ir.DataType.INT64), ("going", ir.DataType.BOOL)):
+            value = ir.Value(name=body.unique(body.name(name)), type=ir.TensorType(kind), shape=ir.Shape([]))
+            self.inputs.append(value)
+        turn = body.value(self.inputs[0], torch.int64, 0)
+        index = body.op("Sub", self.last, turn, dtype=torch.int64, rank=1) if self.reverse else turn
+        self.index = index if self.reverse else torch.reshape(index, (1,))
+
+    def read(self, name: str, entry: _Entry) -> Tensorlike:
+        # [1, block * B, width] becomes [block * B, width]
+        block = self.body.op("Gather", entry.value, self.index, rank=3, attributes={"axis": 0})
+        return self.body(torch.reshape(block, (-1, entry.width)), name)
+
+    def node(self, starts: Sequence[_Entry], reads: Sequence[_Entry], names: list[str], count: int) -> Sequence[Any]:
+        writer, body = self.writer, self.body
+        going = body.node("Identity", [self.inputs[1]], [body.name("goes_on")])
+        going[0].type, going[0].shape = self.inputs[1].type, ir.Shape([])
+        turns = writer.op("Squeeze", self.count, [0], rank=0)
+        true = writer.operand(True, torch.bool)
+        given = [turns.node, true, *(entry.value.node for entry in starts)]
+        return writer.node("Loop", given, names, {"body": self.graph([*going, *self.results])})
+
+    def ordered(self, stacked: Tensorlike, width: int) -> Tensorlike:
+        if not self.reverse:
+            return stacked
+        # some evaluators join what the turns put out, and do not stack it
+        shape = shape_of(self.writer, self.count, -1, width)
+        stacked = self.writer.op("Reshape", stacked, shape, dtype=stacked.dtype, rank=3)
+        places = self.writer.op("Sub", self.last, numbers_to(self.writer, self.count), rank=1)
+        return self.writer.op("Gather", stacked, places, attributes={"axis": 0})
 
 
 class _Blocks(NamedTuple):
@@ -208,9 +267,11 @@ class _Blocks(NamedTuple):
 
 
 def drop_unread_outputs(node: ir.Node) -> None:
-    """Let a `Scan` put out no more of what its steps leave than is read; the last states stay."""
+    """Let a loop put out no more of what its steps leave than is read; the last states stay."""
     body = node.attributes["body"].as_graph()
-    states = len(node.inputs) - node.attributes["num_scan_inputs"].as_int()
+    # A Loop takes its condition and the number of turns before the states.
+    others = node.attributes["num_scan_inputs"].as_int() if node.op_type == "Scan" else 2
+    states = len(node.inputs) - others
     while len(node.outputs) > states and not (node.outputs[-1].uses() or node.outputs[-1].is_graph_output()):
         node.resize_outputs(len(node.outputs) - 1)
         joined = body.outputs.pop().producer()

@@ -16,7 +16,8 @@ from unroll.core.weights import Tensorlike
 from unroll.onnx import loops
 from unroll.onnx.calls import Call
 from unroll.onnx.constants import known_constant
-from unroll.onnx.writer import OnnxWriter, gather, require_count, reshape_by, shape_of, zeros
+from unroll.onnx.sizes import gather, numbers_to, require_count, reshape_by, shape_of, zeros
+from unroll.onnx.writer import OnnxWriter
 
 States = tuple[Tensorlike | None, ...]
 """A value for each state of the cell; None for zeros"""
@@ -68,13 +69,15 @@ class Lowering:
         return call.results(writer, result, (self.steps, self.batch))
 
     def _sizes(self, x: Tensorlike) -> tuple[Tensorlike, Tensorlike]:
-        """Return T and B of the running model, each of shape `[1]`, not written unless something reads them."""
+        """Return T and B, each of shape `[1]`: of the running model, where they are not known before."""
         writer = self.writer
         shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
 
         def size(axis: int | None) -> Tensorlike:
             if axis is None:
-                return writer.value(writer.operand([1], torch.int64), torch.int64, 1)
+                return writer.numbers_of([1])
+            if known := self.call.known_size(axis):
+                return writer.numbers_of(known)
             if writer.opset < 15:
                 return writer.op("Gather", shape, [axis], rank=1)
             attributes = {"start": axis, "end": axis + 1}
@@ -135,19 +138,11 @@ class Lowering:
         # From a table of 0 to T, beyond which a Gather fails; below zero it would count from the end.
         if call.steps is None or looping:
             end = writer.op("Add", self.steps, [1], rank=1)
-            table: Any = self._range(end)
+            table: Any = numbers_to(self.writer, end)
         else:
             end, table = [call.steps + 1], torch.arange(call.steps + 1)
         negative = writer.op("Less", lengths, 0, dtype=torch.bool)
         return gather(writer, table, writer.op("Where", negative, end, lengths))
-
-    def _range(self, end: Tensorlike) -> Tensorlike:
-        """Return the numbers from zero to before `end`, of shape `[1]`."""
-        writer = self.writer
-        zero, one = (writer.operand(n, torch.int64) for n in (0, 1))
-        assert zero is not None and one is not None
-        end = writer.op("Squeeze", end, rank=0)
-        return writer.op("Range", writer.value(zero, torch.int64, 0), end, writer.value(one, torch.int64, 0), rank=1)
 
     def _mask(self, lengths: Tensorlike, *, looping: bool) -> Tensorlike:
         """Return the mask `[T * B, 1]`, boolean, of the rows that have a step."""
@@ -155,7 +150,7 @@ class Lowering:
         if call.steps is not None and not looping:
             steps: Any = torch.arange(call.steps).reshape(-1, 1)
         else:
-            steps = torch.reshape(self._range(self.steps), (-1, 1))
+            steps = torch.reshape(numbers_to(self.writer, self.steps), (-1, 1))
         # [T, 1] < [1, B]
         going = writer.op("Less", steps, torch.reshape(lengths, (1, -1)), dtype=torch.bool, rank=2)
         return torch.reshape(going, (-1, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from unroll.core.errors import Problem, Problems, UnrollError, refusing
+from unroll.core.forms import FORMS
 from unroll.core.layout import Layout
 from unroll.core.options import Steps, Where, check_written, chooses, limit, unknown_names, unknown_steps
 from unroll.core.patching import without_gc
@@ -23,7 +25,8 @@ from unroll.onnx.lowering import Lowering
 from unroll.onnx.reading import read_model
 from unroll.onnx.standard import OF_RUNTIMES, STANDARD, StandardCall, check_node
 from unroll.onnx.surgery import drop_unread, drop_unread_initializers, hand_over, without_unread
-from unroll.onnx.writer import Constants, OnnxWriter
+from unroll.onnx.values import Constants
+from unroll.onnx.writer import OnnxWriter
 
 OLDEST_OPSET = 13
 
@@ -68,7 +71,7 @@ def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None =
     asked = None if plan is None else Plan.of(plan)
     calls, problems = read_calls(model, where, steps)
     for call in calls:
-        if call.plan is not None and asked not in (None, call.plan):
+        if call.plan is not None and asked is not None and replace(asked, runtime=call.plan.runtime) != call.plan:
             fix = f"leave plan out, or make it {str(call.plan)!r}; or give a layer that is not frozen"
             problems.add(f"{call.name}: plan={str(asked)!r}", f"was frozen with {str(call.plan)!r}", fix)
     problems.check()
@@ -121,6 +124,7 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
             call = kind(node, _label(node), steps)
             if isinstance(call, StandardCall):
                 call.guard(batches.trusts)
+            call.trusted = kind is LayerCall or batches.trusts(call.given)
             call.uncounted = batches.uncounted(call)
             number, label = 1, call.name
             while call.name in used:
@@ -138,23 +142,28 @@ def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
     Raises:
         UnrollError: before anything is written, for layers with too many steps, and too many in all.
     """
-    calls, problems = list(calls), Problems()
-    for call in calls:
+    planned, problems = [(call, _plan_of(call, plan)) for call in calls], Problems()
+    for call, own in planned:
         with problems:
-            check_written(call.name, call.steps, None if call.recurrence.is_cell else (call.plan or plan).block)
+            check_written(call.name, call.steps, None if call.recurrence.is_cell else own.block)
     problems.check()
-    _check_size(sum(call.recurrence.passes * (call.steps or 1) for call in calls if not (call.plan or plan).block))
+    _check_size(sum(call.recurrence.passes * (call.steps or 1) for call, own in planned if not own.block))
     taken, opset = set(_names(model)), model.opset_imports[""]
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with without_gc():
-        for call in calls:
-            _replace(call, OnnxWriter(call.name, constants, opset, taken), call.plan or plan, prepared)
+        for call, own in planned:
+            _replace(call, OnnxWriter(call.name, constants, opset, taken, FORMS[own.runtime]), own, prepared)
         for graph in (model.graph, *model.graph.subgraphs()):
             drop_unread_initializers(graph)
     if not any(node.domain == DOMAIN for node in all_nodes(model)):
         model.opset_imports.pop(DOMAIN, None)
     if constants.stored:  # before, a model's initializers had to be inputs of it, too
         model.ir_version = max(model.ir_version, 4)
+
+
+def _plan_of(call: Call, plan: Plan) -> Plan:
+    """Return the plan of a call: what is frozen is laid out, and only its operators are to be chosen."""
+    return plan if call.plan is None else replace(call.plan, runtime=plan.runtime or call.plan.runtime)
 
 
 def _any(node: ir.Node) -> Any:

@@ -17,7 +17,8 @@ from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.activations import read_activations
 from unroll.onnx.calls import Call
 from unroll.onnx.constants import is_zero, known_tensor
-from unroll.onnx.writer import OnnxWriter, reshape_to
+from unroll.onnx.sizes import reshape_to
+from unroll.onnx.writer import OnnxWriter
 
 STANDARD = ("LSTM", "GRU", "RNN")
 """The recurrent operators of the ONNX standard."""

@@ -28,7 +28,7 @@ def without_unread(made: list[ir.Node]) -> list[ir.Node]:
     kept = []  # from the last to the first: a node that is dropped reads nothing any more
     for node in reversed(made):
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
-            if node.op_type == "Scan":
+            if node.op_type in ("Scan", "Loop"):
                 loops.drop_unread_outputs(node)
             kept.append(node)
         else:

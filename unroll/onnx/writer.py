@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import onnx_ir as ir
@@ -10,15 +11,15 @@ import torch
 from onnx_ir import tensor_adapters
 from torch.nn import functional
 
-from unroll.core.values import Value, Writer
-from unroll.core.weights import Tensorlike
+from unroll.core.forms import Form
+from unroll.core.values import Writer
+from unroll.onnx.values import FOLDED, Constants, OnnxValue, folded
 
 SAME_NAME = {
     torch.add: "Add",
     torch.sub: "Sub",
     torch.mul: "Mul",
     torch.bmm: "MatMul",
-    torch.matmul: "MatMul",
     torch.where: "Where",
     torch.sigmoid: "Sigmoid",
     torch.tanh: "Tanh",
@@ -29,47 +30,6 @@ SAME_NAME = {
 """Functions that take the arguments of an ONNX operator, in its order."""
 
 
-class OnnxValue(Value):
-    """A tensor of an ONNX graph under construction, with as much about it as the writer needs."""
-
-    __slots__ = ("dtype", "rank", "width")
-
-    writer: OnnxWriter
-
-    def __init__(
-        self,
-        writer: OnnxWriter,
-        write: Callable[[str | None], ir.Value] | None = None,
-        node: ir.Value | None = None,
-        *,
-        dtype: torch.dtype,
-        rank: int,
-    ) -> None:
-        super().__init__(writer, write, node)
-        self.dtype = dtype
-        self.rank = rank
-        self.width: int | None = None  # of rows, `[n, width]`, where it is known
-
-
-class Constants:
-    """The initializers that nodes of one graph read, each stored once."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.stored: dict[Any, tuple[ir.Value, Any]] = {}
-
-    def get(self, key: Any, make: Callable[[], Any], keep: Any = None) -> ir.Value:
-        """Return the initializer for `key`, made on first use; `keep` is kept alive with it."""
-        if key not in self.stored:
-            tensor = make()
-            value = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self.graph.register_initializer(value)
-            self.stored[key] = (value, keep)
-        return self.stored[key][0]
-
-
 class OnnxWriter(Writer):
     """Writes nodes of one layer for an ONNX graph, to be inserted where they belong when all are made.
 
@@ -78,12 +38,14 @@ class OnnxWriter(Writer):
         constants: where tensors that are known already are stored.
         opset: version of the standard's operators in the model.
         taken: names that are in the model already.
+        form: the operators to take where there are several.
     """
 
     differentiable = False
 
-    def __init__(self, layer: str, constants: Constants, opset: int, taken: set[str]) -> None:
+    def __init__(self, layer: str, constants: Constants, opset: int, taken: set[str], form: Form) -> None:
         super().__init__(layer)
+        self.form = form
         self.constants = constants
         self.opset = opset
         self.taken = taken
@@ -96,7 +58,7 @@ class OnnxWriter(Writer):
 
     def inner(self) -> OnnxWriter:
         """Return a writer for the body of a loop in the same layer, which names things as this one does."""
-        writer = OnnxWriter(self.layer, self.constants, self.opset, self.taken)
+        writer = OnnxWriter(self.layer, self.constants, self.opset, self.taken, self.form)
         writer.numbers, writer.tensor_names = self.numbers, self.tensor_names
         writer.outer, writer.depth = self, self.depth + 1
         return writer
@@ -135,6 +97,8 @@ class OnnxWriter(Writer):
 
         Inputs may be values, tensors, numbers (of that type), lists of integers, or None.
         """
+        if kind in FOLDED and (numbers := folded(kind, inputs)) is not None:
+            return self.numbers_of(numbers)
         # Numbers among the operands get the type of this one.
         values = [v for v in inputs if isinstance(v, OnnxValue)]
         like = next((v for v in values if v.dtype is not torch.bool), values[0])
@@ -144,6 +108,16 @@ class OnnxWriter(Writer):
             return self.node(kind, operands, [name or self.name(kind.lower())], attributes)[0]
 
         return OnnxValue(self, write, dtype=dtype or like.dtype, rank=like.rank if rank is None else rank)
+
+    def numbers_of(self, numbers: list[int]) -> Any:
+        """Return a stand-in for integers that are known, `[n]`; no node is written for what is computed of them."""
+
+        def write(name: str | None) -> Any:
+            return self.operand(numbers, torch.int64)
+
+        value = OnnxValue(self, write, dtype=torch.int64, rank=1)
+        value.known = numbers
+        return value
 
     def node(
         self, kind: str, inputs: Sequence[ir.Value | None], names: Sequence[str | None], attributes: Any = None
@@ -164,13 +138,15 @@ class OnnxWriter(Writer):
         if isinstance(value, torch.Tensor):
             # Known by its id, which no other object gets while the tensor is kept.
             _, name = self.tensor_names.get(id(value)) or (None, self.name("constant"))
-            return self.constants.get(id(value), lambda: self._stored(value, name), keep=value)
+            return self.constants.get(id(value), lambda: self.stored(value, name), keep=value)
         tensor = torch.tensor(value, dtype=torch.int64 if isinstance(value, (list, tuple)) else dtype)
         text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        name = f"{self.layer}.{str(tensor.dtype).removeprefix('torch.')}.{text or 'empty'}"
-        return self.constants.get((tensor.dtype, text, tensor.dim()), lambda: self._stored(tensor, name))
+        short = text if len(text) < 40 else f"{tensor.numel()}_numbers"
+        name = f"{self.layer}.{str(tensor.dtype).removeprefix('torch.')}.{short or 'empty'}"
+        return self.constants.get((tensor.dtype, text, tensor.dim()), lambda: self.stored(tensor, name))
 
-    def _stored(self, tensor: torch.Tensor, name: str) -> Any:
+    def stored(self, tensor: torch.Tensor, name: str) -> Any:
+        """Return what the file holds of a tensor."""
         return tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name=self.unique(name))
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -202,8 +178,27 @@ class OnnxWriter(Writer):
                 written[weight] = _transpose(weight.writer, weight, 0, 1)
             return written[weight]
         _, name = self.tensor_names.get(id(weight)) or (None, self.name("constant"))
-        stored = self.constants.get(("transposed", id(weight)), lambda: self._stored(weight.T, name), keep=weight)
+        stored = self.constants.get(("transposed", id(weight)), lambda: self.stored(weight.T, name), keep=weight)
         return self.value(stored, weight.dtype, 2)
+
+    def chunk(self, value: OnnxValue, count: int, dim: int = 0) -> list[Any]:
+        """Return as many equal pieces, in the form that the file's runtime wants."""
+        few = self.form.most is not None and count <= self.form.most
+        if dim or count == 1 or few or self.form.rows == "split" or (value.rank != 2 and value.count is None):
+            return self.split(value, count, dim)
+        if value.rank == 2:  # [T, B, n], so that B may stay open
+            whole = self._stacked_rows(value, count)
+            return [_selected(self, whole, 0, k) for k in range(count)]
+        each = (value.count or 0) // count
+        indices = ([*range(k * each, (k + 1) * each)] for k in range(count))
+        return [self.op("Gather", value, list(index), attributes={"axis": 0}) for index in indices]
+
+    def _stacked_rows(self, rows: OnnxValue, count: int) -> OnnxValue:
+        """Return rows as `[count, B, n]`."""
+        if isinstance(rows.features, int):
+            return _reshape(self, rows, (count, -1, rows.features))
+        width = self.op("Slice", self.op("Shape", rows, dtype=torch.int64, rank=1), [1], [2], rank=1)
+        return self.op("Reshape", rows, self.op("Concat", [count, -1], width, attributes={"axis": 0}), rank=3)
 
     def split(self, value: OnnxValue, sizes: int | Sequence[int], dim: int = 0) -> list[OnnxValue]:
         """Split into as many equal pieces, or pieces of these sizes, by one node whose outputs are named one by one."""
@@ -235,9 +230,31 @@ def _cast(writer: OnnxWriter, value: OnnxValue, dtype: torch.dtype) -> OnnxValue
     return writer.op("Cast", value, dtype=dtype, attributes={"to": tensor_adapters.from_torch_dtype(dtype)})
 
 
+def _product(writer: OnnxWriter, x: OnnxValue, weight: Any) -> OnnxValue:
+    product = writer.op("MatMul", x, weight)
+    product.features = None if isinstance(weight, OnnxValue) else weight.shape[-1]
+    return product
+
+
+def _plus(writer: OnnxWriter, product: OnnxValue, addend: Any) -> OnnxValue:
+    total = writer.op("Add", product, addend)
+    total.features = product.features
+    return total
+
+
+def _added_product(writer: OnnxWriter, addend: Any, x: OnnxValue, weight: Any) -> OnnxValue:
+    product = _product(writer, x, weight)
+    if writer.form.addend == "outside":
+        return _plus(writer, product, addend)
+    total = writer.op("Gemm", x, weight, addend)
+    total.features = product.features
+    return total
+
+
 def _linear(writer: OnnxWriter, x: OnnxValue, weight: Any, bias: Any) -> OnnxValue:
-    product = writer.op("MatMul", x, writer.transposed(weight))
-    return product if bias is None else writer.op("Add", product, bias)
+    product = _product(writer, x, writer.transposed(weight))
+    product.features = None if isinstance(weight, OnnxValue) else weight.shape[0]
+    return product if bias is None else _plus(writer, product, bias)
 
 
 def _transpose(writer: OnnxWriter, value: OnnxValue, first: int, second: int) -> OnnxValue:
@@ -250,11 +267,18 @@ def _reshape(writer: OnnxWriter, value: OnnxValue, shape: Sequence[int]) -> Any:
     """Reshape, but leave rows that stay rows: a second Reshape would let ONNX Runtime drop the first."""
     if value.width is not None and tuple(shape) == (-1, value.width):
         return value
-    return writer.op("Reshape", value, list(shape), rank=len(shape))
+    result = writer.op("Reshape", value, list(shape), rank=len(shape))
+    result.count = shape[0] if shape[0] > 0 else None
+    result.features = shape[-1] if shape[-1] > 0 else None
+    return result
 
 
 def _joined(writer: OnnxWriter, values: Sequence[Any], dim: int = 0) -> Any:
     rank = next(v.rank for v in values if isinstance(v, OnnxValue))
+    most = writer.form.most
+    if most and len(values) > most:  # the parts of all levels are as even as they can be
+        ends = [len(values) * k // most for k in range(most + 1)]
+        values = [_joined(writer, values[start:end], dim) for start, end in pairwise(ends)]
     return values[0] if len(values) == 1 else writer.op("Concat", *values, attributes={"axis": dim % rank})
 
 
@@ -272,26 +296,29 @@ def _unsqueezed(writer: OnnxWriter, value: OnnxValue, axes: list[int]) -> Any:
 
 
 def _summed(writer: OnnxWriter, value: OnnxValue, dims: list[int]) -> Any:
-    if writer.opset < 13:
-        return writer.op("ReduceSum", value, rank=value.rank - 1, attributes={"axes": dims, "keepdims": 0})
-    return writer.op("ReduceSum", value, dims, rank=value.rank - 1, attributes={"keepdims": 0})
+    """Sum over axes, which stay until they are squeezed: OpenVINO gets a ReduceSum that drops them wrong."""
+    axes = [dim % value.rank for dim in dims]
+    total = writer.op("ReduceSum", value, axes, attributes={"keepdims": 1})
+    return writer.op("Squeeze", total, axes, rank=value.rank - len(axes))
 
 
-def _flipped(writer: OnnxWriter, value: OnnxValue, dims: Sequence[int]) -> Any:
-    """Flip by steps of -1, from the last (-1) to before the first."""
-    return writer.op("Slice", value, [-1] * len(dims), [-(2**31)] * len(dims), list(dims), [-1] * len(dims))
+def _flipped(writer: OnnxWriter, value: OnnxValue, dims: list[int]) -> Any:
+    """Flip the first axis, of a size that is known, by indices: not all runtimes have steps of -1."""
+    assert dims == [0] and value.count is not None
+    return writer.op("Gather", value, [*reversed(range(value.count))], attributes={"axis": 0})
 
 
 def _selected(writer: OnnxWriter, value: OnnxValue, dim: int, index: int) -> Any:
-    place = writer.operand(index, torch.int64)
-    assert place is not None
-    return writer.op(
-        "Gather", value, writer.value(place, torch.int64, 0), rank=value.rank - 1, attributes={"axis": dim}
-    )
+    place = writer.value(writer.operand(index, torch.int64), torch.int64, 0)
+    attributes = {"axis": dim}
+    result = writer.op("Gather", value, place, dtype=value.dtype, rank=value.rank - 1, attributes=attributes)
+    result.count = value.count if dim else None
+    return result
 
 
 CALLS: dict[Callable, Callable[..., Any]] = {
-    torch.addmm: lambda writer, bias, x, weight: writer.op("Gemm", x, weight, bias),
+    torch.addmm: _added_product,
+    torch.matmul: _product,
     torch.baddbmm: lambda writer, bias, x, weight: writer.op("Add", writer.op("MatMul", x, weight), bias),
     torch.ge: lambda writer, x, y: writer.op("GreaterOrEqual", x, y, dtype=torch.bool),
     torch.clamp: lambda writer, x, low, high: writer.op("Clip", x, low, high),
@@ -301,7 +328,7 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     ),
     functional.elu: lambda writer, x, alpha, **_: writer.op("Elu", x, attributes={"alpha": alpha}),
     torch.split: OnnxWriter.split,
-    torch.chunk: OnnxWriter.split,
+    torch.chunk: OnnxWriter.chunk,
     torch.cat: _joined,
     torch.stack: _stacked,
     torch.sum: _summed,
@@ -313,40 +340,3 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.Tensor.to: _cast,
 }
 """The other functions of the recipe."""
-
-
-def zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) -> Tensorlike:
-    """Return zeros `[B, size]`, for `B` of shape `[1]`."""
-    zero = writer.operand(0.0, dtype)
-    assert zero is not None
-    made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
-    made.width = size
-    return made
-
-
-def shape_of(writer: OnnxWriter, *sizes: Tensorlike | int) -> Tensorlike:
-    """Return a shape made of sizes known now and of others known when the model runs."""
-    return writer.op("Concat", *([s] if isinstance(s, int) else s for s in sizes), rank=1, attributes={"axis": 0})
-
-
-def reshape_to(writer: OnnxWriter, value: Tensorlike, *sizes: Tensorlike | int, batch: int) -> Tensorlike:
-    """Reshape a value to these sizes, of which that of the axis `batch` may be zero."""
-    # Before version 14, a zero would stand for the size that the value has on that axis.
-    known = [-1 if axis == batch and writer.opset < 14 else size for axis, size in enumerate(sizes)]
-    return reshape_by(writer, value, shape_of(writer, *known), rank=len(sizes))
-
-
-def reshape_by(writer: OnnxWriter, value: Tensorlike, shape: Tensorlike, rank: int) -> Tensorlike:
-    """Reshape a value to a shape from `shape_of`."""
-    attributes = {"allowzero": 1} if writer.opset >= 14 else None
-    return writer.op("Reshape", value, shape, dtype=value.dtype, rank=rank, attributes=attributes)
-
-
-def gather(writer: OnnxWriter, table: Any, indices: Tensorlike) -> Tensorlike:
-    """Return the entries of a table, `[n]`, at `indices`."""
-    return writer.op("Gather", table, indices, dtype=torch.int64, rank=indices.rank, attributes={"axis": 0})
-
-
-def require_count(writer: OnnxWriter, value: Tensorlike, count: Tensorlike, axis: int) -> Tensorlike:
-    """Return the value, by an operator that fails unless it has `count` of them, of shape `[1]`, on an axis."""
-    return writer.op("Split", value, count, attributes={"axis": axis})

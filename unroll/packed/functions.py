@@ -131,10 +131,10 @@ class PaddedFunctions:
         if problems:
             raise UnrollError(*problems)
         check = self._check
-        within = (lengths > 0) & (lengths <= steps)
+        within = torch.logical_and(lengths > 0, lengths <= steps)
         lengths = check(lengths, within, f"{PLACE}: lengths must be from 1 to the number of padded steps")
         # none is longer than the one before it; the first has none before
-        falling = (lengths <= lengths.roll(1, 0)) | (torch.arange(count) == 0)
+        falling = torch.logical_or(lengths <= lengths.roll(1, 0), torch.arange(count) == 0)
         lengths = check(lengths, falling, f"{PLACE}: lengths must be sorted falling, or give enforce_sorted=False")
         # [T, B] as [T * B, 1], like the rows
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
