@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-gpu bench bench-gpu plots format clean
+.PHONY: setup demo test test-runtimes test-gpu bench bench-gpu plots format clean
 
 setup: .venv/ready
 
@@ -23,6 +23,22 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest
+
+# Runtimes that need no device, in an environment of their own: what pip resolves stands in the group `runtimes` of
+# pyproject.toml, the rest is installed here.
+RUNTIMES := .venv-runtimes
+TENSORRT_RTX := 1.7.1.116
+
+$(RUNTIMES)/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/pip install -q "pip>=25.1"
+	$(RUNTIMES)/bin/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
+	$(RUNTIMES)/bin/pip install -q -c constraints.txt --group runtimes -e ".[cli]"
+	$(RUNTIMES)/bin/pip install -q --no-deps tensorrt-rtx-cu13-bindings==$(TENSORRT_RTX) tensorrt-rtx-cu13-libs==$(TENSORRT_RTX)
+	touch $@
+
+test-runtimes: $(RUNTIMES)/ready
+	$(RUNTIMES)/bin/python -m pytest -m runtimes -rs --durations=5 tests/runtimes
 
 # With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
 # no GPU. A plugin of pytest that pyproject.toml configures may be missing.
@@ -52,4 +68,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv $(RUNTIMES)

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from unroll.core.errors import Problem, UnrollError
 
 
-def require(*packages: str, extra: str = "onnx") -> None:
-    """Refuse to go on without packages of an extra.
+def require(*packages: str, extra: str = "onnx", fix: str | None = None) -> None:
+    """Refuse to go on without packages, of an extra or such as `fix` tells how to install.
 
     Raises:
-        UnrollError: naming the packages and the extra.
+        UnrollError: naming the packages, and the extra or the fix.
 
     Example:
         >>> require("torch")
     """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        fix = f"pip install 'torch-unroll[{extra}]'"
+        fix = fix or f"pip install 'torch-unroll[{extra}]'"
         raise UnrollError(Problem("unroll", f"needs {', '.join(missing)} for this", fix))

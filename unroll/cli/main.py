@@ -53,11 +53,15 @@ is one and --plan does not say."""
 
 TargetOption = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 
+BuildOption = Annotated[
+    bool, typer.Option("--build", help="With --target tensorrt_rtx: build an engine too, which needs no GPU.")
+]
+
 StepsOption = Annotated[int | None, typer.Option(help="Time steps, where the model leaves them open.", min=1)]
 
 LimitOption = Annotated[int | None, typer.Option(help=f"The most steps of a layer to write out; {STEPS:,} by default.")]
 
-JUDGING = ("model", "target", "as_json")
+JUDGING = ("model", "target", "build", "as_json")
 """What goes with --target"""
 
 UNROLLING = ("where", "plan")
@@ -163,6 +167,7 @@ def inspect_command(
     plan: PlanOption = "onnxruntime",
     limit: LimitOption = None,
     target: TargetOption = None,
+    build: BuildOption = False,
     as_json: Json = False,
 ) -> None:
     """Show the recurrent layers of a model, what unrolling makes of each, and what stands in the way.
@@ -170,8 +175,10 @@ def inspect_command(
     Ends with exit code 1 if something does, or if the model uses what a --target does not offer.
     """
     if target is not None:
-        _judge(context, model, target, where, plan, as_json)
+        _judge(context, model, target, where, plan, build, as_json)
         return
+    if build:
+        raise UnrollError(Problem("--build", "was given without a target", "give --target tensorrt_rtx"))
     require("onnx", "onnx_ir", "onnxscript")
     from unroll.export.inspection import Inspection, inspect_model, inspect_module
     from unroll.onnx.reading import read_model
@@ -207,7 +214,15 @@ def _is_factory(model: str) -> bool:
     return ":" in model and not Path(model).exists()
 
 
-def _judge(context: typer.Context, model: str, target: str, where: list[str] | None, plan: str, as_json: bool) -> None:
+def _judge(
+    context: typer.Context,
+    model: str,
+    target: str,
+    where: list[str] | None,
+    plan: str,
+    build: bool,
+    as_json: bool,
+) -> None:
     """Show what a target has against a model."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
@@ -224,16 +239,16 @@ def _judge(context: typer.Context, model: str, target: str, where: list[str] | N
             finding = "was given with --target"
             fix = "leave it out" + (": the model is judged as it is" if as_it_is else "")
             raise UnrollError(*(Problem(f"--{name}", finding, fix) for name in sorted(wrong)))
-        part("check" if as_it_is else "unroll, export and check")
+        part(("check" if as_it_is else "unroll, export and check") + " and build" * build)
         if as_it_is:
-            verdict = checking.check(made, target=target)
+            verdict = checking.check(made, target=target, build=build)
         else:
             require("onnx", "onnx_ir", "onnxscript")
             from unroll.export.judging import judge_model
 
             layout = target if target in PRESETS and "plan" not in given else plan
             options = options_of(model, options, where=where)
-            verdict = judge_model(made, args, target, plan=layout, options=options)  # pyright: ignore[reportArgumentType]
+            verdict = judge_model(made, args, target, plan=layout, options=options, build=build)  # pyright: ignore[reportArgumentType]
     if as_json:
         print_json(verdict.as_dict())
     else:

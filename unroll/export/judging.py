@@ -23,7 +23,13 @@ from unroll.unrolling import unroll
 
 
 def judge_model(
-    model: nn.Module, args: Any, target: str, *, plan: Plan | str, options: Mapping[str, Any] | None = None
+    model: nn.Module,
+    args: Any,
+    target: str,
+    *,
+    plan: Plan | str,
+    options: Mapping[str, Any] | None = None,
+    build: bool = False,
 ) -> Verdict:
     """Hold a model against a target, as it is after unrolling and export.
 
@@ -33,16 +39,17 @@ def judge_model(
         target: the name of a target.
         plan: how the steps are laid out.
         options: keyword arguments of `export_onnx`.
+        build: whether to build an engine, as for `check`.
 
     Raises:
-        UnrollError: for a model that cannot be unrolled or exported.
+        UnrollError: for a model that cannot be unrolled or exported, and as `check`.
     """
     given = dict(options or {})
     if read_target(target).kind == "aten":
-        return check(_program(model, args, plan, given), target=target)
+        return check(_program(model, args, plan, given), target=target, build=build)
     with TemporaryDirectory() as folder:
         path = export_onnx(model, args, Path(folder) / "model.onnx", plan=plan, check=False, **given).path
-        return check(path, target=target)
+        return check(path, target=target, build=build)
 
 
 def _program(model: nn.Module, args: Any, plan: Plan | str, options: dict[str, Any]) -> ExportedProgram:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
+from unroll.targets.building import Engine, build_engine, require_bindings
 from unroll.targets.tables import Target, read_target
 from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
 
@@ -37,12 +38,14 @@ class Verdict:
         nodes: the number of nodes judged.
         rows: one for each thing that the target does not offer.
         notes: conditions of operators in the model that were not checked.
+        engine: the one that the target's library built, if it was asked to and did.
     """
 
     target: str
     nodes: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    engine: Engine | None = None
 
     @property
     def ok(self) -> bool:
@@ -76,7 +79,9 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
-        return asdict(self) | {"ok": self.ok, "rows": [row._asdict() for row in self.rows]}
+        engine = self.engine and self.engine.as_dict()
+        rows = [row._asdict() for row in self.rows]
+        return asdict(replace(self, engine=None)) | {"ok": self.ok, "rows": rows, "engine": engine}
 
     def __str__(self) -> str:
         nodes = f"{self.nodes} nodes"
@@ -88,7 +93,9 @@ class Verdict:
             width = max(len(operator) for operator, _, _ in groups)
             for (operator, finding, _), places in groups.items():
                 lines.append(f"  {operator.ljust(width)}  {finding}: {_places(places)}")
-        return "\n".join([*lines, *(f"  not checked: {note}" for note in self.notes)])
+        lines += [f"  not checked: {note}" for note in self.notes]
+        lines += [f"  {self.engine}"] if self.engine else []
+        return "\n".join(lines)
 
 
 def _places(places: list[str]) -> str:
@@ -96,26 +103,29 @@ def _places(places: list[str]) -> str:
     return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
 
 
-def check(model: Any, *, target: str) -> Verdict:
+def check(model: Any, *, target: str, build: bool = False) -> Verdict:
     """List what a model uses that a target does not offer.
 
-    The targets are tables of published facts, with their sources and versions: see `docs/contracts.md`. Nothing is
-    compiled or run, so a model that passes may still be refused by a target's tools, and what is outside of a table
-    may run elsewhere.
+    The targets are tables of facts, published or measured, with their sources and versions: see `docs/contracts.md`.
+    Unless `build=True`, nothing is compiled or run, so a model that passes may still be refused by a target's tools,
+    and what is outside of a table may run elsewhere.
 
     Args:
-        model: for `tensorrt` and `webnn` an ONNX model (an `onnx.ModelProto`, an `onnx_ir.Model` or the path of a
-            file); for `torch_tensorrt` and `xnnpack` an `ExportedProgram` or a `GraphModule` of aten operators; for
-            `npu` either.
-        target: `tensorrt`, `torch_tensorrt`, `webnn`, `xnnpack`, or `npu` for the rules of an accelerator that runs
-            fixed graphs.
+        model: for `tensorrt`, `tensorrt_rtx` and `webnn` an ONNX model (an `onnx.ModelProto`, an `onnx_ir.Model` or the
+            path of a file); for `torch_tensorrt` and `xnnpack` an `ExportedProgram` or a `GraphModule` of aten
+            operators; for `npu` either.
+        target: `tensorrt` (the library for data centers), `tensorrt_rtx` (TensorRT for RTX), `torch_tensorrt`,
+            `webnn`, `xnnpack`, or `npu` for the rules of an accelerator that runs fixed graphs.
+        build: for `tensorrt_rtx`, whether to have the library build an engine too, which needs no GPU. If it does not,
+            the node and the library's own words are among the findings. Sizes that are open are from 1 to 16 in it.
 
     Returns:
         What was found, with the names of the nodes; `print(verdict)` shows it, `verdict.check()` raises unless all is
         offered.
 
     Raises:
-        UnrollError: for a target that is not known, and a model of a kind that it cannot be asked about.
+        UnrollError: for a target that is not known, a model of a kind that it cannot be asked about, and `build=True`
+            where no library is there to build.
 
     Example:
         >>> program = torch.export.export(nn.Sequential(nn.RNN(3, 5)), (torch.zeros(2, 1, 3),))
@@ -126,6 +136,8 @@ def check(model: Any, *, target: str) -> Verdict:
         True
     """
     table = read_target(target)
+    if build:
+        _require_builder(target)
     kind = _kind(model)
     if kind is None or table.kind not in (kind, "any"):
         wanted = [k for k in KINDS if table.kind in (k, "any")]
@@ -140,10 +152,23 @@ def check(model: Any, *, target: str) -> Verdict:
     else:
         uses = read_aten(model, table)
     rows += _rows(uses, table)
+    engine = None
+    if build:
+        try:
+            engine = build_engine(model)
+        except UnrollError as error:
+            rows += [Row(place, "engine", finding, fix) for place, finding, fix in error.problems]
     nodes = [use for use in uses if use.operator not in (INPUT, CONSTANT)]
     # The parts of a decomposed operator have its place in common and count as one node.
     count = sum(1 for use in nodes if not use.origin) + len({use.place for use in nodes if use.origin})
-    return Verdict(target, count, tuple(rows), _notes(nodes, table))
+    return Verdict(target, count, tuple(rows), _notes(nodes, table), engine)
+
+
+def _require_builder(target: str) -> None:
+    if target != "tensorrt_rtx":
+        fix = "leave it out, or ask TensorRT for RTX: target='tensorrt_rtx'"
+        raise UnrollError(Problem("build=True", f"was given for {target}, of which nothing is built here", fix))
+    require_bindings()
 
 
 def _rows(uses: list[Use], table: Target) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """The targets as tables, a file each in `facts/`: the operators one offers, for which types, on which conditions.
 
 A file says where its facts come from (`source`, `version`). Operators are listed in groups under `[[offered]]`, and
-what one asks beyond the types of its group under `[restrictions.NAME]`, in the words of `Restriction`.
+what one asks beyond the types of its group under `[restrictions.NAME]`, in the words of `Restriction`. A file may name
+another as its `base`: it has all that stands there too, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from unroll.core.errors import Problem, UnrollError
 
-NAMES = ("npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack")
+NAMES = ("npu", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "webnn", "xnnpack")
 """The names of all targets."""
 
 
@@ -123,8 +124,7 @@ def read_target(name: str) -> Target:
 
 @cache
 def _read(name: str) -> Target:
-    text = files("unroll.targets").joinpath("facts", f"{name}.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+    table = _load(name)
     types = table.pop("types", "")  # of every group that names none itself
     offered: dict[str, dict[str, Any]] = {}
     for group in table.pop("offered", ()):
@@ -147,6 +147,16 @@ def _read(name: str) -> Target:
         domains=tuple(table.pop("domains", ())),
         **table,
     )
+
+
+def _load(name: str) -> dict[str, Any]:
+    text = files("unroll.targets").joinpath("facts", f"{name}.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    if "base" not in table:
+        return table
+    base = _load(table.pop("base"))
+    offered = [*base.get("offered", ()), *table.get("offered", ())]  # the last one that names an operator holds
+    return base | table | {"offered": offered, "restrictions": base["restrictions"] | table.get("restrictions", {})}
 
 
 def _restriction(types: str, **asked: Any) -> Restriction:
