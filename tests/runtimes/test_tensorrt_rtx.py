@@ -126,7 +126,7 @@ def test_files_with_recurrent_operators_of_others(kind, plan):
 
 def test_networks_are_read_from_the_file(path):
     case = Case("LSTM", steps=7)
-    engine = built(case.model().eval(), path=path, args=case.tensors())
+    engine = built(case.model().eval(), path=path, args=case.tensors(), plan="default")
     steps = {name.split(".")[2] for name in engine.names if name.startswith("rnn.l0.t")}
     assert steps == {f"t{t}" for t in range(7)}
     assert engine.layers["MATRIX_MULTIPLY"] == 1 + 6  # of the input, and of all states but the first, which is zero
@@ -175,7 +175,7 @@ def test_shapes_that_fit_no_input(path):
     unroll.export_onnx(case.model().eval(), case.tensors(), path, check=False, dynamic_shapes={"input": {1: "batch"}})
     with pytest.raises(UnrollError, match=r"shapes\['x'\]: is no input"):
         build_engine(path, shapes={"x": [(1,), (2,), (3,)]})
-    with pytest.raises(UnrollError, match=r"shapes\['input'\]"):
+    with pytest.raises(UnrollError, match="MIN<=OPT<=MAX"):
         build_engine(path, shapes={"input": [(4, 8, 6), (4, 2, 6), (4, 1, 6)]})
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.forms import FORMS
+from unroll.core.presets import RULES, Situation
 
 Gates = Literal["merged", "paired", "split"]
 
@@ -43,6 +44,8 @@ class Plan:
         runtime: of an ONNX file: the runtime in whose form it is written, of `FORMS`, where the standard has several
             for one thing, such as `Split` and `Gather`. Other kinds of model have one form.
 
+    In ONNX files, the plan of a preset may depend on the layer and its sizes; `resolve` says which one it is.
+
     In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
     TorchScript layer follows layer.
 
@@ -57,6 +60,8 @@ class Plan:
     time: Literal["explicit"] | int = "explicit"
     products: Products = "matrix"
     runtime: str = ""
+    preset: str = field(default="", repr=False)
+    """The name of the preset whose rules hold, see `RULES`; empty for most, which have none"""
 
     @staticmethod
     def of(plan: Plan | str | None) -> Plan:
@@ -82,13 +87,25 @@ class Plan:
             raise UnrollError(Problem(f"plan={plan!r}", f"is a {type(plan).__name__}", fix))
         return plan
 
+    def resolve(self, at: Situation) -> Plan:
+        """Return the plan for a layer: another one where a rule of the preset holds, and else this one.
+
+        Example:
+            >>> from unroll.core.recurrence import Recurrence
+            >>> layer = Recurrence("LSTM", 8, 16)
+            >>> [str(Plan.of("tensorrt").resolve(Situation(layer, steps))) for steps in (8, 200)]
+            ['tensorrt', 'time=4']
+        """
+        rule = next((rule for rule in RULES.get(self.preset, ()) if rule.holds(at)), None)
+        return self if rule is None else replace(self, preset="", **rule.choices)
+
     def __post_init__(self) -> None:
         problems = Problems()
-        for field, kind in CHOICES.items():
-            given = getattr(self, field)
+        for choice, kind in CHOICES.items():
+            given = getattr(self, choice)
             if given not in get_args(kind):
                 choices = ", ".join(map(repr, get_args(kind)))
-                problems.add(f"Plan({field}=...)", f"got {given!r}", f"choose one of {choices}")
+                problems.add(f"Plan({choice}=...)", f"got {given!r}", f"choose one of {choices}")
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
             fix = "choose 'explicit', or the number of steps in a block, such as 16"
             problems.add("Plan(time=...)", f"got {self.time!r}", fix)
@@ -96,14 +113,18 @@ class Plan:
             problems.add("Plan(runtime=...)", f"got {self.runtime!r}", f"choose one of {', '.join(map(repr, FORMS))}")
         if self.products == "linear":
             plain = {"gates": "merged", "directions": "separate", "layers": "sequential"}
-            for field, value in plain.items():
-                if (given := getattr(self, field)) != value:
+            for choice, value in plain.items():
+                if (given := getattr(self, choice)) != value:
                     finding = f"got {given!r} with products='linear', whose weights are the layer's own, in one piece"
-                    problems.add(f"Plan({field}=...)", finding, f"choose {value!r}, or products='matrix'")
+                    problems.add(f"Plan({choice}=...)", finding, f"choose {value!r}, or products='matrix'")
+        if self.preset and self.preset not in RULES:
+            problems.add("Plan(preset=...)", f"got {self.preset!r}", f"choose one of {', '.join(map(repr, RULES))}")
         problems.check()
 
     def __str__(self) -> str:
-        """Return the choices that are not the default's, as `of` reads them."""
+        """Return the choices that are not the default's, as `of` reads them; of a preset with rules the name."""
+        if self == PRESETS.get(self.preset):
+            return self.preset
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(chosen) or "default"
 
@@ -120,7 +141,7 @@ class Plan:
 
 def _read(text: str) -> Plan:
     """Read a plan of fields and values, `gates=paired,time=8`."""
-    known = [field.name for field in fields(Plan)]
+    known = [f.name for f in fields(Plan)]
     given: dict[str, Any] = {}
     for part in text.split(","):
         field, equals, value = map(str.strip, part.partition("="))
@@ -145,8 +166,10 @@ PRESETS = {
     # Inductor makes one fused kernel of what follows a product, so that the fewest products are the fastest: `paired`
     # takes 1.0 to 1.25, `split` 1.1 to 1.8 of the time. `products="sums"` takes 0.8 for a batch of one, and 1.3 for 16.
     "inductor": Plan(gates="merged"),
-    # The fewest nodes a step. Not timed: no TensorRT was to be had. Its operator table has all that this writes.
-    "tensorrt": Plan(gates="merged"),
+    # The fewest nodes a step, and in ONNX files of many steps blocks, by the rules of core/presets.py, for the time in
+    # which TensorRT for RTX builds an engine, and its size. How fast engines run was not measured.
+    "tensorrt": Plan(gates="merged", preset="tensorrt"),
+    "tensorrt_rtx": Plan(gates="merged", preset="tensorrt_rtx"),
     # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
     "npu": Plan(gates="split", runtime="npu"),
     "webgpu": Plan(runtime="webgpu"),

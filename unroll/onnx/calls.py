@@ -14,6 +14,7 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Layout, lay_out
 from unroll.core.options import Steps, choose_steps
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.constants import constant, is_zero, known_tensor
@@ -92,6 +93,12 @@ class Call:
     def rank(self) -> int:
         """The number of dimensions of the input, and of a state."""
         return self.recurrence.rank(batched=self.batched)
+
+    def situation(self) -> Situation:
+        """Return what the rules of presets ask about it."""
+        shape, axis = self.shape(self.given), self.batch
+        batch = None if shape is None or axis is None else shape[axis]
+        return Situation(self.recurrence, self.steps, batch, self.lengths is not None)
 
     def input(self, k: int) -> ir.Value | None:
         return self.node.inputs[k] if k < len(self.node.inputs) else None

@@ -169,7 +169,7 @@ class Lowering:
         """Return the weights as the steps want them, laid out once for nodes that share them."""
         call = self.call
         known = all(value is None or known_constant(value) is not None for value in call.parameters)
-        key = (call.recurrence, tuple(map(id, call.parameters))) if known else call
+        key = (call.recurrence, plan, tuple(map(id, call.parameters))) if known else call
         if key not in prepared:
             prepared[key] = call.lay_out(self.writer, plan)
         # What is shared has no variant, which is the node's own; directions go together only if they have the same.

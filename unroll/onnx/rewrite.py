@@ -163,7 +163,8 @@ def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
 
 def _plan_of(call: Call, plan: Plan) -> Plan:
     """Return the plan of a call: what is frozen is laid out, and only its operators are to be chosen."""
-    return plan if call.plan is None else replace(call.plan, runtime=plan.runtime or call.plan.runtime)
+    chosen = plan if call.plan is None else replace(call.plan, runtime=plan.runtime or call.plan.runtime)
+    return chosen.resolve(call.situation())
 
 
 def _any(node: ir.Node) -> Any:

@@ -126,7 +126,7 @@ def _build(path: Path, shapes: dict[str, Sequence[Sequence[int]]]) -> Engine:
     layers = [network.get_layer(k) for k in range(network.num_layers)]
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise UnrollError(_told(log.errors, {layer.name for layer in layers}))
+        raise UnrollError(_told(log.errors, layers))
     seconds, counts = time.perf_counter() - start, Counter(layer.type.name for layer in layers)
     names = tuple(layer.name for layer in layers)
     return Engine(counts, names, seconds, data.nbytes, trt.__version__, bytes(data))
@@ -163,10 +163,13 @@ def _profile(builder: Any, network: Any, shapes: dict[str, Sequence[Sequence[int
     return profile if needed else None
 
 
-def _told(errors: list[str], names: set[str]) -> Problem:
-    """Return the builder's error, at the layer that it names."""
+def _told(errors: list[str], layers: list[Any]) -> Problem:
+    """Return the builder's error, at the layer that it names, or whose result it names."""
     said = errors[0] if errors else "builds no engine, and says nothing"
-    return _refusal(max((name for name in names if name and name in said), key=len, default=""), said)
+    named = {layer.get_output(k).name: layer.name for layer in layers for k in range(layer.num_outputs)}
+    named |= {layer.name: layer.name for layer in layers}
+    found = [name for name in named if name and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", said)]
+    return _refusal(named[max(found, key=len)] if found else "", said)
 
 
 def _refusal(place: str, said: str) -> Problem:
