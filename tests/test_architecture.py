@@ -24,7 +24,14 @@ FLOORS = [part.split() for part in LAYOUT.split("|")]
 # Who may ask `core.patching` to change torch.
 PATCHING = {
     "patched": {"packed.contexts", "packed.guard", "graphs.tracing", "export.translate"},
-    "alone": {"packed.guard", "graphs.tracing", "graphs.dynamo", "export.capture", "export.translate"},
+    "alone": {
+        "export.tracing",
+        "packed.guard",
+        "graphs.tracing",
+        "graphs.dynamo",
+        "export.capture",
+        "export.translate",
+    },
 }
 
 
@@ -150,7 +157,7 @@ def test_the_package_is_a_table_of_contents():
     taken = [
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     ]
-    assert sorted(taken) == sorted(unroll.__all__)
+    assert sorted(taken) == sorted([*unroll.__all__, "__version__"])
     assert unroll.__all__ == sorted(unroll.__all__)
     assert not any(name.startswith("_") for name in unroll.__all__)
 

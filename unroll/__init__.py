@@ -4,7 +4,7 @@ from unroll.bench.run import benchmark
 from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
-from unroll.core.version import VERSION as __version__
+from unroll.core.version import VERSION as __version__  # noqa: F401 (no name that a star takes)
 from unroll.export.exporting import Export, export_onnx
 from unroll.graphs.dynamo import compile
 from unroll.graphs.programs import decompositions
@@ -28,7 +28,6 @@ __all__ = [
     "UnrollError",
     "UnrollWarning",
     "Unrolled",
-    "__version__",
     "benchmark",
     "check",
     "compare",

@@ -167,16 +167,14 @@ def export_onnx(
             clock("check")
             checks.check_operators(written, recurrent=where is not None)
             checks.check_file(draft, path)
-            outputs = [str(value.name) for value in written.graph.outputs]
             original = model.module() if isinstance(model, ExportedProgram) else model
             with quiet(), seeded(), found.explaining():
-                report, compared, refused = checks.check_values(
-                    draft, path, original, *found.given, found.others(), found.weights, outputs
-                )
+                others, outputs = found.others(), [str(value.name) for value in written.graph.outputs]
+                inputs = checks.Inputs(*found.given, others, found.weights)
+                report, compared, refused = checks.check_values(draft, path, original, inputs, outputs)
     if found.route == "trace":
         warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=2)
-    counted = checks.operators(written)
-    return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
+    return Export(path, size, checks.operators(written), written.opset_imports[""], report, refused, clock.done())
 
 
 class _Clock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -111,14 +111,23 @@ def check_same(
     return compare(original, rewritten, taken, reference=False, rtol=rtol_of(taken)).check()
 
 
+class Inputs(NamedTuple):
+    """The runs in which a file and its original are compared."""
+
+    args: tuple[Any, ...]
+    """Of the example"""
+    kwargs: dict[str, Any]
+    others: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+    """Arguments and keyword arguments of other runs"""
+    weights: Iterable[Any]
+    """Those of the model, whose types tell how close the two must be"""
+
+
 def check_values(
     path: str | os.PathLike[str],
     name: str | os.PathLike[str],
     original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    others: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
-    weights: Iterable[Any],
+    given: Inputs,
     output_names: Sequence[str],
 ) -> tuple[Report, int, int]:
     """Compare ONNX Runtime with the original, on the given inputs and on others.
@@ -129,10 +138,7 @@ def check_values(
         path: where the file lies.
         name: what it is called in messages.
         original: what the file must agree with.
-        args: example inputs.
-        kwargs: example keyword arguments.
-        others: arguments and keyword arguments of other runs.
-        weights: of the model, whose types tell how close the two must be.
+        given: what both are run on.
         output_names: of the file.
 
     Returns:
@@ -144,8 +150,8 @@ def check_values(
     """
     runner = session(path, name)
     names = [value.name for value in runner.get_inputs()]
-    inputs, refused = [(args, kwargs)], 0
-    for fresh in others:
+    inputs, refused = [(given.args, given.kwargs)], 0
+    for fresh in given.others:
         try:
             with torch.no_grad():
                 original(*fresh[0], **fresh[1])
@@ -173,14 +179,14 @@ def check_values(
         return [leaf.cpu() for leaf in pytree.tree_leaves(original(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
     leaves = [tuple(pytree.tree_leaves(pair)) for pair in inputs]
-    tensors = [t for t in (*weights, *leaves[0]) if isinstance(t, Tensor)]
+    tensors = [t for t in (*given.weights, *leaves[0]) if isinstance(t, Tensor)]
     rtol = max(
         (ACROSS_RUNTIMES[t.dtype] for t in tensors if t.dtype in ACROSS_RUNTIMES),
         default=ACROSS_RUNTIMES[torch.float64],
     )
     report = compare(expected, rewritten, leaves, reference=False, rtol=rtol)
     rows = [row._replace(place=_renamed(row, output_names)) for row in blamed(report.rows, original)]
-    kept = kept_state(original, lambda: original(*args, **kwargs)) if report.stateful else []
+    kept = kept_state(original, lambda: original(*given.args, **given.kwargs)) if report.stateful else []
     return Report(tuple(rows), report.stateful, tuple(kept)).check(), len(inputs), refused
 
 
