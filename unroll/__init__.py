@@ -7,6 +7,7 @@ from unroll.core.plan import Plan
 from unroll.core.version import VERSION as __version__  # noqa: F401 (no name that a star takes)
 from unroll.export.exporting import Export, export_onnx
 from unroll.graphs.dynamo import compile
+from unroll.graphs.passes import UnrollPass
 from unroll.graphs.programs import decompositions
 from unroll.graphs.tracing import trace
 from unroll.modules.layers import Unrolled
@@ -26,6 +27,7 @@ __all__ = [
     "Stream",
     "Streaming",
     "UnrollError",
+    "UnrollPass",
     "UnrollWarning",
     "Unrolled",
     "benchmark",

@@ -33,8 +33,12 @@ def unroll_graph(
     plan: Plan | None,
     steps: Steps,
     freeze: bool = False,
+    asserts: bool = True,
 ) -> fx.GraphModule:
-    """Return a copy of the graph module with explicit gate operations in place of recurrent calls."""
+    """Return a copy of the graph module with explicit gate operations in place of recurrent calls.
+
+    See `unroll.unroll`; for `asserts` see `rewrite`.
+    """
     parts = graph_parts(module)
     functional = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     copied: Any = replace(module, plan, where, rules, others=functional, freeze=freeze)
@@ -58,7 +62,7 @@ def unroll_graph(
     problems.check()
     with without_gc():
         for part, calls in found:
-            rewrite(part.graph, calls)
+            rewrite(part.graph, calls, asserts=asserts)
             drop_unread(part, frozen.get(part, []))
             part.recompile()
     return copied

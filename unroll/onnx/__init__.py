@@ -1,1 +1,3 @@
-"""Recurrent nodes of ONNX models."""
+"""ONNX models: recurrent nodes read, and plain operators written in their place."""
+
+from unroll.onnx.passes import UnrollPass as UnrollPass
