@@ -1,5 +1,7 @@
 """Engines that TensorRT for RTX builds of every plan, without a GPU: layers, seconds to build, and bytes.
 
+Seconds of processor are told, which other work on the machine changes less than those of a clock.
+
     python benchmarks/tensorrt.py           # goes on where it stopped
     python benchmarks/tensorrt.py --tiny    # everything at toy sizes, to try the script itself
     python benchmarks/tensorrt.py --show    # prints the tables and draws the picture of what was measured
@@ -87,19 +89,27 @@ def too_long(rows: list[dict[str, Any]], row: dict[str, Any], limit: float) -> s
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
-    """Tables of Markdown: for each plan and number of steps layers, seconds and MB."""
+    """Tables of Markdown: for each plan and number of steps layers, seconds of processor, and MB."""
     lines = []
     for subject in dict.fromkeys(row["subject"] for row in rows):
         here = [row for row in rows if row["subject"] == subject]
         steps = list(dict.fromkeys(row["steps"] for row in here))
         heads = " | ".join(f"T={t}" for t in sorted(steps))
-        lines += [f"\n{subject}: layers / seconds / MB\n", f"| plan | {heads} |", "|---" * (len(steps) + 1) + "|"]
+        lines += [
+            f"\n{subject}: layers / seconds of processor / MB\n",
+            f"| plan | {heads} |",
+            "|---" * (len(steps) + 1) + "|",
+        ]
         found = {(row["plan"], row["steps"]): row for row in here}
         for plan in dict.fromkeys(row["plan"] for row in here):
             cells = []
             for t in sorted(steps):
                 row = found.get((plan, t), {"failure": ""})
-                text = f"{row['layers']:,} / {row['seconds']:.1f} / {row['size'] / 1e6:.1f}" if "size" in row else ""
+                text = (
+                    f"{row['layers']:,} / {row['processor_seconds']:.1f} / {row['size'] / 1e6:.1f}"
+                    if "size" in row
+                    else ""
+                )
                 cells.append(text or row["failure"])
             lines.append(f"| {plan} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -112,7 +122,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     here = [row for row in rows if row["subject"] == next(iter(SUBJECTS)) and "size" in row]
     for axes, (key, scale, label) in zip(
-        figure.subplots(1, 2), (("seconds", 1, "seconds to build"), ("size", 1e6, "MB of engine")), strict=True
+        figure.subplots(1, 2),
+        (("processor_seconds", 1, "seconds of processor to build"), ("size", 1e6, "MB of engine")),
+        strict=True,
     ):
         for plan in dict.fromkeys(row["plan"] for row in here):
             points = sorted((row["steps"], row[key] / scale) for row in here if row["plan"] == plan)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ onnx = pytest.importorskip("onnx")
 trt = pytest.importorskip("tensorrt_rtx_bindings")
 pytestmark = pytest.mark.runtimes
 
+ROOT = Path(__file__).parents[2]
 TWO = Case("LSTM", num_layers=2, bidirectional=True)
 BLOCKS = Plan(time=3)
 KINDS = ("LSTM", "GRU", "RNN")
@@ -188,3 +192,17 @@ def test_command_line(run, path):
     onnx.save(determinant(), path)
     code, out, _ = run("inspect", path, "--target", "tensorrt_rtx", "--build")
     assert code == 1 and "refused by TensorRT for RTX" in out
+
+
+def test_devices_are_chosen_by_name(path):
+    unroll.export_onnx(nn.RNN(3, 4).eval(), torch.zeros(2, 1, 3), path, check=False)
+    assert build_engine(path, capabilities=["SM89"]).size > 10_000
+    with pytest.raises(UnrollError, match="'SM0': is not known to TensorRT for RTX"):
+        build_engine(path, capabilities=["SM0"])
+
+
+def test_the_script_for_a_card_builds_its_engines(tmp_path):
+    command = [sys.executable, "benchmarks/tensorrt_gpu.py", "--build", str(tmp_path / "engines"), "--only", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "engines").glob("*.engine"))) == 2

@@ -61,8 +61,8 @@ class Engine:
         return f"{self.layers.total():,} layers{loops}, built in {self.seconds:.1f} s, an engine of {size}"
 
 
-def build_engine(model: Any, *, shapes: Shapes | None = None) -> Engine:
-    """Build an engine by TensorRT for RTX, for every device that it knows; needs no GPU.
+def build_engine(model: Any, *, shapes: Shapes | None = None, capabilities: Sequence[str] = ()) -> Engine:
+    """Build an engine by TensorRT for RTX, for the devices that it chooses by itself; needs no GPU.
 
     The library takes all that it needs of the machine while it builds, and cannot be interrupted: run it in a process
     of its own where a limit is needed. An engine of many explicit steps may take minutes, see docs/tensorrt.md.
@@ -71,6 +71,7 @@ def build_engine(model: Any, *, shapes: Shapes | None = None) -> Engine:
         model: the path of a file, an `onnx.ModelProto` or an `onnx_ir.Model`.
         shapes: for inputs that leave sizes open, the smallest, the usual and the largest shape. Without, each such size
             is from 1 to 16, and usually 4.
+        capabilities: names of `ComputeCapability` to build for, such as `SM89`; `CURRENT` needs a GPU.
 
     Raises:
         UnrollError: if the library is not installed, `shapes` names what is not an input, or the library does not read
@@ -78,13 +79,13 @@ def build_engine(model: Any, *, shapes: Shapes | None = None) -> Engine:
     """
     require_bindings()
     if isinstance(model, (str, os.PathLike)):
-        return _build(Path(model), dict(shapes or {}))
+        return _build(Path(model), dict(shapes or {}), capabilities)
     from unroll.onnx.files import save
     from unroll.onnx.reading import read_model
 
     with TemporaryDirectory() as folder:
         save(read_model(model, "build_engine(model)"), path := Path(folder) / "model.onnx")
-        return _build(path, dict(shapes or {}))
+        return _build(path, dict(shapes or {}), capabilities)
 
 
 def require_bindings() -> None:
@@ -97,7 +98,7 @@ def require_bindings() -> None:
     require(BINDINGS, fix=fix)
 
 
-def _build(path: Path, shapes: dict[str, Sequence[Sequence[int]]]) -> Engine:
+def _build(path: Path, shapes: dict[str, Sequence[Sequence[int]]], capabilities: Sequence[str]) -> Engine:
     import tensorrt_rtx_bindings as trt  # pyright: ignore[reportMissingImports]
 
     class Log(trt.ILogger):
@@ -121,6 +122,10 @@ def _build(path: Path, shapes: dict[str, Sequence[Sequence[int]]]) -> Engine:
     _check_types(path, network)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for k, name in enumerate(_known(capabilities, trt.ComputeCapability.__members__)):
+            config.set_compute_capability(trt.ComputeCapability.__members__[name], k)
     if profile := _profile(builder, network, shapes):
         config.add_optimization_profile(profile)
     layers = [network.get_layer(k) for k in range(network.num_layers)]
@@ -130,6 +135,15 @@ def _build(path: Path, shapes: dict[str, Sequence[Sequence[int]]]) -> Engine:
     seconds, counts = time.perf_counter() - start, Counter(layer.type.name for layer in layers)
     names = tuple(layer.name for layer in layers)
     return Engine(counts, names, seconds, data.nbytes, trt.__version__, bytes(data))
+
+
+def _known(names: Sequence[str], members: Mapping[str, Any]) -> Sequence[str]:
+    if unknown := [name for name in names if name not in members]:
+        fix = f"choose from {', '.join(members)}"
+        raise UnrollError(
+            *(Problem(f"capabilities: {name!r}", "is not known to TensorRT for RTX", fix) for name in unknown)
+        )
+    return names
 
 
 def _check_types(path: Path, network: Any) -> None:
