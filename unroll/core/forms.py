@@ -26,7 +26,7 @@ class Form:
 # What was run for each row is in docs/runtimes.md.
 FORMS = {
     "": Form(),
-    # Quantizers make a MatMul of eight bits where its result is no addend: ONNX Runtime's 12 of 12, and 1 of 12 Gemm.
+    # Of a Gemm that adds what is computed no quantizer makes eight bits, see tests/onnx/test_quantized.py.
     "npu": Form(addend="outside"),
     # A shader has eight buffers, seven beside the one that a Split reads or a Concat writes.
     "webgpu": Form(rows="gather", most=7),

@@ -172,6 +172,11 @@ PRESETS = {
     "tensorrt_rtx": Plan(gates="merged", preset="tensorrt_rtx"),
     # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
     "npu": Plan(gates="split", runtime="npu"),
+    # Not timed; these give right results for the eleven models of docs/runtimes.md, or for those named there.
+    "openvino": Plan(),
     "webgpu": Plan(runtime="webgpu"),
+    "tract": Plan(runtime="tract"),
+    "mnn": Plan(runtime="mnn"),
+    "opencv": Plan(runtime="opencv"),
 }
 """Plans for targets, by the target's name"""
