@@ -14,7 +14,7 @@ from unroll.core.cells import State
 from unroll.core.recurrence import Recurrence
 from unroll.core.scan import mask_state, scan
 from unroll.core.weights import Tensorlike
-from unroll.onnx.sizes import numbers_to, reshape_to, shape_of, zeros
+from unroll.onnx.sizes import expanded_zeros, numbers_to, reshape_to, shape_of, zeros
 from unroll.onnx.writer import OnnxWriter
 
 Loop = Callable[..., tuple[Any, State]]
@@ -250,7 +250,7 @@ class _Blocks(NamedTuple):
 
     def filled(self, x: Tensorlike, size: int) -> Tensorlike:
         """Add to rows `[total, size]` those that are missing."""
-        more = zeros(self.writer, self.missing, size, x.dtype)
+        more = expanded_zeros(self.writer, self.missing, size, x.dtype)
         return torch.cat([more, x] if self.reverse else [x, more])
 
     def all_steps(self, filled: Tensorlike) -> Tensorlike:

@@ -18,6 +18,11 @@ def zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) 
     """Return zeros `[B, size]`, for `B` of shape `[1]`."""
     if batch.known and batch.known[0] * size <= STORED:
         return stored_zeros(writer, batch.known[0], size, dtype)
+    return expanded_zeros(writer, batch, size, dtype)
+
+
+def expanded_zeros(writer: OnnxWriter, batch: Tensorlike, size: int, dtype: torch.dtype) -> Tensorlike:
+    """Return the same, made when the model runs, for a file whose size does not depend on `B`."""
     zero = writer.operand(0.0, dtype)
     assert zero is not None
     made = writer.op("Expand", writer.value(zero, dtype, 0), shape_of(writer, batch, size), dtype=dtype, rank=2)
