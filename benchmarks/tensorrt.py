@@ -130,6 +130,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             points = sorted((row["steps"], row[key] / scale) for row in here if row["plan"] == plan)
             axes.plot(*zip(*points, strict=True), marker="o", label=plan)
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=label, xticks=STEPS, xticklabels=STEPS)
+        axes.xaxis.minorticks_off()
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 

@@ -132,14 +132,15 @@ def _read(name: str) -> Target:
             offered[operator] = {"types": types, **group}
     for operator, asked in table.pop("restrictions", {}).items():
         offered[operator] |= asked
-    operators = {operator: _restriction(**asked) for operator, asked in offered.items()}
     lists = {key: table.pop(key, "").split() for key in ("refused", "rewritten", "decomposed")}
+    refused = frozenset(lists["refused"])  # also what a base offers
+    operators = {operator: _restriction(**asked) for operator, asked in offered.items() if operator not in refused}
     opsets = tuple(table.pop("opsets")) if "opsets" in table else None
     return Target(
         name=name,
         source=tuple(table.pop("source")),
         operators=operators,
-        refused=frozenset(lists["refused"]),
+        refused=refused,
         decomposed=tuple(lists["decomposed"]),
         rewritten=frozenset(lists["rewritten"]),
         opsets=opsets,
