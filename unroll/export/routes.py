@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -142,7 +143,7 @@ def _trace(model: Any, wanted: Wanted, progress: Callable[[str], None]) -> Found
 
 
 def _is_traceable(model: Any) -> bool:
-    return isinstance(model, nn.Module) and not isinstance(model, Streaming)
+    return isinstance(model, nn.Module) and not isinstance(model, (Streaming, torch.jit.ScriptModule))
 
 
 def _refuse_trace(model: Any) -> None:
