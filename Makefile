@@ -8,14 +8,21 @@ NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the C
 setup: .venv/ready
 
 # PyTorch first and as constraints.txt has it, so that nothing else can ask for another build of it.
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
-	$(BIN)/pip install -q -c constraints.txt --group test --group lint -e ".[bench]"
-	touch $@
+.venv/demo: pyproject.toml constraints.txt
+	@echo "Making .venv with $$($(PYTHON) --version), and installing PyTorch in it"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q "pip>=25.1"
+	@$(BIN)/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
+	@echo "Installing unroll, onnx, ONNX Runtime and the data of the demo"
+	@$(BIN)/pip install -q -c constraints.txt --group demo -e ".[onnx]"
+	@touch $@
 
-demo: setup
+.venv/ready: .venv/demo
+	@echo "Installing what tests and linters need"
+	@$(BIN)/pip install -q -c constraints.txt --group test --group lint -e ".[bench]"
+	@touch $@
+
+demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
 test: setup

@@ -10,6 +10,8 @@ import pytest
 from tests.runtimes.models import MODELS, difference
 from tests.runtimes.runners import RUNNERS
 
+pytestmark = pytest.mark.runtimes
+
 PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tract": "tract", "opencv": "cv2", "mnn": "MNN"}
 PRESETS = {"reference": "default"}
 
