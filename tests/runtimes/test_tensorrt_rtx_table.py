@@ -58,5 +58,12 @@ def test_operator(operator):
     assert disagreements(operator) == []
 
 
-def test_all_operators_of_the_table_are_tried():
-    assert set(read_target("tensorrt_rtx").operators) - set(node_models()) == set()
+# In no test of the standard by themselves: of these the table is that of the data-center library.
+UNTRIED = """
+Constant GlobalLpPool ImageScaler ParametricSoftplus RandomNormal RandomNormalLike RandomUniform
+RandomUniformLike ScaledTanh
+"""
+
+
+def test_operators_that_are_not_tried_are_known():
+    assert set(read_target("tensorrt_rtx").operators) - set(node_models()) == set(UNTRIED.split())
