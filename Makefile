@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Runtimes that need no device, in an environment of their own: what pip resolves stands in the group `runtimes` of
 # pyproject.toml, the rest is installed here.

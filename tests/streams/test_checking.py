@@ -102,7 +102,7 @@ def test_what_looks_along_time_is_refused_by_name(name, dtype):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("name", LOOKING.keys() - {"convolution without padding"})
+@pytest.mark.parametrize("name", [name for name in LOOKING if name != "convolution without padding"])
 def test_short_examples_are_repeated(name, steps):
     """Steps that are equal would show neither flip nor mean, and zeros nothing."""
     model = LOOKING[name][0]()
