@@ -298,6 +298,14 @@ def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
     assert not [row for row in found["rows"] if "recurrent" in row["finding"]]
     if target in ("npu", "tensorrt", "torch_tensorrt"):  # what docs/contracts.md promises
         assert found["ok"]
+    assert found["ok"] != ("plans" in found)
+    if target == "webnn":
+        assert {"npu", "products=linear"} <= set(found["plans"])
+        code, out, _ = run("inspect", f"{__name__}:make", "--target", target)
+        assert "What keeps to webnn: --plan npu or " in out
+        assert run("inspect", f"{__name__}:make", "--target", target, "--plan", "products=linear")[0] == 0
+    if target == "xnnpack":
+        assert "none of the plans that were tried" in run("inspect", f"{__name__}:make", "--target", target)[1]
 
 
 def test_what_is_unrolled_for_a_target_can_be_told(run):

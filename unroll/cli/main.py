@@ -227,6 +227,7 @@ def _judge(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     read_target(target)  # an unknown name is told first
+    keeping: list[str] | None = None
     with stdout_for(as_json), show_parts() as part:
         part("read")
         if is_factory := _is_factory(model):
@@ -244,15 +245,21 @@ def _judge(
             verdict = checking.check(made, target=target, build=build)
         else:
             require("onnx", "onnx_ir", "onnxscript")
-            from unroll.export.judging import judge_model
+            from unroll.export.judging import judge_model, keeping_plans
 
             layout = target if target in PRESETS and "plan" not in given else plan
             options = options_of(model, options, where=where)
             verdict = judge_model(made, args, target, plan=layout, options=options, build=build)  # pyright: ignore[reportArgumentType]
+            if not verdict.ok:
+                part("try plans")
+                keeping = keeping_plans(made, args, target, options)  # pyright: ignore[reportArgumentType]
     if as_json:
-        print_json(verdict.as_dict())
+        print_json(verdict.as_dict() | ({} if keeping is None else {"plans": keeping}))
     else:
         console(soft_wrap=True).print(str(verdict), markup=False)
+        if keeping is not None:
+            told = " or ".join(f"--plan {name}" for name in keeping) or "none of the plans that were tried"
+            console(soft_wrap=True).print(f"What keeps to {target}: {told}", markup=False)
     if not verdict.ok:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +14,7 @@ from torch.export import ExportedProgram
 
 from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.plan import Plan
+from unroll.core.plan import PRESETS, Plan
 from unroll.export.exporting import export_onnx
 from unroll.export.translate import named_dims, quiet
 from unroll.packed.contexts import packing
@@ -50,6 +51,40 @@ def judge_model(
     with TemporaryDirectory() as folder:
         path = export_onnx(model, args, Path(folder) / "model.onnx", plan=plan, check=False, **given).path
         return check(path, target=target, build=build)
+
+
+TRIED = (
+    *PRESETS,
+    "gates=split",
+    "directions=stacked",
+    "layers=wavefront",
+    "products=linear",
+    "products=sums",
+    "time=8",
+)
+"""Plans that are tried for a target"""
+
+
+def keeping_plans(model: nn.Module, args: Any, target: str, options: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the plans with which a model keeps to a target, each by the shortest way to ask for it, by trying them.
+
+    Args:
+        model: a module in evaluation mode.
+        args: its example inputs.
+        target: the name of a target.
+        options: keyword arguments of `export_onnx`.
+
+    Example:
+        >>> keeping_plans(nn.LSTM(3, 4).eval(), torch.zeros(3, 1, 3), "webnn")
+        ['npu', 'products=linear', 'products=sums']
+    """
+    plans = {Plan.of(name): name for name in reversed(TRIED)}  # of several names the first
+    found = []
+    for name in sorted(plans.values(), key=TRIED.index):
+        with suppress(UnrollError):
+            if judge_model(model, args, target, plan=name, options=options):
+                found.append(name)
+    return found
 
 
 def _program(model: nn.Module, args: Any, plan: Plan | str, options: dict[str, Any]) -> ExportedProgram:
