@@ -99,6 +99,12 @@ class Frozen(NamedTuple):
             stacks = [kept(f"stack{k}", p) for k, p in enumerate(layout.stacks)]
         return cls(Layout(passes, stacks, layout.widths), weights[0].dtype)
 
+    @classmethod
+    def form(cls, recurrence: Recurrence, plan: Plan, dtype: torch.dtype) -> Frozen:
+        """Return the same without its tensors, as it follows from the plan."""
+        shapes = [torch.empty(shape, device="meta") for shape in recurrence.weight_shapes]
+        return cls(lay_out(recurrence, recurrence.weights(shapes), plan), dtype)
+
     @property
     def first(self) -> str:
         """The name of one of the buffers."""

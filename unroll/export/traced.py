@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.onnx._internal.torchscript_exporter.symbolic_opset9 import unused
 
 from unroll.core import schedule
-from unroll.core.layout import lay_out
+from unroll.core.layout import Frozen, Layout, lay_out
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
 from unroll.onnx.layers import DOMAIN
@@ -74,7 +74,7 @@ def _run(
         mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1).to(input.device)
     if state[0] is None:
         state = tuple(input.new_zeros(recurrence.passes * (batch or 1), size) for size in recurrence.state_sizes)
-    layout = lay_out(recurrence, recurrence.weights(list(weights)), Plan(), input.dtype)
+    layout = _layout(recurrence, attributes["plan"], weights, input.dtype)
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     result = schedule.run(recurrence, layout, rows, state, steps=steps, mask=mask)  # pyright: ignore[reportArgumentType]
     states = schedule.joined_states(recurrence, result.finals, batched=batched)
@@ -86,3 +86,11 @@ def _run(
         else schedule.joined_output(recurrence, result.outputs, batched=batched)
     )
     return output.contiguous().clone(), *(s.clone() for s in states)
+
+
+def _layout(recurrence: Recurrence, plan: str, weights: Sequence[Any], dtype: torch.dtype) -> Layout:
+    """Lay out the weights; those of a frozen layer, which has a plan, lie so already, in the order of its buffers."""
+    if not plan:
+        return lay_out(recurrence, recurrence.weights(list(weights)), Plan(), dtype)
+    laid_out = iter(weights)
+    return Frozen.form(recurrence, Plan.of(plan), dtype).mapped(lambda name, kind: next(laid_out), dtype)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from unroll.core import schedule
-from unroll.core.layout import Frozen, Layout, lay_out
+from unroll.core.layout import Frozen, Layout
 from unroll.core.options import Steps
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence
@@ -67,11 +67,10 @@ class LayerCall(Call):
         if self.plan is None:
             return super().lay_out(writer, plan)
         # The form follows from the plan; what is in it was laid out before, and is read in the order of the inputs.
-        shapes = [torch.empty(shape, device="meta") for shape in self.recurrence.weight_shapes]
-        form = lay_out(self.recurrence, self.recurrence.weights(shapes), self.plan)
+        form = Frozen.form(self.recurrence, self.plan, self.dtype)
         constants = (known_tensor(value) for value in self.parameters if value is not None)
         writer.enter("frozen")
-        return Frozen(form, self.dtype).mapped(lambda _, kind: writer(next(constants), kind), self.dtype)
+        return form.mapped(lambda _, kind: writer(next(constants), kind), self.dtype)
 
     def weights(self, writer: OnnxWriter) -> list[Weights]:
         first = 1 + len(self.recurrence.state_sizes)
