@@ -9,7 +9,7 @@ import os
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -69,12 +69,14 @@ def capture(
     with alone(exports=True):
         program = _captured(model, as_args(args), in_order(model, kwargs), dynamic_shapes, where, rules)
         changed = _changed_buffers(program)
-    problems = Problems(
-        Problem(name, "is a buffer that the model changes, and an ONNX file keeps none", "return it instead")
-        for name in changed
-    )
-    problems.check()
+    refuse_changed(changed)
     return program
+
+
+def refuse_changed(buffers: Iterable[str]) -> None:
+    """Refuse buffers that a run of the model changes."""
+    finding = "is a buffer that the model changes, and an ONNX file keeps none"
+    Problems(Problem(name, finding, "return it instead") for name in buffers).check()
 
 
 def _changed_buffers(program: ExportedProgram) -> list[str]:
@@ -116,7 +118,7 @@ def _captured(
         raise
     except Exception as error:
         if fixed := FIXED.findall(str(error)):
-            raise NotCaptured(*(_is_fixed(*found) for found in fixed)) from error
+            raise NotCaptured(*(_is_fixed(*found) for found in dict.fromkeys(fixed))) from error
         cause = innermost(error)
         at = "".join(f" at {place}" for place in [origin(cause)] if place)
         first = next(iter(str(cause).splitlines()), "")

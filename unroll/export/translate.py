@@ -20,6 +20,7 @@ from unroll.core.patching import alone, original, patched, without_warnings
 from unroll.export.capture import NotCaptured
 from unroll.export.names import name_apart, name_back
 from unroll.export.squeezes import drop_idle_squeezes
+from unroll.onnx.runtime import first_line
 
 # What torch says of its own workings while it exports.
 NOISE = (
@@ -116,6 +117,9 @@ def translate(
 ) -> ir.Model:
     """Translate the program by torch's exporter; its recurrent layers are still single nodes."""
     check_asked(input_names, output_names, opset_version, onnx.defs.onnx_opset_version())
+    if numbers := [str(n) for n in program.graph_signature.user_outputs if isinstance(n, (int, float))]:
+        finding = f"returns {', '.join(numbers)}, which torch's exporter cannot write"
+        raise NotCaptured(Problem("model", finding, "return torch.tensor(number), or leave it out"))
     drop_idle_squeezes(program)
     program = name_apart(program)
     try:
@@ -131,7 +135,7 @@ def translate(
             )
     except Exception as error:
         cause = innermost(error)
-        finding = f"cannot be translated by torch.onnx.export ({type(cause).__name__}: {cause})"
+        finding = f"cannot be translated by torch.onnx.export ({type(cause).__name__}: {first_line(cause)})"
         raise NotCaptured(Problem("model", finding, "replace the operator that it names")) from error
     assert translated is not None
     model: ir.Model = translated.model

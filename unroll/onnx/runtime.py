@@ -72,5 +72,5 @@ def _fix(reason: str) -> str:
     return next((fix for part, fix in FIXES.items() if part in reason), "report this model")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
