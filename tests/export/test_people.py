@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,180 @@ def test_an_open_length_behind_a_strided_convolution(two, capture, tmp_path):
         with torch.no_grad():
             (found,) = function_of(path)(x).values()
             torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+def shapes_of(values):
+    return [[d.dim_param or d.dim_value or None for d in v.type.tensor_type.shape.dim] for v in values]
+
+
+class Counted(nn.Module):
+    """Takes a number that is no size of another input: as a slice, the length of a loop, or in a branch."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.gru, self.cell, self.of = nn.GRU(3, 3), nn.GRUCell(3, 3), of
+
+    def forward(self, x, n):
+        if self.of == "slice":
+            return self.gru(x[: n.item()])[0]
+        if self.of == "branch":
+            return self.gru(x)[0] * (1 if n.item() == 3 else 2)
+        h = None
+        for t in range(int(n)):
+            h = self.cell(x[t], h)
+        return h
+
+
+@pytest.mark.parametrize("of", ["slice", "branch", "loop"])
+def test_a_trace_that_keeps_a_number_is_refused(of, tmp_path):
+    args = torch.randn(5, 2, 3), torch.tensor(3)
+    with pytest.raises(UnrollError, match=r"test_people\.py:\d+: was kept by the trace: Converting"):
+        export_onnx(Counted(of).eval(), args, tmp_path / "m.onnx", capture="trace")
+
+
+def test_a_trace_is_tried_on_masks_of_both_kinds(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, x, mask):
+            if not mask.any():
+                raise ValueError("nothing is left")
+            out = self.gru(x)[0]
+            return out if mask.all() else out * mask[..., None] + 1
+
+    args = torch.randn(5, 2, 3), torch.ones(5, 2, dtype=torch.bool)
+    with pytest.raises(UnrollError, match="was kept by the trace: Converting a tensor to a Python boolean"):
+        export_onnx(Masked().eval(), args, tmp_path / "m.onnx", capture="trace")
+
+
+@dataclass
+class Pair:
+    """A class that pytree does not know."""
+
+    x: torch.Tensor
+    h: torch.Tensor
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4)
+
+    def forward(self, x, pair=None):
+        y, h = self.gru(x if pair is None else pair.x)
+        return (y, Pair(y, h)) if pair is None else y
+
+
+def test_no_tensor_is_lost_in_a_class_that_pytree_does_not_know(tmp_path):
+    x, model, path = torch.randn(5, 2, 3), Pairs().eval(), tmp_path / "m.onnx"
+    with pytest.raises(UnrollError, match="pair: is a Pair, whose tensors a trace would keep; give its tensors as"):
+        export_onnx(model, (x, Pair(x, x)), path, capture="trace")
+    for capture in ("trace", "auto"):
+        with pytest.raises(UnrollError, match="Pairs: returns a Pair, whose tensors a trace would lose; return"):
+            export_onnx(model, x, path, capture=capture)
+    assert not list(tmp_path.iterdir())
+
+
+class Results(nn.Module):
+    """Returns more than tensors."""
+
+    def __init__(self, *more):
+        super().__init__()
+        self.gru, self.more = nn.GRU(3, 4), more
+
+    def forward(self, x):
+        y = self.gru(x)[0]
+        return {"y": y, "again": y, "none": None, "text": "a", "steps": x.shape[0], "more": self.more}
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_outputs_of_a_trace_are_tensors_and_numbers_each_with_a_name(tmp_path):
+    x, path = torch.randn(5, 2, 3), tmp_path / "m.onnx"
+    shapes = ({0: "time", 1: "batch"},)
+    export_onnx(Results(3, True).eval(), x, path, dynamic_shapes=shapes, capture="trace")
+    assert [value.name for value in onnx.load(path).graph.output] == [f"output_{k}" for k in range(5)]
+    y, again, *numbers = function_of(path)(torch.randn(7, 3, 3)).values()
+    assert torch.equal(y, again)
+    assert y.shape == (7, 3, 4)
+    assert [n.item() for n in numbers] == [7, 3, True]
+
+
+@pytest.mark.parametrize("more", [(), (3, 2.5)])
+def test_numbers_among_the_results_of_a_program(more, tmp_path):
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, x):
+            y = self.gru(x)[0]
+            return y, y.argmax().item(), None, *more
+
+    x, path = torch.randn(5, 2, 3), tmp_path / "m.onnx"
+    if more:
+        with pytest.raises(UnrollError, match=r"model: returns 3, 2\.5, which torch's exporter cannot write; return"):
+            export_onnx(Numbers().eval(), x, path)
+        return
+    model = Numbers().eval()
+    export_onnx(model, x, path)
+    other = torch.randn(5, 2, 3)
+    y, place = function_of(path)(other).values()
+    assert place.item() == model(other)[1] == y.argmax().item()
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_an_input_keeps_its_name_where_an_output_would_have_it(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, output):
+            return self.gru(output)[0]
+
+    path = tmp_path / "m.onnx"
+    export_onnx(Named().eval(), torch.randn(5, 2, 3), path, capture="trace")
+    graph = onnx.load(path).graph
+    assert [v.name for v in (*graph.input, *graph.output)] == ["output", "output.out"]
+
+
+@pytest.mark.parametrize("plan", ["default", "onnxruntime", "directions=stacked"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_frozen_layers_are_traced(kind, plan, tmp_path):
+    torch.manual_seed(0)
+    layer, path = kind(3, 4, 2, bidirectional=True).eval(), tmp_path / "m.onnx"
+    x = torch.randn(5, 2, 3)
+    export_onnx(unroll.unroll(layer, plan=plan, freeze=True), x, path, capture="trace")
+    other = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(next(iter(function_of(path)(other).values())), layer(other)[0])
+
+
+class Ends(nn.Module):
+    """Leaves as many steps as the longest row has, or all; and drops an axis of one."""
+
+    def __init__(self, squeeze: bool) -> None:
+        super().__init__()
+        self.gru, self.squeeze = nn.GRU(3, 4), squeeze
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], total_length=x.shape[0])
+        return out[..., :1].squeeze() if self.squeeze else out
+
+
+def test_the_shapes_of_outputs_of_a_trace_are_open_where_they_vary(tmp_path):
+    path = tmp_path / "m.onnx"
+    args = torch.randn(5, 2, 3), torch.tensor([5, 2])
+    shapes = ({1: "batch"}, {0: "batch"})
+    with pytest.warns(UnrollWarning) as told:
+        export_onnx(Ends(False).eval(), args, path, dynamic_shapes=shapes, capture="trace", output_names=["y"])
+    assert "y: " not in str(told[0].message)
+    (((steps, batch, features),)) = shapes_of(onnx.load(path).graph.output)
+    assert (steps, features) == (5, 4)
+    assert not isinstance(batch, int)
+    with pytest.warns(UnrollWarning, match="y: 2 axes, which are 1 on other inputs"):
+        export_onnx(Ends(True).eval(), args, path, dynamic_shapes=shapes, capture="trace", output_names=["y"])

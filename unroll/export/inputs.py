@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.modules.find import walk_all
 from unroll.onnx.layers import DOMAIN
 
 
@@ -91,16 +93,30 @@ def _leaves(name: str, value: Any, shape: Any) -> Iterator[Leaf]:
     if isinstance(value, Tensor):
         entries = enumerate(shape) if isinstance(shape, (tuple, list)) else (shape or {}).items()
         yield Leaf(name, value, {axis: text for axis, dim in entries if (text := _dim_name(dim, value.shape[axis]))})
+    elif pytree.tree_is_leaf(value):
+        if hides_tensors(value):
+            fix = "give its tensors as arguments, or register the class by torch.export.register_dataclass"
+            raise UnrollError(Problem(name, f"is a {type(value).__name__}, whose tensors a trace would keep", fix))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(f"{name}_{key}", inner, (shape or {}).get(key))
     else:
         parts = pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
-        if len(parts) == 1 and parts[0] is value:
-            return
         for k, inner in enumerate(parts):
             inside = shape[k] if isinstance(shape, (tuple, list)) and k < len(shape) else None
             yield from _leaves(f"{name}_{k}", inner, inside)
+
+
+def is_output(value: Any) -> bool:
+    """Tell whether something that a model returns is an output of a file: a tensor, or a number."""
+    return isinstance(value, (Tensor, int, float))
+
+
+def hides_tensors(value: Any) -> bool:
+    """Tell whether something holds tensors that pytree does not see, which are neither inputs nor outputs of a file."""
+    if isinstance(value, (Tensor, nn.Module, FunctionType, MethodType)):
+        return False
+    return any(isinstance(part, Tensor) for _, part in walk_all(value))
 
 
 def _dim_name(dim: Any, size: int) -> str | None:
@@ -128,7 +144,7 @@ def varied_inputs(
     def drawn(sizes: Mapping[str, int], *, falling: bool) -> Iterator[Tensor]:
         for leaf in leaves:
             shape = [sizes[leaf.open[axis]] if axis in leaf.open else n for axis, n in enumerate(leaf.tensor.shape)]
-            tensor = _drawn(leaf.tensor, shape, generator).to(leaf.tensor.device)
+            tensor = _drawn(_with_others(leaf.tensor), shape, generator).to(leaf.tensor.device)
             whole = tensor.dim() == 1 and not tensor.is_floating_point() and tensor.dtype is not torch.bool
             yield tensor.sort(descending=True).values if falling and whole else tensor
 
@@ -142,6 +158,18 @@ def varied_inputs(
     for change in changes:
         for falling in (False, True):
             yield made(drawn({name: change(n, k) for k, (name, n) in enumerate(sizes.items())}, falling=falling))
+
+
+def _with_others(like: Tensor) -> Tensor:
+    """Return the values to draw from: an example's, and for one whole number or truth alone also others near it.
+
+    A file in which a trace has kept that number is right for no other.
+    """
+    if like.is_floating_point() or like.is_complex() or not like.numel() or (like != like.flatten()[0]).any():
+        return like
+    value = like.flatten()[0].item()
+    near = {not value} if like.dtype is torch.bool else {abs(value - 1), value // 2} - {value}
+    return torch.tensor([*near, *[value] * (like.numel() > 1)], dtype=like.dtype)
 
 
 def _flipped(tensor: Tensor) -> Tensor:

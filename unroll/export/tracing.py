@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.jit import TracerWarning
 from torch.utils import _pytree as pytree
 
-from unroll.core.errors import Problem, Problems, UnrollError, innermost
+from unroll.core.errors import Problem, UnrollError, innermost
 from unroll.core.options import Rules, Where
-from unroll.core.patching import alone, collected_warnings
-from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare
-from unroll.export.inputs import Leaf, tensor_leaves
+from unroll.core.patching import alone, collected_warnings, seeded
+from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare, refuse_changed
+from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves, varied_inputs
 from unroll.export.translate import check_asked, check_given, quiet
 from unroll.onnx.layers import DOMAIN, LAYER, is_layer
 
@@ -96,18 +96,15 @@ def trace_model(
             finding = f"cannot be traced ({type(cause).__name__}: {str(cause).splitlines()[0]})"
             raise UnrollError(Problem(place, finding, "make torch.jit.trace(model, args) work first")) from error
         written = ir.external_data.load_to_model(ir.load(path))
-    problems = Problems(
-        Problem(name, "is a buffer that the model changes, and an ONNX file keeps none", "return it instead")
-        for name, value in model.named_buffers()
-        if before.get(name) != (id(value), value._version)
-    )
-    problems.check()
+    after = {name: (id(value), value._version) for name, value in model.named_buffers()}
+    refuse_changed(name for name, state in after.items() if before.get(name) != state)
     _keep_inputs(written, names, leaves)
     _name_outputs(written, output_names or ())
     check_given(written, input_names, output_names).check()
     _name_layers(written)
     reasons = (f"{place}: {_reason(warning.text)}" for warning in told if (place := _place(warning.frames)))
-    return Traced(written, list(dict.fromkeys(reasons)))
+    ranks = _loosen_outputs(written, flat, varied_inputs(leaves, args, kwargs))
+    return Traced(written, list(dict.fromkeys([*reasons, *ranks])))
 
 
 class _Flat(nn.Module):
@@ -122,7 +119,15 @@ class _Flat(nn.Module):
         given = iter(tensors)
         flat = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.flat]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        return tuple(leaf for leaf in pytree.tree_leaves(self.model(*args, **kwargs)) if isinstance(leaf, Tensor))
+        return self.results(args, kwargs)
+
+    def results(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        results = pytree.tree_leaves(self.model(*args, **kwargs))
+        if hidden := next(filter(hides_tensors, results), None):
+            fix = "return tensors in tuples or dicts, or register the class by torch.export.register_dataclass"
+            finding = f"returns a {type(hidden).__name__}, whose tensors a trace would lose"
+            raise UnrollError(Problem(type(self.model).__name__, finding, fix))
+        return tuple(map(torch.as_tensor, filter(is_output, results)))
 
 
 def _place(frames: Sequence[tuple[str, int, str]]) -> str | None:
@@ -150,11 +155,46 @@ def _keep_inputs(model: ir.Model, names: Sequence[str], leaves: Sequence[Leaf]) 
     model.graph.inputs[:] = [found[name] for name in names]
 
 
+def _loosen_outputs(
+    model: ir.Model, flat: _Flat, others: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> list[str]:
+    """Leave open, in the shapes of the outputs, what is another on other inputs: the exporter writes that of the trace.
+
+    Inputs that the model refuses tell nothing.
+
+    Returns:
+        The outputs, and what is said of them, that have another number of axes on other inputs: a file states one.
+    """
+    told = []
+    for args, kwargs in others:
+        try:
+            with torch.no_grad(), seeded():
+                results = flat.results(args, kwargs)
+        except Exception:
+            continue
+        for value, result in zip(model.graph.outputs, results, strict=False):
+            if value.shape is not None and len(value.shape) != result.dim():
+                told.append(f"{value.name}: {len(value.shape)} axes, which are {result.dim()} on other inputs")
+            elif value.shape is not None:
+                sizes = zip(value.shape, result.shape, strict=True)
+                value.shape = ir.Shape([n if n == size or not isinstance(n, int) else None for n, size in sizes])
+    return told
+
+
 def _name_outputs(model: ir.Model, asked: Sequence[str]) -> None:
     """Name the outputs as asked, and those after them by their number."""
     outputs = model.graph.outputs
-    names = [*asked, *(f"output_{k}" if len(outputs) > 1 else "output" for k in range(len(asked), len(outputs)))]
-    for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
+    for k, value in enumerate(outputs):
+        if value in outputs[:k]:  # an output has one name, and this has another
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+            model.graph.append(copy)
+            outputs[k] = copy.outputs[0]
+    names, taken = list(asked), {value.name for value in model.graph.inputs}
+    for k in range(len(asked), len(outputs)):
+        name = f"output_{k}" if len(outputs) > 1 else "output"
+        names.append(f"{name}.out" if name in taken else name)
+    for value in (value for node in model.graph for value in node.outputs):
         if value.name in names and value not in outputs:
             value.name = f"{value.name}.inside"
     for value, name in zip(outputs, names, strict=False):

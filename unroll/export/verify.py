@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from unroll.comparison import ACROSS_RUNTIMES, blamed, compare, kept_state, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
-from unroll.export.inputs import file_inputs
+from unroll.export.inputs import file_inputs, is_output
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, function_of, session
 from unroll.reports import Report, Row
@@ -176,7 +176,8 @@ def check_values(
 
     def expected(*leaves: Any) -> list[Tensor]:
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return [leaf.cpu() for leaf in pytree.tree_leaves(original(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        results = pytree.tree_leaves(original(*args, **kwargs))
+        return [torch.as_tensor(leaf).cpu() for leaf in filter(is_output, results)]
 
     leaves = [tuple(pytree.tree_leaves(pair)) for pair in inputs]
     tensors = [t for t in (*given.weights, *leaves[0]) if isinstance(t, Tensor)]
