@@ -448,3 +448,38 @@ def test_the_shapes_of_outputs_of_a_trace_are_open_where_they_vary(tmp_path):
     assert not isinstance(batch, int)
     with pytest.warns(UnrollWarning, match="y: 2 axes, which are 1 on other inputs"):
         export_onnx(Ends(True).eval(), args, path, dynamic_shapes=shapes, capture="trace", output_names=["y"])
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_inputs_of_one_name_get_a_number(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, x, d):
+            return self.gru(x, d["a"]["b_c"])[0] + d["a_b"]["c"]
+
+    path = tmp_path / "m.onnx"
+    given = {"a": {"b_c": torch.randn(1, 2, 4)}, "a_b": {"c": torch.randn(1, 2, 4)}}
+    export_onnx(Nested().eval(), (torch.randn(5, 2, 3), given), path, capture="trace")
+    assert [value.name for value in onnx.load(path).graph.input] == ["x", "d_a_b_c", "d_a_b_c_1"]
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_a_trace_leaves_the_example_as_it_is(tmp_path):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4)
+
+        def forward(self, x):
+            x += 1
+            return self.gru(x)[0]
+
+    x, path, model = torch.randn(5, 2, 3), tmp_path / "m.onnx", Writes().eval()
+    before = x.clone()
+    export_onnx(model, x, path, capture="trace")
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        torch.testing.assert_close(next(iter(function_of(path)(before).values())), model(before.clone()))

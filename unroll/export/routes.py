@@ -26,6 +26,9 @@ ROUTES = ("export", "trace", "auto")
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a call"""
 
+REPORT = "report this model"
+"""The fix of what should not happen, but may where a trace has kept something"""
+
 FEW = 4
 """The inputs on which the file of a trace must have been compared, or it is said that there were fewer"""
 
@@ -70,8 +73,9 @@ class Found:
             if not self.frozen:
                 raise
             fix = "compute it by operations on tensors, such as torch.where"
+            seen = (p._replace(fix="see what the trace has kept") if p.fix == REPORT else p for p in error.problems)
             kept = (Problem(place, f"was kept by the trace: {what}", fix) for place, what in map(_parted, self.frozen))
-            raise UnrollError(*error.problems, *kept) from error
+            raise UnrollError(*seen, *kept) from error
 
     def told(self, name: str, compared: int) -> str:
         """Say what a trace has kept and how far the file was compared, for a warning."""

@@ -25,7 +25,7 @@ from unroll.core.patching import alone, collected_warnings, seeded
 from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare, refuse_changed
 from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves, varied_inputs
 from unroll.export.translate import check_asked, check_given, quiet
-from unroll.onnx.layers import DOMAIN, LAYER, is_layer
+from unroll.onnx.layers import LAYER, is_layer
 
 NEWEST = 20
 """The newest version of the standard's operators that torch's older exporter writes"""
@@ -64,8 +64,7 @@ def trace_model(
     place = type(model).__name__
     model, args, kwargs = prepare(model, args, kwargs, where, rules)
     leaves = tensor_leaves(model, args, kwargs, dynamic_shapes)
-    asked = list(input_names or ())
-    names = asked[: len(leaves)] + [leaf.name for leaf in leaves[len(asked) :]]
+    names = _input_names(leaves, input_names or ())
     before = {name: (id(value), value._version) for name, value in model.named_buffers()}
     flat = _Flat(model, args, kwargs).eval()
     with (
@@ -79,7 +78,7 @@ def trace_model(
             with layers_as_nodes(model, every=where is None), torch.no_grad():
                 torch.onnx.export(
                     flat,
-                    tuple(leaf.tensor for leaf in leaves),
+                    tuple(leaf.tensor.clone() for leaf in leaves),  # a model may write into its input
                     path,
                     dynamo=False,
                     verbose=False,
@@ -87,7 +86,6 @@ def trace_model(
                     output_names=None,
                     opset_version=OPSET if opset_version is None else opset_version,
                     dynamic_axes={name: leaf.open for name, leaf in zip(names, leaves) if leaf.open},
-                    custom_opsets={DOMAIN: 1},
                 )
         except UnrollError:
             raise
@@ -105,6 +103,15 @@ def trace_model(
     reasons = (f"{place}: {_reason(warning.text)}" for warning in told if (place := _place(warning.frames)))
     ranks = _loosen_outputs(written, flat, varied_inputs(leaves, args, kwargs))
     return Traced(written, list(dict.fromkeys([*reasons, *ranks])))
+
+
+def _input_names(leaves: Sequence[Leaf], asked: Sequence[str]) -> list[str]:
+    """Return the names of the inputs: as asked, then those of the arguments, with a number where two are the same."""
+    names = list(asked[: len(leaves)])
+    for leaf in leaves[len(names) :]:
+        candidates = (leaf.name, *(f"{leaf.name}_{k}" for k in range(1, len(leaves) + 1)))
+        names.append(next(name for name in candidates if name not in names))
+    return names
 
 
 class _Flat(nn.Module):

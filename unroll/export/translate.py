@@ -33,12 +33,13 @@ NOISE = (
     r".*with projections is not supported with oneDNN",
 )
 
-# That torchvision is missing; that a version is converted, which is checked afterwards.
+# That torchvision is missing; that a version is converted, which is checked afterwards; what is not made smaller.
 LOGGERS = (
     "torch.fx.experimental.symbolic_shapes",
     "torch.onnx._internal.exporter._registration",
     "torch.onnx._internal.exporter._compat",
     "onnxscript.version_converter",
+    "onnx_ir.passes.common.initializer_deduplication",
 )
 
 OLDEST = 14
