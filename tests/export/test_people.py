@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +152,8 @@ class Branching(nn.Module):
 
     def forward(self, x, flags):
         out = self.gru(x)[0]
+        if self.of == "none" and x.isnan().any():
+            raise ValueError("not a number")
         if self.of == "flags" and flags.any():
             out = out * 2
         if self.of == "signs" and x.sum() > 0:
@@ -483,3 +486,39 @@ def test_a_trace_leaves_the_example_as_it_is(tmp_path):
     assert torch.equal(x, before)
     with torch.no_grad():
         torch.testing.assert_close(next(iter(function_of(path)(before).values())), model(before.clone()))
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_open_sizes_of_a_trace_fit_the_arguments(tmp_path):
+    model, x, path = nn.GRU(3, 4).eval(), torch.randn(5, 2, 3), tmp_path / "m.onnx"
+    refused = [
+        ({"y": {1: "b"}}, "dynamic_shapes: does not fit the arguments .'y'.; name what is given, input"),
+        (({1: "b"}, None), "dynamic_shapes: does not fit the arguments .*; give one entry for each of input"),
+        (
+            {"input": {3: "b"}},
+            "dynamic_shapes: input: does not fit .*; give an entry for each of its 3 axes",
+        ),
+        ({"input": (None, "b")}, "dynamic_shapes: input: does not fit the arguments"),
+        ({"input": "b"}, "dynamic_shapes: input: does not fit the arguments"),
+        ({"input": {1: 2.5}}, "dynamic_shapes: does not fit the arguments .2.5.; give a name or a Dim"),
+        ({"input": {1: "two words"}}, "dynamic_shapes: 'two words': is no name of a size"),
+    ]
+    for shapes, message in refused:
+        with pytest.raises(UnrollError, match=message):
+            export_onnx(model, x, path, dynamic_shapes=shapes, capture="trace")
+    with pytest.raises(UnrollError, match="is no name of a size"):
+        export_onnx(model, x, path, dynamic_shapes={"input": {1: "two words"}})
+    for shapes in ({"input": {-2: "b"}}, [(None, "b", None)]):
+        export_onnx(model, x, path, dynamic_shapes=shapes, capture="trace")
+        assert shapes_of(onnx.load(path).graph.input) == [[5, "b", 3]]
+
+
+@pytest.mark.filterwarnings("ignore::unroll.UnrollWarning")
+def test_exports_in_several_threads_print_nothing(tmp_path, capfd):
+    def export(k):
+        export_onnx(Branching("none").eval(), args, tmp_path / f"{k}.onnx", capture="auto")
+
+    args = torch.randn(5, 2, 3), torch.tensor([True, False])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(export, range(3)))
+    assert capfd.readouterr().out == ""

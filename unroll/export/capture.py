@@ -118,7 +118,9 @@ def _captured(
         raise
     except Exception as error:
         if fixed := FIXED.findall(str(error)):
-            raise NotCaptured(*(_is_fixed(*found) for found in dict.fromkeys(fixed))) from error
+            # with another example the model may be captured
+            kind = UnrollError if all(int(size) < 2 for _, size in fixed) else NotCaptured
+            raise kind(*(_is_fixed(*found) for found in dict.fromkeys(fixed))) from error
         cause = innermost(error)
         at = "".join(f" at {place}" for place in [origin(cause)] if place)
         first = next(iter(str(cause).splitlines()), "")

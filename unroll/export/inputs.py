@@ -77,8 +77,12 @@ def tensor_leaves(
         raise UnrollError(Problem("args, kwargs", f"do not fit {type(model).__name__} ({error})", fix)) from error
     if dynamic_shapes is None or isinstance(dynamic_shapes, Mapping):
         shapes = dict(dynamic_shapes or {})
-    else:
+    elif isinstance(dynamic_shapes, (tuple, list)) and len(dynamic_shapes) == len(bound):
         shapes = dict(zip(bound, dynamic_shapes))
+    else:
+        raise _unfit("dynamic_shapes", dynamic_shapes, f"give one entry for each of {', '.join(bound)}")
+    if unknown := shapes.keys() - {*bound, *kwargs}:
+        raise _unfit("dynamic_shapes", min(map(repr, unknown)), f"name what is given, {', '.join({**bound, **kwargs})}")
     found: list[Leaf] = []
     for name, value in bound.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -91,8 +95,8 @@ def tensor_leaves(
 
 def _leaves(name: str, value: Any, shape: Any) -> Iterator[Leaf]:
     if isinstance(value, Tensor):
-        entries = enumerate(shape) if isinstance(shape, (tuple, list)) else (shape or {}).items()
-        yield Leaf(name, value, {axis: text for axis, dim in entries if (text := _dim_name(dim, value.shape[axis]))})
+        sizes = _by_axis(name, value.dim(), shape or {})
+        yield Leaf(name, value, {axis: text for axis, dim in sizes if (text := _dim_name(dim, value.shape[axis]))})
     elif pytree.tree_is_leaf(value):
         if hides_tensors(value):
             fix = "give its tensors as arguments, or register the class by torch.export.register_dataclass"
@@ -105,6 +109,19 @@ def _leaves(name: str, value: Any, shape: Any) -> Iterator[Leaf]:
         for k, inner in enumerate(parts):
             inside = shape[k] if isinstance(shape, (tuple, list)) and k < len(shape) else None
             yield from _leaves(f"{name}_{k}", inner, inside)
+
+
+def _by_axis(name: str, count: int, shape: Any) -> list[tuple[int, Any]]:
+    """Return the entries of an argument of so many axes in `dynamic_shapes`, by the number of the axis from 0."""
+    if isinstance(shape, (tuple, list)) and len(shape) == count:
+        return list(enumerate(shape))
+    if isinstance(shape, Mapping) and all(axis in range(-count, count) for axis in shape):
+        return [(axis % count, dim) for axis, dim in shape.items()]
+    raise _unfit(f"dynamic_shapes: {name}", shape, f"give an entry for each of its {count} axes, or some by number")
+
+
+def _unfit(place: str, given: Any, fix: str) -> UnrollError:
+    return UnrollError(Problem(place, f"does not fit the arguments ({given})", fix))
 
 
 def is_output(value: Any) -> bool:
@@ -125,7 +142,11 @@ def _dim_name(dim: Any, size: int) -> str | None:
         return None
     if isinstance(dim, str):
         return dim
-    return f"size_{size}" if isinstance(dim, type(Dim.AUTO)) else dim.__name__
+    if isinstance(dim, Dim):
+        return dim.__name__
+    if isinstance(dim, type(Dim.AUTO)):
+        return f"size_{size}"
+    raise _unfit("dynamic_shapes", dim, "give a name or a Dim")
 
 
 def varied_inputs(

@@ -98,6 +98,7 @@ def captured(
     """
     if route not in ROUTES:
         raise UnrollError(Problem(f"capture={route!r}", "is no way to capture a model", f"choose {', '.join(ROUTES)}"))
+    named_dims(wanted.dynamic_shapes)  # refuses, before anything runs, what can be no name
     if route == "trace":
         _refuse_trace(model)
         return _trace(model, wanted, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from torch.export import Dim, ExportedProgram, _trace
 from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
-from unroll.core.patching import alone, original, patched, without_warnings
+from unroll.core.patching import Local, alone, original, patched, without_warnings
 from unroll.export.capture import NotCaptured
 from unroll.export.names import name_apart, name_back
 from unroll.export.squeezes import drop_idle_squeezes
@@ -46,25 +45,29 @@ OLDEST = 14
 """The oldest version of the standard's operators to which torch's exporter converts its 18"""
 
 
+QUIET = Local[bool]("quiet")
+"""True in a thread in which `quiet` lasts: what other threads print and log is shown as ever"""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep back what torch says of its own workings while this lasts."""
-    here = threading.get_ident()  # what other threads log is shown as ever
 
     def is_shown(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or record.thread != here
+        return record.levelno >= logging.ERROR or not QUIET.value
 
     shown: Any = original(torch._C, "_jit_onnx_log")
 
     def log(*values: Any) -> None:
-        if threading.get_ident() != here:
+        if not QUIET.value:
             shown(*values)
 
     def show(*values: Any, **options: Any) -> None:
-        if threading.get_ident() != here:
+        if not QUIET.value:
             print(*values, **options)
 
     with ExitStack() as stack:
+        stack.enter_context(QUIET.set(True))
         # by which they show the graph as far as it came, before an error
         stack.enter_context(patched(_trace, print=show))
         stack.enter_context(patched(torch._C, _jit_onnx_log=log))
@@ -75,8 +78,18 @@ def quiet() -> Iterator[None]:
 
 
 def named_dims(dynamic_shapes: Any) -> Any:
-    """Return dynamic shapes with a `Dim` for each string, the same for the same string."""
+    """Return dynamic shapes with a `Dim` for each string, the same for the same string.
+
+    Raises:
+        UnrollError: for a string that cannot be a name.
+    """
     dims: dict[str, Any] = {}
+    names = {entry for entry in pytree.tree_leaves(dynamic_shapes) if isinstance(entry, str)}
+    Problems(
+        Problem(f"dynamic_shapes: {name!r}", "is no name of a size", "give letters, numbers and underscores")
+        for name in sorted(names)
+        if not name.isidentifier()
+    ).check()
     return pytree.tree_map(lambda d: dims.setdefault(d, Dim(d)) if isinstance(d, str) else d, dynamic_shapes)
 
 
