@@ -50,8 +50,10 @@ def test_a_plan_of_its_own(tmp_path):
     case = Case("GRU")
     frozen, args = unroll(case.model().eval(), freeze=True, plan="npu"), case.tensors()
     for options in ({}, {"plan": "npu"}, {"where": "rnn"}):
-        assert export_onnx(frozen, args, tmp_path / "m.onnx", **options).operators["Gemm"] == 3 * case.steps
-    with pytest.raises(UnrollError, match=r"rnn: plan='gates=paired': was frozen with 'gates=split'; leave plan out"):
+        assert export_onnx(frozen, args, tmp_path / "m.onnx", **options).operators["MatMul"] == 3 * case.steps + 1
+    with pytest.raises(
+        UnrollError, match=r"rnn: plan='gates=paired': was frozen with 'gates=split,runtime=npu'; leave plan out"
+    ):
         export_onnx(frozen, args, tmp_path / "m.onnx", plan="onnxruntime")
 
 

@@ -78,8 +78,10 @@ def packed_node(layer: Any, packed: PackedSequence, hx: Any) -> tuple[PackedSequ
     recurrence = replace(read_layer(layer), batch_first=False)
     weights = _weights(layer)
     data = unmark(packed.data)
-    with pause_tracing():  # in a trace, sizes are tensors
-        check_arguments(recurrence, place, data, hx, weight=weights[0], rows=data.shape[0] // int(sizes.steps))
+    traced = torch.jit.is_tracing()  # where sizes are tensors
+    with pause_tracing():
+        count: Any = data.shape[0] // int(sizes.steps) if traced else sizes.count
+        check_arguments(recurrence, place, data, hx, weight=weights[0], rows=count)
     state: Any = sort_states(packed, hx)
     state = state and as_result(state)
     # [T, B, F], of data that is not watched here; it may have other uses, and is marked again.

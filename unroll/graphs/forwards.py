@@ -20,13 +20,6 @@ def functional_calls(root: nn.Module) -> dict[str, str]:
     """Return, by the path of each module, a function that its `forward` calls to run a recurrence, such as `torch.gru`.
 
     Its code is read, and that of the user's functions and methods that it names; nothing is run.
-
-    Example:
-        >>> class Functional(nn.Module):
-        ...     def forward(self, x, h, *weights):
-        ...         return torch.gru_cell(x, h, *weights)
-        >>> functional_calls(nn.Sequential(Functional()))
-        {'0': 'gru_cell'}
     """
     found: dict[str, str] = {}
     for name, module in root.named_modules():

@@ -34,7 +34,7 @@ class UnrollPass(PassBase):
 
     Example:
         >>> from torch.fx.passes.infra.pass_manager import PassManager
-        >>> graph = trace(nn.Sequential(nn.GRU(3, 5)))
+        >>> graph = fx.symbolic_trace(nn.Sequential(nn.GRU(3, 5)))
         >>> result = PassManager([UnrollPass(steps=7)])(graph)
         >>> result.modified, result.graph_module(torch.zeros(7, 2, 3))[0].shape
         (True, torch.Size([7, 2, 5]))
