@@ -50,9 +50,9 @@ def test_a_plan_of_its_own(tmp_path):
     case = Case("GRU")
     frozen, args = unroll(case.model().eval(), freeze=True, plan="npu"), case.tensors()
     for options in ({}, {"plan": "npu"}, {"where": "rnn"}):
-        assert export_onnx(frozen, args, tmp_path / "m.onnx", **options).operators["MatMul"] == 3 * case.steps + 1
+        assert export_onnx(frozen, args, tmp_path / "m.onnx", **options).operators["MatMul"] == 3 * case.steps
     with pytest.raises(
-        UnrollError, match=r"rnn: plan='gates=paired': was frozen with 'gates=split,runtime=npu'; leave plan out"
+        UnrollError, match=r"rnn: plan='gates=paired': was frozen with 'gates=split,runtime=npu'; leave"
     ):
         export_onnx(frozen, args, tmp_path / "m.onnx", plan="onnxruntime")
 
