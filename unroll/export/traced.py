@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.onnx._internal.torchscript_exporter.symbolic_opset9 import unused
 
 from unroll.core import schedule
 from unroll.core.layout import Frozen, Layout, lay_out
@@ -43,6 +42,8 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, recurrence: Recurrence, place: str, attributes: dict[str, Any], *operands: Any) -> Any:
+        from torch.onnx._internal.torchscript_exporter.symbolic_opset9 import unused  # of that exporter alone
+
         input = operands[0]
         written: dict[str, Any] = {}
         for name, value in attributes.items():
