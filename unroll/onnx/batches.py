@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from unroll.onnx.calls import Call
-from unroll.onnx.constants import known_tensor
+from unroll.onnx.constants import is_zero, known_tensor
 from unroll.onnx.layers import LayerCall
+from unroll.onnx.origins import origin
 
 
 class Batches:
@@ -49,9 +50,19 @@ class Batches:
         # Known sizes of a layer were compared when it was captured, those of a standard node when it was read.
         if isinstance(call, LayerCall):
             return [] if count is not None else [value for value in call.rows if not self._fit(call, value)]
+        rows = [value for value in call.rows if not self._are_fitting_zeros(call, value)]
         if count is None or not self.trusts(call.given):
-            return call.rows
-        return [value for value in call.rows if None in (call.shape(value) or [None]) or not self.trusts(value)]
+            return rows
+        return [value for value in rows if None in (call.shape(value) or [None]) or not self.trusts(value)]
+
+    def _are_fitting_zeros(self, call: Call, value: ir.Value) -> bool:
+        """Tell whether a state of a standard node is zeros whose rows come from where those of the sequence do."""
+        shape, axis = call.shape(call.given), call.batch
+        if axis is None or not is_zero(value):
+            return False
+        known = shape[axis] if shape and self.trusts(call.given) else None
+        wanted = origin(call.given, axis) if known is None else known
+        return wanted is not None and origin(value, 0 if call.recurrence.batch_first else 1) == wanted
 
     def _fit(self, call: LayerCall, value: ir.Value) -> bool:
         """Tell whether a value is known to have as many rows as its call's sequence; after the call it is known."""

@@ -82,7 +82,7 @@ class Call:
     @property
     def rows(self) -> list[ir.Value]:
         """The states and lengths, which must have as many rows as the input."""
-        return [value for value in self.states if value is not None and not is_zero(value)]
+        return [value for value in self.states if value is not None]
 
     @property
     def parameters(self) -> list[ir.Value | None]:
@@ -152,8 +152,12 @@ class Call:
 
     def initial(self, writer: OnnxWriter) -> tuple[Tensorlike | None, ...]:
         """Return the initial states as values, None for zeros."""
-        values = [None if value is None or is_zero(value) else value for value in self.states]
+        values = [None if value is None or self.is_left_out(value) else value for value in self.states]
         return tuple(None if value is None else self.read(writer, value, self.rank) for value in values)
+
+    def is_left_out(self, state: ir.Value) -> bool:
+        """Tell whether an initial state is zeros for sure, and has as many rows as the input."""
+        return is_zero(state) and state not in self.uncounted
 
     def lay_out(self, writer: OnnxWriter, plan: Plan) -> Layout:
         """Lay out the weights as the steps want them."""

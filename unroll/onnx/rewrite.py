@@ -122,10 +122,10 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
             if kind is StandardCall:
                 check_node(node, _label(node), opset)
             call = kind(node, _label(node), steps)
+            call.uncounted = batches.uncounted(call)
             if isinstance(call, StandardCall):
                 call.guard(batches.trusts)
             call.trusted = kind is LayerCall or batches.trusts(call.given)
-            call.uncounted = batches.uncounted(call)
             number, label = 1, call.name
             while call.name in used:
                 number += 1

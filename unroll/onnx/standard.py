@@ -16,7 +16,7 @@ from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Tensorlike, Variant, Weights
 from unroll.onnx.activations import read_activations
 from unroll.onnx.calls import Call
-from unroll.onnx.constants import is_zero, known_tensor
+from unroll.onnx.constants import known_tensor
 from unroll.onnx.sizes import reshape_to
 from unroll.onnx.writer import OnnxWriter
 
@@ -135,7 +135,7 @@ class StandardCall(Call):
         wanted = self._wanted(len(r.directions), r.hidden_size, r.input_size, ("steps", "batch"))
         for k in (1, 2, 3, 5, 6, 7):
             value = self.input(k)
-            if value is not None and known_tensor(value) is None and not is_zero(value):
+            if value is not None and known_tensor(value) is None and not self.is_left_out(value):
                 known = self.shape(value) if trusts(value) else None
                 sizes = zip(known or [None] * len(wanted[k]), wanted[k], strict=True)
                 self.open[value] = [
