@@ -115,11 +115,7 @@ def _unrolled(
         return unroll_script(model, args, where=where, plan=Plan.of(plan), steps=steps)
     if isinstance(model, nn.Module):
         _refuse("a module, which runs at any length", args=args, steps=steps)
-        unrolled = replace(model, plan, where, rules, freeze=freeze)
-        if limit is not None:
-            for layer in unrolled.modules():
-                if isinstance(layer, Unrolled):
-                    layer.limit = limit
+        unrolled = replace(model, plan, where, rules, freeze=freeze, limit=limit)
         if where is None:
             _warn_of_the_rest(model, unrolled, rules)
         return unrolled

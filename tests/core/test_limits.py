@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from contextlib import contextmanager
@@ -25,6 +26,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning"
 
 LAYER = nn.RNN(1, 1).eval()
 MANY = 20_001
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_ours():
+    """Leave out of the time what torch imports at a first call, and a collection among what other tests made."""
+    unroll.unroll(torch.jit.script(nn.Sequential(LAYER)), torch.zeros(1, 1, 1))
+    unroll.unroll(unroll.trace(nn.Sequential(LAYER)), steps=1)
+    unroll.unroll(file(1))
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @contextmanager
@@ -80,10 +93,27 @@ def test_programs_and_traces():
         torch.jit.trace(unroll.unroll(LAYER), (torch.zeros(MANY, 1, 1),))
 
 
-def test_the_backend_of_dynamo():
-    model = unroll.compile(LAYER, backend="eager")
-    with pytest.raises(Exception, match="7 steps written out, more than the limit of 6"), options.limited(6):
-        model(torch.zeros(7, 1, 1))
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_compiled_models(kind):
+    layer, more = kind(1, 1, batch_first=True), "more than the limit of"
+    assert unroll.compile(layer, backend="eager", limit=7)(torch.zeros(1, 7, 1))[0].shape == (1, 7, 1)
+    for model in (layer, nn.Sequential(layer)):
+        for where in (None, lambda name, layer: True):
+            compiled = unroll.compile(model, backend="eager", limit=6, where=where)
+            with pytest.raises(Exception, match=f"would have 7 steps written out, {more} 6"):
+                compiled(torch.zeros(1, 7, 1))
+    with pytest.raises(Exception, match=f"would have 9 steps written out, {more} 8"), torch.no_grad():
+        unroll.compile(layer, backend="eager", plan="time=9", limit=8)(torch.zeros(1, 30, 1))
+    with pytest.raises(UnrollError, match="is no number of steps"):
+        unroll.compile(layer, limit=0)
+    torch._dynamo.reset()  # it counts how often the code of a layer was compiled
+    compiled = unroll.compile(layer, backend="eager")
+    for steps in (2, 3, 4):  # the last are of an open size
+        compiled(torch.zeros(1, steps, 1))
+    began = time.process_time()
+    with pytest.raises(Exception, match=f"would have {MANY:,} steps written out, {more} 20,000"):
+        compiled(torch.zeros(1, MANY, 1))
+    assert time.process_time() - began < 10  # Dynamo itself runs the steps of a GRU in 136 s
 
 
 def test_the_limit_is_an_argument():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -159,6 +160,7 @@ def check_written(place: str, steps: int | None, block: int | None = None, *, mo
     written = block if steps is None else steps if block is None else min(block, steps)
     most = limit() if most is None else most
     if written is not None and written > most:
+        written = index(written)  # Dynamo may hold it open
         finding = f"would have {written:,} steps written out, more than the limit of {most:,}"
         fix = f"run them in a loop where there is one, plan='time=16', or pass limit={written}"
         raise UnrollError(Problem(place, finding, fix))

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import FIXED, STEPS, Where, read_where, unknown_names
+from unroll.core.options import FIXED, Where, check_written, limited, read_where, unknown_names
+from unroll.core.options import limit as current_limit
 from unroll.core.patching import alone, configured, original, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import LAYERS, read_layer
@@ -25,7 +26,7 @@ from unroll.packed.contexts import keep_padding
 from unroll.packed.functions import PACKS, PADDING, PADS, PaddedFunctions
 from unroll.packed.guard import check_graph
 
-BACKEND_OPTIONS = {"backend", "plan", "where", "options"}
+BACKEND_OPTIONS = {"backend", "plan", "where", "limit", "options"}
 
 
 def unroll_backend(
@@ -42,7 +43,7 @@ def unroll_backend(
         graph: what Dynamo captured.
         inputs: its example inputs.
         options: `backend`, the name of the next backend or a function (`"inductor"`); `options`, for
-            that one; `plan` and `where`, as for `unroll.unroll`.
+            that one; `plan`, `where` and `limit`, as for `unroll.unroll`.
 
     Raises:
         UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
@@ -59,7 +60,8 @@ def unroll_backend(
         raise UnrollError(Problem('torch.compile(backend="unroll")', finding, fix))
     plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
-    found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
+    with limited(given.get("limit")):
+        found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
     on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
     divide = copy_apart if on_cpu else split_rows
     with without_gc():
@@ -84,6 +86,7 @@ def compile(
     options: Mapping[str, Any] | None = None,
     fullgraph: bool = True,
     dynamic: bool | None = None,
+    limit: int | None = None,
 ) -> Callable[..., Any]:
     """Compile a model with recurrent layers by `torch.compile`, without changing the model or any global setting.
 
@@ -98,6 +101,7 @@ def compile(
         options: for that backend.
         fullgraph: as for `torch.compile`, but on by default.
         dynamic: as for `torch.compile`; the number of time steps is static all the same, unless the plan has blocks.
+        limit: the most steps of a layer that are written out, as for `unroll.unroll`.
 
     Returns:
         The model compiled: a module for a module, that shares everything with it.
@@ -111,14 +115,16 @@ def compile(
         torch.Size([7, 2, 5])
     """
     plan, where = Plan.of(plan), read_where(where)
-    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where}
+    with limited(limit):
+        most = current_limit()
+    ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where, "limit": most}
     if options is not None:
         ours["options"] = dict(options)
     if isinstance(model, nn.Module):
         names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
         unknown_names(where, names).check()
         if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
-            model = replace(model, plan, where)
+            model = replace(model, plan, where, limit=most)
     return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)
 
 
@@ -132,7 +138,8 @@ def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | Non
     context: Any = torch._dynamo.optimize(
         backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=_holds_when_called
     )
-    context.callback = _Compiling(context.callback, partial(_permission, options["plan"], options["where"]))
+    permission = partial(_permission, options["plan"], options["where"], options["limit"])
+    context.callback = _Compiling(context.callback, permission)
     return context
 
 
@@ -165,7 +172,8 @@ def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
     What `keep_padding` puts in the place of torch's own, and what is found through that, is there only while Dynamo
     compiles.
     """
-    passing = [PACKS, PADS, *([] if PADDING.value is None else [PADDING.value.on_layer])]
+    functions = PADDING.value or ()
+    passing = [PACKS, PADS, *(function for function in functions if function is not None)]
     replaced = [original(kind, "forward") for kind in LAYERS]
     names = {
         guard.name
@@ -178,17 +186,22 @@ def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
 
 
 @contextmanager
-def _permission(plan: Plan, where: Where) -> Iterator[None]:
+def _permission(plan: Plan, where: Where, most: int) -> Iterator[None]:
     """Let Dynamo show recurrent layers to backends, and keep packed rows padded, while this lasts."""
 
     def on_packed(layer: Any, input: Any, hx: Any) -> Any:
         if where is not None:
             finding = "is given a packed sequence, of which where= cannot choose"
             raise UnrollError(Problem(type(layer).__name__, finding, "compile unroll(model, where=...)"))
-        return run_packed(_Original(layer, plan), input, hx)
+        return run_packed(_Original(layer, plan, most), input, hx)
 
+    def on_steps(place: str, steps: int) -> None:
+        check_written(place, steps, most=most)
+
+    # Dynamo tells no names: of what `where` chooses, only the graph tells whether it is too long.
+    padding = keep_padding(on_packed, dynamo=True, on_steps=on_steps if where is None else None)
     # A float such as dropout is to be a constant of the graph, not an input.
-    with configured(allow_rnn=True, specialize_float=True), keep_padding(on_packed, dynamo=True):
+    with configured(allow_rnn=True, specialize_float=True), padding:
         yield
 
 
@@ -197,9 +210,9 @@ class _Original:
 
     frozen = None
 
-    def __init__(self, layer: Any, plan: Plan) -> None:
+    def __init__(self, layer: Any, plan: Plan, limit: int) -> None:
         self.place, self.plan, self.training = type(layer).__name__, plan, layer.training
-        self.limit = STEPS
+        self.limit = limit
         self.recurrence = read_layer(layer)
         layer._update_flat_weights()  # as its own `forward` does
         self.flat_weights = layer._flat_weights

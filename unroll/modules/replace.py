@@ -33,14 +33,15 @@ def replace(
     others: Iterable[str] = (),
     *,
     freeze: bool = False,
+    limit: int | None = None,
     unused: set[type[nn.Module]] | None = None,
 ) -> nn.Module:
     """Return a copy of the tree with `Unrolled` layers, sharing every tensor with the original.
 
     References to a layer are followed wherever they are (containers, plain objects, methods, closures). Layers that
     are `Unrolled` already keep their plan, unless `where` picks them or there are no others. With `freeze`, those that
-    `where` picks are frozen, and share no weight. Stand-ins are replaced in turn, and take from `unused` the classes
-    whose rules they needed.
+    `where` picks are frozen, and share no weight. All keep to a `limit` of steps that is given. Stand-ins are replaced
+    in turn, and take from `unused` the classes whose rules they needed.
 
     Raises:
         UnrollError: with every layer that cannot be honoured, and every rule for none, before anything is copied.
@@ -81,6 +82,9 @@ def replace(
     if freeze:
         chosen = [v for name, v in walk_objects(copied) if isinstance(v, Unrolled) and chooses(where, [name], v)]
         freeze_layers([*(shell for _, _, shell in shells), *chosen])
+    unrolled: list[Any] = [layer for layer in copied.modules() if isinstance(layer, Unrolled)]
+    for layer in unrolled if limit is not None else ():
+        layer.limit = limit
     return copied
 
 

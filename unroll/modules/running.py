@@ -79,8 +79,9 @@ def run_rows(
         weights = linears.parameters(layer) if called else [] if layer.frozen is not None else layer.flat_weights
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
         loop = None if trained else loops.over_blocks(steps, layer.plan.block, padded.mask if padded else None)
-    if loop is None and has_static_value(steps) and loops.is_written(rows):
-        check_written(layer.place, steps, most=layer.limit)
+    if loop is not None or (has_static_value(steps) and loops.is_written(rows)):
+        written = layer.plan.block if loop is not None else steps
+        check_written(layer.place, written, most=layer.limit)
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
     # steps, or where the only step has to give the weights that meet them a gradient.
     looped = loop is not None  # what Dynamo can tell of a function in every version

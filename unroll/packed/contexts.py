@@ -23,6 +23,7 @@ from unroll.packed.functions import (
     PADS_RAGGED,
     Check,
     OnLayer,
+    OnSteps,
     PaddedFunctions,
     Padding,
     is_padding,
@@ -35,7 +36,7 @@ from unroll.packed.guard import guard_dynamo, guard_export
 from unroll.packed.sequences import is_padded, refuse_ragged
 
 
-def _forward_for(kind: Any, on_layer: OnLayer) -> Callable[..., Any]:
+def _forward_for(kind: Any, on_layer: OnLayer, on_steps: OnSteps | None) -> Callable[..., Any]:
     """Return the `forward` of a kind of layer while padding is kept."""
     original = patching.original(kind, "forward")
 
@@ -48,13 +49,17 @@ def _forward_for(kind: Any, on_layer: OnLayer) -> Callable[..., Any]:
             return run(self, input, hx)
         if isinstance(input, PackedSequence) and torch.compiler.is_dynamo_compiling() and is_padding():
             refuse_ragged(type(self).__name__)
+        if on_steps is not None and torch.compiler.is_dynamo_compiling() and isinstance(input, torch.Tensor):
+            on_steps(type(self).__name__, input.shape[1 if self.batch_first and input.dim() == 3 else 0])
         return original(self, input, hx)
 
     return forward
 
 
 @contextmanager
-def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo: bool = False) -> Iterator[None]:
+def keep_padding(
+    on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo: bool = False, on_steps: OnSteps | None = None
+) -> Iterator[None]:
     """Pack sequences with all their rows while this lasts, where a graph is made in this thread.
 
     Args:
@@ -62,20 +67,22 @@ def keep_padding(on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo:
         check: a function that stops a graph that is given bad lengths.
         dynamo: whether Dynamo is to read torch's functions of packing, which it otherwise leaves out, and the longest
             of some lengths. Of what runs as plain Python, `CAPTURED` tells when a graph is made.
+        on_steps: a function that is given the kind and the number of steps of each layer of torch's in a graph of
+            Dynamo's, before Dynamo runs it, which takes minutes for many steps of an RNN or GRU.
     """
     packs, pads = PACKS_RAGGED, PADS_RAGGED
     with ExitStack() as stack:
         if dynamo:
             packs, pads = unread()
             stack.enter_context(configured(dont_skip_tracing=True, capture_scalar_outputs=True))
-        stack.enter_context(PADDING.set(Padding(on_layer, check)))
+        stack.enter_context(PADDING.set(Padding(on_layer, check, on_steps)))
         functions = PaddedFunctions(patching.original(rnn, "_VF"), check, packs, pads)
         stack.enter_context(patched(rnn, _VF=functions))
         # code is exchanged, and not the functions: models may hold these themselves
         stack.enter_context(patched(PACKS, __code__=packs_padded.__code__))
         stack.enter_context(patched(PADS, __code__=pads_padded.__code__))
         for kind in LAYERS:
-            stack.enter_context(patched(kind, forward=_forward_for(kind, on_layer)))
+            stack.enter_context(patched(kind, forward=_forward_for(kind, on_layer, on_steps)))
         yield
 
 

@@ -23,6 +23,8 @@ Check = Callable[[Tensor, Tensor, str], Tensor]
 
 OnLayer = Callable[[Any, PackedSequence, Any], tuple[PackedSequence, Any]]
 
+OnSteps = Callable[[str, int], None]
+
 
 class Padding(NamedTuple):
     """The way in which a thread packs while a graph is made."""
@@ -31,6 +33,8 @@ class Padding(NamedTuple):
     """The function that runs torch's own layers on padded rows"""
     check: Check
     """The function that stops a graph that is given bad lengths"""
+    on_steps: OnSteps | None
+    """The function that is told the steps of each of torch's own layers that Dynamo reads"""
 
 
 PADDING: Local[Padding] = Local("padding")
