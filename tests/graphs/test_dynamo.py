@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import fx, nn
@@ -121,6 +124,25 @@ def test_the_registered_name_with_options():
     assert not seen.recurrent
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_name_warns_where_it_is_first_looked_up(shown):
+    """Dynamo would call no backend for a layer that it hides; torch's registry asks for the name once in a process."""
+    code = f"""
+import torch
+from torch import nn
+torch._dynamo.config.allow_rnn = {shown}
+layer, x = nn.GRU(3, 4), torch.zeros(5, 2, 3)
+for _ in range(2):
+    torch.compile(layer, backend="unroll", options={{"backend": "eager"}})(x)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = 'UnrollWarning: torch.compile(backend="unroll"): Dynamo keeps nn.LSTM'
+    assert done.stderr.count(told) == (0 if shown else 1)
+    assert shown or "use unroll.compile(model)" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile.backend=.unroll:unroll.UnrollWarning")
 def test_the_plain_name_says_what_to_do():
     with pytest.raises(Exception, match=r"use unroll.compile\(model\)") as caught:
         torch.compile(nn.GRUCell(6, 5), backend="unroll")(torch.randn(2, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.options import FIXED, Where, check_written, limited, read_where, unknown_names
 from unroll.core.options import limit as current_limit
 from unroll.core.patching import alone, configured, original, without_gc
@@ -26,6 +27,9 @@ from unroll.packed.contexts import keep_padding
 from unroll.packed.functions import PACKS, PADDING, PADS, PaddedFunctions
 from unroll.packed.guard import check_graph
 
+HIDDEN = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
+SHOWN = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
+
 BACKEND_OPTIONS = {"backend", "plan", "where", "limit", "options"}
 
 
@@ -37,7 +41,8 @@ def unroll_backend(
     Registered as `"unroll"`. Dynamo shows `nn.LSTM`, `nn.GRU` and `nn.RNN` to a backend only while
     `torch._dynamo.config.allow_rnn` is set, which `unroll.compile` does for the calls of its own
     model alone. (Without it, and with `fullgraph=True`, Dynamo raises an error of its own first. Without either,
-    Dynamo leaves a module that calls such a layer to Python and calls no backend, which can then say nothing.)
+    Dynamo leaves a module that calls such a layer to Python and calls no backend. So the first look-up of the name in a
+    process warns.)
 
     Args:
         graph: what Dynamo captured.
@@ -55,9 +60,7 @@ def unroll_backend(
         fix = f"the options are {', '.join(sorted(BACKEND_OPTIONS))}"
         raise UnrollError(Problem("options", f"has {', '.join(sorted(unknown))}, unknown to the backend", fix))
     if not config.allow_rnn:
-        finding = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
-        fix = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
-        raise UnrollError(Problem('torch.compile(backend="unroll")', finding, fix))
+        raise UnrollError(Problem('torch.compile(backend="unroll")', HIDDEN, SHOWN))
     plan, where = Plan.of(given.get("plan")), read_where(given.get("where"))
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     with limited(given.get("limit")):
@@ -75,6 +78,17 @@ def unroll_backend(
         return following(graph, inputs)
     keyword = "config_patches" if given.get("backend", "inductor") == "inductor" else "options"
     return following(graph, inputs, **{keyword: given["options"]})
+
+
+def __getattr__(name: str) -> Any:
+    # By this name torch's registry finds the backend, once in a process, and before Dynamo decides what it shows.
+    if name != "backend_by_name":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torch._dynamo import config
+
+    if not config.allow_rnn:
+        warnings.warn(f'torch.compile(backend="unroll"): {HIDDEN}; {SHOWN} before', UnrollWarning, stacklevel=2)
+    return unroll_backend
 
 
 def compile(
