@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.forms import FORMS
 from unroll.core.presets import RULES, Situation
 
@@ -44,7 +44,11 @@ class Plan:
         runtime: of an ONNX file: the runtime in whose form it is written, of `FORMS`, where the standard has several
             for one thing, such as `Split` and `Gather`. Other kinds of model have one form.
 
-    In ONNX files, the plan of a preset may depend on the layer and its sizes; `resolve` says which one it is.
+    The plan of a preset may depend on the layer, its steps and batch, the device and the kind of model; `resolve` says
+    which one it is. It is asked when the steps are written, and by a module at each call, so that one module may run by
+    several. What is not known by then meets no condition: open sizes in a program or a file, the batch in TorchScript,
+    the device in a file. Of a graph with example inputs the batch is theirs. Frozen weights stay as the preset's own
+    plan lays them out.
 
     In loops, and on the packed rows of an eager module, direction follows direction and layer follows layer; in
     TorchScript layer follows layer.
@@ -90,36 +94,40 @@ class Plan:
     def resolve(self, at: Situation) -> Plan:
         """Return the plan for a layer: another one where a rule of the preset holds, and else this one.
 
+        A choice that differs from the preset's own was made by hand, and stays.
+
         Example:
             >>> from unroll.core.recurrence import Recurrence
             >>> layer = Recurrence("LSTM", 8, 16)
-            >>> [str(Plan.of("tensorrt").resolve(Situation(layer, steps))) for steps in (8, 200)]
+            >>> [str(Plan.of("tensorrt").resolve(Situation(layer, steps, kind="onnx"))) for steps in (8, 200)]
             ['tensorrt', 'time=4']
         """
-        rule = next((rule for rule in RULES.get(self.preset, ()) if rule.holds(at)), None)
-        return self if rule is None else replace(self, preset="", **rule.choices)
+        for rule in RULES.get(self.preset, ()):
+            if rule.holds(at):
+                own = PRESETS[self.preset]
+                settled = [name for name in rule.choices if getattr(self, name) != getattr(own, name)]
+                settled += LAID_OUT if at.frozen else []
+                return replace(self, preset="", **{k: v for k, v in rule.choices.items() if k not in settled})
+        return self
 
     def __post_init__(self) -> None:
-        problems = Problems()
-        for choice, kind in CHOICES.items():
-            given = getattr(self, choice)
-            if given not in get_args(kind):
-                choices = ", ".join(map(repr, get_args(kind)))
-                problems.add(f"Plan({choice}=...)", f"got {given!r}", f"choose one of {choices}")
+        problems: list[Problem] = []  # a plain one, as Dynamo reads this where a module asks the rules of a preset
+        for choice, known in CHOSEN_FROM.items():
+            if (given := getattr(self, choice)) not in known:
+                fix = f"choose one of {', '.join(map(repr, known))}"
+                problems.append(Problem(f"Plan({choice}=...)", f"got {given!r}", fix))
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
             fix = "choose 'explicit', or the number of steps in a block, such as 16"
-            problems.add("Plan(time=...)", f"got {self.time!r}", fix)
-        if self.runtime not in FORMS:
-            problems.add("Plan(runtime=...)", f"got {self.runtime!r}", f"choose one of {', '.join(map(repr, FORMS))}")
+            problems.append(Problem("Plan(time=...)", f"got {self.time!r}", fix))
         if self.products == "linear":
             plain = {"gates": "merged", "directions": "separate", "layers": "sequential"}
             for choice, value in plain.items():
                 if (given := getattr(self, choice)) != value:
                     finding = f"got {given!r} with products='linear', whose weights are the layer's own, in one piece"
-                    problems.add(f"Plan({choice}=...)", finding, f"choose {value!r}, or products='matrix'")
-        if self.preset and self.preset not in RULES:
-            problems.add("Plan(preset=...)", f"got {self.preset!r}", f"choose one of {', '.join(map(repr, RULES))}")
-        problems.check()
+                    fix = f"choose {value!r}, or products='matrix'"
+                    problems.append(Problem(f"Plan({choice}=...)", finding, fix))
+        if problems:
+            raise UnrollError(*problems)
 
     def __str__(self) -> str:
         """Return the choices that are not the default's, as `of` reads them; of a preset with rules the name."""
@@ -155,6 +163,12 @@ def _read(text: str) -> Plan:
 
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
+
+LAID_OUT = list(CHOICES)
+"""The choices that weights are laid out by"""
+
+CHOSEN_FROM = {name: get_args(kind) for name, kind in CHOICES.items()}
+CHOSEN_FROM |= {"runtime": tuple(FORMS), "preset": ("", *RULES)}
 
 # Reasons for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
 # docs/benchmark.md; findings those of docs/contracts.md.

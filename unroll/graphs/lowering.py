@@ -19,6 +19,7 @@ from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
 from unroll.core.options import FIXED, TOLD, check_written, choose_steps
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
 from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
@@ -49,15 +50,24 @@ class Lowering(Generic[AnyCall]):
 
     def __init__(self, call: AnyCall, writer: GraphWriter, known: Metadata, steps: Any) -> None:
         self.call, self.writer, self.known, self.name = call, writer, known, call.name
-        if self.plan.block and not self.recurrence.is_cell:
-            fix = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
-            raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", fix))
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
         shape = known[call.input].shape if call.input in known else None
         frame = None if shape is None else self.recurrence.frame(shape)
         self.batched = frame is None or frame.batched
         self.steps = 1 if self.recurrence.is_cell else self.choose_steps(frame and frame.steps, steps)
+        self.plan = self.plan.resolve(self.situation(frame and frame.batch))
+        self.key = (self.key, self.plan)
+        if self.plan.block and not self.recurrence.is_cell:
+            fix = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
+            raise UnrollError(Problem(self.name, f"cannot run in blocks, time={self.plan.time}, in this graph", fix))
+
+    def situation(self, batch: Any) -> Situation:
+        """Return what the rules of presets ask about the call; its batch may be a number, symbolic, or None."""
+        device = getattr(self.known.get(self.call.input), "device", None)
+        fixed = batch if isinstance(batch, int) and not self.packed else None  # packed rows have it elsewhere
+        sizes, on = (self.steps, fixed, self.packed), device.type if device else ""
+        return Situation(self.recurrence, *sizes, on, "graph", frozen=self.frozen is not None)
 
     def choose_steps(self, known: Any, asked: Any) -> int:
         """Choose the number of steps, from what is known and what was asked for."""

@@ -20,6 +20,7 @@ from unroll.core.layout import lay_out
 from unroll.core.options import TOLD, Where, check_written, unknown_names
 from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import Frame
 from unroll.graphs.calls import form_of, graph_parts, layer_name, tensor_metadata
 from unroll.graphs.functions import FUNCTIONS, read_on_tensors
@@ -140,11 +141,13 @@ def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> 
     given, weights, recurrence = read_on_tensors(kind, form, args, kwargs)
     input, state = given["input"], given["hx"]
     sizes = given["batch_sizes"].tolist() if form == "packed" else None
-    batched, steps, _ = Frame(True, len(sizes), None) if sizes else recurrence.frame(input.shape)
+    batched, steps, batch = Frame(True, len(sizes), sizes[0]) if sizes else recurrence.frame(input.shape)
     check_written(kind, None if recurrence.is_cell else steps)
+    known = batch if isinstance(batch, int) else None
+    at = Situation(recurrence, steps, known, bool(sizes), input.device.type, "graph")
     result = schedule.run(
         recurrence,
-        lay_out(recurrence, recurrence.weights(weights), plan, input.dtype),
+        lay_out(recurrence, recurrence.weights(weights), plan.resolve(at), input.dtype),
         input if sizes else schedule.flat_rows(recurrence, input, batched=batched),
         as_states(state),
         steps=steps,

@@ -17,6 +17,7 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
 from unroll.core.options import check_written
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import copy_apart, split_rows
 from unroll.core.values import Target
@@ -70,17 +71,20 @@ def run_rows(
         if not promoting:
             rows = rows.to(cast)
             state = state and tuple(s.to(cast) for s in state)
-    loop = None
+    length, count = (n if has_static_value(n) else None for n in (steps, batch))
+    packed, frozen = bool(sizes or padded), layer.frozen is not None
+    at = Situation(recurrence, length, count, packed, rows.device.type, frozen=frozen)
+    plan, loop = layer.plan.resolve(at), None
     called = linears.are_held(layer)  # modules, at every step, as hooks and observers expect
-    if layer.plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
+    if plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
         if promoting:
             finding = "runs in blocks under autocast, where the type of its state changes after the first step"
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
         weights = linears.parameters(layer) if called else [] if layer.frozen is not None else layer.flat_weights
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
-        loop = None if trained else loops.over_blocks(steps, layer.plan.block, padded.mask if padded else None)
+        loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None)
     if loop is not None or (has_static_value(steps) and loops.is_written(rows)):
-        written = layer.plan.block if loop is not None else steps
+        written = plan.block if loop is not None else steps
         check_written(layer.place, written, most=layer.limit)
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
     # steps, or where the only step has to give the weights that meet them a gradient.
@@ -91,7 +95,7 @@ def run_rows(
     drop = layer.training and recurrence.dropout
     return schedule.run(
         recurrence,
-        lay_out_weights(layer, cast, None if promoting else rows.dtype),
+        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype),
         rows,
         state,
         steps=steps,
@@ -102,7 +106,7 @@ def run_rows(
     )
 
 
-def lay_out_weights(layer: Layer, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
+def lay_out_weights(layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
     """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
     if layer.frozen is not None:
         return layer.frozen.read(layer, cast, dtype)
@@ -110,7 +114,7 @@ def lay_out_weights(layer: Layer, cast: torch.dtype | None, dtype: torch.dtype |
         return linears.lay_out_modules(layer, dtype)
     recurrence, weights = layer.recurrence, layer.flat_weights
     cast_weights = [weight.to(cast) for weight in weights] if cast else weights
-    return lay_out(recurrence, recurrence.weights(cast_weights), layer.plan, dtype)
+    return lay_out(recurrence, recurrence.weights(cast_weights), plan, dtype)
 
 
 def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:

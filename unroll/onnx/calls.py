@@ -98,7 +98,8 @@ class Call:
         """Return what the rules of presets ask about it."""
         shape, axis = self.shape(self.given), self.batch
         batch = None if shape is None or axis is None else shape[axis]
-        return Situation(self.recurrence, self.steps, batch, self.lengths is not None)
+        packed, frozen = self.lengths is not None, self.plan is not None
+        return Situation(self.recurrence, self.steps, batch, packed, kind="onnx", frozen=frozen)
 
     def input(self, k: int) -> ir.Value | None:
         return self.node.inputs[k] if k < len(self.node.inputs) else None

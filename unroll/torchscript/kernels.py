@@ -16,6 +16,7 @@ from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problems
 from unroll.core.options import check_written
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import Frame, Recurrence
 from unroll.core.values import Value
 from unroll.torchscript.lowering import write_recurrence
@@ -50,9 +51,15 @@ def make_scriptable(layer: Any) -> Any:
     return layer
 
 
-def kernel_of(layer: Any, **options: Any) -> Any:
+def kernel_of(layer: Any, *, steps: int | None = None, packed: bool = False, train: bool | None = None) -> Any:
+    """Return the kernel of a layer or cell, in which `steps` are any number if the plan has blocks; see `kernel`."""
     with pause_tracing():
-        return kernel(layer.recurrence, layer.plan, layer.place, layer.like.dtype, **options)
+        recurrence, weight = layer.recurrence, layer.like
+        plan = layer.plan.resolve(Situation(recurrence, steps, None, packed, weight.device.type, "torchscript"))
+        if recurrence.is_cell or plan.block is not None:
+            steps = None
+        check_written(layer.place, steps, most=layer.limit)
+        return kernel(recurrence, plan, layer.place, weight.dtype, steps=steps, packed=packed, train=train)
 
 
 @functools.cache
@@ -109,8 +116,6 @@ def trace(layer: Any, input: Any, hx: Any) -> Any:
     with pause_tracing():
         check_arguments(recurrence, layer.place, input, hx, weight=layer.like)
         batched, steps, _ = recurrence.frame(input.shape)
-        steps = None if recurrence.is_cell or layer.plan.block is not None else steps
-        check_written(layer.place, steps, most=layer.limit)
     input = input if batched else input.unsqueeze(axis)
     state = _initial(recurrence, input, input.shape[axis], hx)
     # zeros have a batch already

@@ -20,6 +20,7 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Steps, Where, check_written, chooses, unknown_names, unknown_steps
 from unroll.core.patching import seeded, without_gc
 from unroll.core.plan import Plan
+from unroll.core.presets import Situation
 from unroll.core.recurrence import CLASS_NAMES
 from unroll.torchscript.calls import Observed, ScriptCall, calls_recurrent_function, find_calls
 from unroll.torchscript.checks import compiled, quiet
@@ -55,13 +56,16 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
         call, seen = calls[number], None if noted is None else noted.get(number, [])
         with problems:
             count = call.steps(steps, seen)
+            recurrence, weights = call.read(seen)
+            at = Situation(recurrence, count, None, call.packed, weights[0].device.type, "torchscript")
+            own = plan.resolve(at)
             if not call.is_cell:
-                check_written(call.name, count, plan.block)
-            jobs.append((call, *call.read(seen), count))
+                check_written(call.name, count, own.block)
+            jobs.append((call, recurrence, weights, count, own))
     problems.check()
     with without_gc():
-        for call, recurrence, weights, count in jobs:
-            lower(call, recurrence, weights, count, plan)
+        for job in jobs:
+            lower(*job)
         # several calls may stand in one graph
         for graph in {id(call.graph): call.graph for call, *_ in jobs}.values():
             torch._C._jit_pass_dce_graph(graph)
