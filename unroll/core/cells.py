@@ -173,7 +173,7 @@ def _lstm(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: 
     h, c = state
     size = weights.hidden_size
     sigmoid, tanh, squash = weights.activations(torch.sigmoid, torch.tanh, torch.tanh)
-    pre = [weights.widen(w.onto(xi, h)) for xi, w in zip(x, weights.hidden, strict=True)]
+    pre = [weights.onto(xi, w, h) for xi, w in zip(x, weights.hidden, strict=True)]
     # [B, 4 * H] in torch's order, or merged in that of the products: input, forget, output, candidate
     if weights.hidden[0].form == "linear":
         i, f, g, o = torch.chunk(pre[0], 4, -1)
@@ -217,8 +217,9 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
     h_new = last(h)  # reset scales this product, its bias included
     h_new = h_new if h_new is None else weights.widen(h_new)
     if hidden:
-        x_sigmoid = [w.onto(xi, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
-    pre = [weights.widen(xi) for xi in x_sigmoid]
+        pre = [weights.onto(xi, w, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
+    else:
+        pre = [weights.widen(xi) for xi in x_sigmoid]
     # merged: the product with h is one of all gates, [B, 3 * H]
     if not hidden and h_new is not None:
         h_sigmoid, h_new = torch.split(h_new, [2 * size, size], -1)
@@ -253,7 +254,8 @@ def _rnn(activation: Callable[[Tensorlike], Tensorlike]) -> Callable[..., State]
     def step(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: Label) -> State:
         (h,) = state
         (activate,) = weights.activations(activation)
-        return (label(activate(weights.hidden[0].onto(x[0], h)), "h"),)
+        pre = weights._replace(precision=None).onto(x[0], weights.hidden[0], h)
+        return (label(activate(pre), "h"),)
 
     return step
 

@@ -26,6 +26,13 @@ class Layout(NamedTuple):
     widths: tuple[int, ...]
     """The features of what a step reads of the input, for each product"""
 
+    def written_for(self, target: Target) -> Layout:
+        """Return the same, its products as the target wants them."""
+        if not target.fuses:
+            return self
+        passes, stacks = ([p._replace(fuses=True) for p in several] for several in (self.passes, self.stacks))
+        return Layout(passes, stacks, self.widths)
+
 
 def lay_out(
     recurrence: Recurrence,

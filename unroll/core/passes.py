@@ -37,9 +37,11 @@ class Run(NamedTuple):
 
     def pieces(self, rows: Tensorlike, sizes: Sequence[int] | None = None) -> Sequence[Tensorlike]:
         """Divide projected rows into what each step reads, in pieces of `sizes` if they are given."""
-        # true if x is only what a step adds its product to, and is not read by itself; see `Target.divide`
-        into_products = self.recurrence.cell.folds and all(m.form == "matrix" for m in self.layout.passes[0].hidden)
-        return split_rows(rows, self.steps, sizes) if sizes or into_products else self.target.divide(rows, self.steps)
+        # true if x is only what a product is added to, and is not read by itself; see `Target.divide`
+        weights = self.layout.passes[0]
+        into_products = self.recurrence.cell.folds and all(m.form == "matrix" for m in weights.hidden)
+        apart = not sizes and not (into_products and not weights.fuses)
+        return self.target.divide(rows, self.steps) if apart else split_rows(rows, self.steps, sizes)
 
 
 def run_pass(

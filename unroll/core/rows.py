@@ -30,8 +30,8 @@ STEPS_PER_COPY = 8
 def copy_apart(rows: Tensorlike, count: int) -> Sequence[Tensorlike]:
     """Split rows into as many equal pieces, those of some steps together in memory of their own.
 
-    Inductor's code for a CPU has a piece's place as a constant: a kernel of its own is compiled for each step that
-    reads one. Copies of some steps, which Inductor leaves alone, begin anew at place 0.
+    Inductor's code has a piece's place as a constant: a kernel of its own is compiled for each step that reads one.
+    Copies of some steps, which Inductor leaves alone, begin anew at place 0.
     """
     if has_torch_function_unary(rows):
         return handle_torch_function(copy_apart, (rows,), rows, count)

@@ -60,6 +60,7 @@ def run(
         target: the target that is computed on or written into. Its loop, if it has one, goes over the steps.
     """
     target.enter("state")
+    layout = layout.written_for(target)
     starts = _starts(recurrence, layout.passes, state)
     looped = target.loop is not None
     # a loop masks by itself; loops and packed rows go pass by pass, without stacks

@@ -7,11 +7,11 @@ of its graph, which adds a node and returns the stand-in of its result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from unroll.core.rows import Divide, split_rows
+from unroll.core.rows import Divide, copy_apart, split_rows
 from unroll.core.weights import Tensorlike
 
 Loop = Callable[..., tuple[Any, tuple[Any, ...]]]
@@ -22,7 +22,9 @@ class Target:
 
     Attributes:
         divide: how rows that steps read themselves, not as what a product is added to, become pieces: `split_rows`,
-            or `copy_apart` for Inductor on a CPU.
+            or `copy_apart` for Inductor.
+        fuses: whether a product leaves what is added to it to the kernel that comes after it, as Inductor's on a GPU:
+            cuBLAS would copy it first, a launch a step. Elsewhere the product adds it itself.
         loop: for a loop that the target runs itself, called like `scan` with the rows of all time steps in place of
             pieces; what it returns as output has all rows too. It looks after a mask by itself. None where every step
             is written.
@@ -30,10 +32,16 @@ class Target:
     """
 
     differentiable = True
+    fuses = False
 
     def __init__(self, divide: Divide = split_rows, loop: Loop | None = None) -> None:
         self.divide = divide
         self.loop = loop
+
+    def compile_for(self, device: str) -> Self:
+        """Write for Inductor's code on a device of this type; return the target."""
+        self.divide, self.fuses = copy_apart, device == "cuda"
+        return self
 
     def enter(self, scope: str) -> None:
         """Have what follows belong to `scope`, such as `l1.reverse.t7`."""

@@ -104,6 +104,8 @@ class StepWeights(NamedTuple):
     peephole: tuple[Tensorlike, ...] | None = None
     """`[H]` for each of the input, forget and output gates, or None"""
     variant: Variant | None = None
+    fuses: bool = False
+    """True if what a product is added to is left to the kernel that comes after it; see `Target.fuses`"""
 
     def activations(
         self, *standard: Callable[[Tensorlike], Tensorlike]
@@ -121,6 +123,12 @@ class StepWeights(NamedTuple):
     def looking(self, peephole: Tensorlike | None) -> StepWeights:
         """Return the same with peepholes, `[3 * H]`, if there are any."""
         return self if peephole is None else self._replace(peephole=tuple(torch.chunk(self.widen(peephole), 3)))
+
+    def onto(self, x: Tensorlike, product: Affine, h: Tensorlike | None) -> Tensorlike:
+        """Return `x` and the product with `h`, for the gates to work on."""
+        if self.fuses and h is not None:
+            return torch.add(self.widen(x), self.widen(product(h)))
+        return self.widen(product.onto(x, h))
 
     def widen(self, value: Tensorlike) -> Tensorlike:
         """Convert a result of products, for the gates to work on."""

@@ -17,7 +17,6 @@ from unroll.core.options import limit as current_limit
 from unroll.core.patching import alone, configured, original, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import LAYERS, read_layer
-from unroll.core.rows import copy_apart, split_rows
 from unroll.graphs.calls import graph_parts, tensor_metadata
 from unroll.graphs.rewrite import find_calls, rewrite
 from unroll.modules.find import is_recurrent
@@ -65,12 +64,11 @@ def unroll_backend(
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     with limited(given.get("limit")):
         found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
-    on_cpu = all(input.device.type == "cpu" for input in inputs if isinstance(input, torch.Tensor))
-    divide = copy_apart if on_cpu else split_rows
+    devices = {input.device.type for input in inputs if isinstance(input, torch.Tensor)}
     with without_gc():
         for part, calls in found:
             for call in calls:
-                call.writer.divide = divide
+                call.writer.compile_for("cuda" if "cuda" in devices else "cpu")
             rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
             part.recompile()
     following = lookup_backend(given.get("backend", "inductor"))

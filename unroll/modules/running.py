@@ -19,7 +19,6 @@ from unroll.core.options import check_written
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
-from unroll.core.rows import copy_apart, split_rows
 from unroll.core.values import Target
 from unroll.modules import linears, loops
 from unroll.packed.guard import mark, unmark
@@ -93,6 +92,9 @@ def run_rows(
     if state is None and (promoting or sizes or padded or looped or called or alone):
         state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
     drop = layer.training and recurrence.dropout
+    target = Target(loop=loop)
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        target.compile_for(rows.device.type)
     return schedule.run(
         recurrence,
         lay_out_weights(layer, plan, cast, None if promoting else rows.dtype),
@@ -102,7 +104,7 @@ def run_rows(
         sizes=sizes,
         mask=padded.mask if padded else None,
         dropout=partial(functional.dropout, p=drop) if drop else None,
-        target=Target(copy_apart if _is_compiled_for_cpu(rows) else split_rows, loop),
+        target=target,
     )
 
 
@@ -143,11 +145,6 @@ def own(result: Tensor, steps: Any = 1) -> Tensor:
     The output of several steps is so already, as the pieces were joined.
     """
     return result.clone() if has_static_value(steps) and steps == 1 else result
-
-
-def _is_compiled_for_cpu(rows: Tensor) -> bool:
-    """Tell whether Dynamo, not for an export, captures what runs now on a CPU."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and rows.device.type == "cpu"
 
 
 def _casts_all(recurrence: Recurrence, rows: Tensor, *, ragged: bool) -> bool:
