@@ -1,59 +1,141 @@
-"""Which runtimes run which unrolled files, and how far from float64: `python benchmarks/runtimes.py openvino tract`.
+"""Which runtimes run which files, and how far from float64: `python benchmarks/runtimes.py openvino tract`.
 
-Writes benchmarks/results/runtimes.json, a row for each runtime, model and plan, and keeps the rows of other runtimes.
+Writes benchmarks/results/runtimes.json, a row for each runtime, model and file, native and unrolled, keeps the rows of
+other runtimes, and draws the tables of docs/runtimes.md. With `--python`, the runtime is that of another environment,
+which needs NumPy and onnx beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 import platform
+import subprocess
 import sys
-import tempfile
+import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.runtimes.models import MODELS, difference
-from tests.runtimes.runners import RUNNERS
+from benchmarks.runtimes_table import RESULTS, ROOT, draw
+from tests.runtimes.runners import RUNTIMES
+from tests.runtimes.runners.runtime import Runtime, difference
 
-RESULTS = Path(__file__).parent / "results" / "runtimes.json"
-PLANS = ("default", "npu", "products=linear", "products=sums", "directions=stacked", "layers=wavefront", "webgpu")
-PLANS += ("tract", "mnn")
-DISTRIBUTIONS = {"reference": "onnx", "opencv": "opencv-python-headless", "mnn": "MNN"}
+FOLDER = ROOT / "build" / "runtimes"
+NATIVE = "native"
+RECURRENT = ("LSTM", "GRU", "RNN")
+LIMIT = 300
+"""Seconds that a runtime may take for one file"""
+
+Row = dict[str, Any]
 
 
-def measure(runtime: str, folder: Path) -> list[dict[str, str | float]]:
-    """Run every model in every plan; a row tells the largest difference of its runs, or what was raised."""
-    rows: list[dict[str, str | float]] = []
+def write(plans: set[str]) -> None:
+    """Write each model's files, and beside each what it is given and the results in float64, unless they are there."""
+    from tests.runtimes.models import MODELS
+
     for model in MODELS:
-        runs = model.runs()
-        for plan in PLANS:
-            path = folder / f"{model.name}.{plan}.onnx"
-            if not path.exists():
-                model.export(path, plan)
-            names = [value.name for value in onnx.load(path).graph.input]
-            row: dict[str, str | float] = {"runtime": runtime, "model": model.name, "plan": plan}
+        folder = FOLDER / model.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (NATIVE, *sorted(plans)):
+            path = folder / f"{file}.onnx"
+            if path.with_suffix(".pickle").exists():
+                continue
             try:
-                feeds = [({n: a.numpy() for n, a in zip(names, args, strict=True)}, right) for args, right in runs]
-                row["difference"] = max(difference(RUNNERS[runtime](path, feed), right) for feed, right in feeds)
+                model.export_native(path) if file == NATIVE else model.export(path, file)
+                found: Any = model.feeds(path)
             except Exception as error:
-                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            rows.append(row)
-    return rows
+                found = _words(error)
+            path.with_suffix(".pickle").write_bytes(pickle.dumps(found))
+
+
+def measure(runtime: Runtime, path: Path) -> Row:
+    """Run one file; the row tells the largest difference of its runs, or what was raised, and at which stage."""
+    feeds = pickle.loads(path.with_suffix(".pickle").read_bytes())
+    if isinstance(feeds, str):
+        return {"stage": "export", "error": feeds}
+    row: Row = {"stage": "convert"}
+    try:
+        converted = runtime.convert(path, feeds[0][0])
+        row["stage"] = "load"
+        if runtime.count:
+            counted = runtime.count(converted)
+            row["operators"] = sum(counted.values())
+            row["recurrent"] = sum(counted[kind] for kind in RECURRENT if kind in counted)
+            row |= runtime.products(counted) if runtime.products else {}
+        run = runtime.load(converted)
+        row["stage"] = "run"
+        row["difference"] = max(difference(run(inputs), expected) for inputs, expected in feeds)
+        del row["stage"]
+    except Exception as error:
+        row["error"] = _words(error)
+    return row
+
+
+def _words(error: Exception) -> str:
+    text = getattr(error, "stderr", b"") or b""
+    lines = [
+        line for line in (text.decode(errors="replace") or f"{type(error).__name__}: {error}").splitlines() if line
+    ]
+    return lines[-1 if text else 0][:200].replace(str(ROOT), "")
+
+
+def work(name: str, files: list[str]) -> None:
+    """Measure these files, a line of JSON each."""
+    for file in files:
+        print("ROW", json.dumps(measure(RUNTIMES[name], FOLDER / file)), flush=True)
+
+
+def rows(name: str, files: list[str], python: str) -> Iterator[Row]:
+    """Measure in a process of its own, and in another one from where a file ended it."""
+    while files:
+        command = [python, __file__, "--work", name, *files]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        while files:
+            timer = threading.Timer(LIMIT, process.kill)
+            timer.start()
+            line = next((line for line in process.stdout if line.startswith("ROW ")), None)
+            late = not timer.is_alive()
+            timer.cancel()
+            if line is None:
+                break
+            yield {"file": files.pop(0)} | json.loads(line[4:])
+        code = process.wait()
+        if files:
+            why = f"took more than {LIMIT} s" if late else f"the process ended with {code}"
+            yield {"file": files.pop(0), "stage": "run", "error": why}
 
 
 def main() -> None:
-    runtimes = sys.argv[1:] or list(RUNNERS)
-    saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "rows": []}
-    saved["machine"] = f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}"
-    with tempfile.TemporaryDirectory() as folder:
-        for runtime in runtimes:
-            rows = [row for row in saved["rows"] if row["runtime"] != runtime]
-            saved["rows"] = rows + measure(runtime, Path(folder))
-            saved["versions"][runtime] = version(DISTRIBUTIONS.get(runtime, runtime))
-    RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(RUNTIMES))
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--work", metavar="NAME")
+    options = parser.parse_args()
+    if options.work:
+        return work(options.work, options.names)
+    from tests.runtimes.models import MODELS
+
+    saved = json.loads(RESULTS.read_text())
+    saved["machine"] = f"{platform.machine()}, Python {platform.python_version()}, files by torch {version('torch')}"
+    for name in options.names:
+        runtime = RUNTIMES[name]
+        plans = (NATIVE, runtime.preset, *runtime.plans)
+        write(set(plans) - {NATIVE})
+        saved["rows"] = [row for row in saved["rows"] if row["runtime"] != name]
+        files = [f"{model.name}/{plan}.onnx" for model in MODELS for plan in plans]
+        for row in rows(name, files, options.python):
+            model, file = row.pop("file").removesuffix(".onnx").split("/")
+            saved["rows"].append({"runtime": name, "model": model, "file": file} | row)
+            print(saved["rows"][-1], flush=True)
+        command = f"from importlib.metadata import version as v; print(v({runtime.distribution!r}))"
+        saved["versions"][name] = subprocess.check_output([options.python, "-c", command], text=True).strip()
+        RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
+    draw()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
-"""The eleven models that every runtime is given, native and unrolled, and how its results are judged."""
+"""The eleven models that every runtime is given, native and unrolled, and their results in float64."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from tests.cases import Case
-from unroll import Plan, Streaming, export_onnx, streaming
+from tests.runtimes.runners.runtime import Inputs
+from unroll import Plan, export_onnx, streaming
 
 STEPS, BATCH = 12, 2
 
@@ -44,20 +49,34 @@ class Model:
     time: int | None = None
     """Steps in a block, where the number of all is open"""
 
+    streamed: bool = False
+    """States are arguments and results"""
+
     def export(self, path: Path, plan: str) -> Path:
         """Write an unrolled file."""
         model, args = self.make()
+        if self.streamed:
+            args = args[:1]
+            model = streaming(Output(model.layer).eval(), args, check=False).eval()
         chosen = replace(Plan.of(plan), time=self.time or "explicit")
         return Path(export_onnx(model, args, path, plan=chosen, dynamic_shapes=self.shapes, check=False).path)
+
+    def export_native(self, path: Path) -> Path:
+        """Write a file that keeps its recurrent operators, by torch's older exporter, which always does."""
+        model, args = self.make()
+        names = [f"input{number}" for number in range(len(args))]
+        axes = {names[0]: {axis: str(size) for axis, size in self.shapes["input"].items()}} if self.shapes else None
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model, args, str(path), dynamo=False, opset_version=17, input_names=names, dynamic_axes=axes
+            )
+        return path
 
     def runs(self) -> list[tuple[tuple[Tensor, ...], list[np.ndarray]]]:
         """Return arguments, and the results for them in float64."""
         model, args = self.make()
-        given = [args]
-        if isinstance(model, Streaming):
-            model, given = Plain(model.model.layer), [(*args, *_drawn(*[(1, BATCH, 5)] * 2))]
-        if self.other:
-            given.append(_drawn((*self.other, args[0].shape[-1])))
+        given = [args, _drawn((*self.other, args[0].shape[-1]))] if self.other else [args]
         model = model.double()
         with torch.no_grad():
             results = [model(*(a.double() if a.is_floating_point() else a for a in several)) for several in given]
@@ -65,6 +84,11 @@ class Model:
             (several, [r.numpy() for r in (found if isinstance(found, tuple) else (found,))])
             for several, found in zip(given, results, strict=True)
         ]
+
+    def feeds(self, path: Path) -> list[tuple[Inputs, list[np.ndarray]]]:
+        """Return the same for the inputs of a file."""
+        names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+        return [({n: a.numpy() for n, a in zip(names, args, strict=True)}, found) for args, found in self.runs()]
 
 
 class Output(nn.Module):
@@ -107,7 +131,7 @@ def _recognizer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def _streamed() -> tuple[nn.Module, tuple[Tensor, ...]]:
     model, (x,) = _case(Case("LSTM", steps=STEPS, batch=BATCH))
-    return streaming(Output(model.rnn).eval(), x, check=False).eval(), (x,)
+    return Plain(model.rnn).eval(), (x, *_drawn(*[(1, BATCH, 5)] * 2))
 
 
 def _of(name: str, kind: str, **options: object) -> Model:
@@ -123,7 +147,7 @@ MODELS = [
     _of("projection", "LSTM", proj_size=2),
     Model("recognizer", _recognizer),
     _of("packed", "LSTM", form="packed"),
-    Model("streamed", _streamed),
+    Model("streamed", _streamed, streamed=True),
     Model(
         "open length",
         partial(_case, Case("LSTM", steps=STEPS, batch=BATCH)),
@@ -139,16 +163,3 @@ MODELS = [
     ),
 ]
 """One recurrent layer each of 6 features and 5 hidden, 12 steps, a batch of 2, unless the name says otherwise"""
-
-
-def difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Return the largest difference, of the largest value of each result; infinity for other shapes."""
-    if len(found) != len(expected):
-        return float("inf")
-    worst = 0.0
-    for f, e in zip(found, expected, strict=True):
-        if np.size(f) != np.size(e):
-            return float("inf")
-        scale = np.abs(e).max(initial=0) or 1.0
-        worst = max(worst, float(np.abs(np.reshape(f, e.shape) - e).max(initial=0) / scale))
-    return worst if np.isfinite(worst) else float("inf")
