@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-gpu bench bench-gpu plots format clean
+.PHONY: setup demo test test-runtimes test-heavy test-gpu bench bench-gpu plots format clean
 
 setup: .venv/ready
 
@@ -47,6 +47,19 @@ $(RUNTIMES)/ready: pyproject.toml constraints.txt Makefile
 test-runtimes: $(RUNTIMES)/ready
 	$(RUNTIMES)/bin/python -m pytest -m runtimes -rs --durations=5 tests/runtimes
 
+# Quantizers, adapters and private training on unrolled layers, in an environment of their own: the group `heavy`.
+HEAVY := .venv-heavy
+
+$(HEAVY)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(HEAVY)
+	$(HEAVY)/bin/pip install -q "pip>=25.1"
+	$(HEAVY)/bin/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
+	$(HEAVY)/bin/pip install -q -c constraints.txt --group heavy -e ".[cli]"
+	touch $@
+
+test-heavy: $(HEAVY)/ready
+	$(HEAVY)/bin/python -m pytest -rs --durations=5 tests/tools
+
 # With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
 # no GPU. A plugin of pytest that pyproject.toml configures may be missing.
 test-gpu:
@@ -75,4 +88,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(RUNTIMES)
+	rm -rf .venv $(RUNTIMES) $(HEAVY)

@@ -300,7 +300,7 @@ def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
         assert found["ok"]
     assert found["ok"] != ("plans" in found)
     if target == "webnn":
-        assert {"npu", "products=linear"} <= set(found["plans"])
+        assert {"npu", "quantize"} <= set(found["plans"])
         code, out, _ = run("inspect", f"{__name__}:make", "--target", target)
         assert "What keeps to webnn: --plan npu or " in out
         assert run("inspect", f"{__name__}:make", "--target", target, "--plan", "products=linear")[0] == 0

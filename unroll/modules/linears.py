@@ -16,6 +16,7 @@ from unroll.core.errors import Problems
 from unroll.core.layout import Layout, precision_of
 from unroll.core.recurrence import Recurrence
 from unroll.core.weights import Affine, StepWeights
+from unroll.modules.loops import is_written
 from unroll.modules.methods import names_list
 
 
@@ -113,13 +114,25 @@ def weight_like(layer: Any) -> Any:
     return module.weight if parametrize.type_before_parametrizations(module) is nn.Linear else None
 
 
-def lay_out_modules(layer: Any, dtype: torch.dtype | None) -> Layout:
-    """Lay out the modules of a layer for the steps, on rows of `dtype`."""
+def lay_out_modules(layer: Any, dtype: torch.dtype | None, steps: Any = 1) -> Layout:
+    """Lay out the modules of a layer for the steps, on rows of `dtype`.
+
+    Each is given a batch first: the input `[B, T, F]`, and `h` `[B, P]`, as hooks that take the gradient of each sample
+    apart expect. Packed rows, with 1 as `steps`, stay as they are, and so do those that a graph is made of.
+    """
     recurrence: Recurrence = layer.recurrence
 
     def of(place: str) -> Affine:
         module = getattr(layer, place)
-        return Affine(None, form="linear", linear=lambda x, weight, bias: module(x))
+
+        def by_batch(x: Tensor, *weight_and_bias: None) -> Tensor:
+            if is_written(x):
+                return module(x)
+            rows = x.unflatten(0, (steps, x.shape[0] // steps)).transpose(0, 1)
+            return module(rows).transpose(0, 1).flatten(0, 1)
+
+        called = by_batch if place.startswith("ih") else lambda x, weight, bias: module(x)
+        return Affine(None, form="linear", linear=called)
 
     passes = []
     for names in recurrence.weight_names:

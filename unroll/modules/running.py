@@ -97,7 +97,7 @@ def run_rows(
         target.compile_for(rows.device.type)
     return schedule.run(
         recurrence,
-        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype),
+        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, 1 if sizes else steps),
         rows,
         state,
         steps=steps,
@@ -108,12 +108,17 @@ def run_rows(
     )
 
 
-def lay_out_weights(layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None) -> Layout:
-    """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`."""
+def lay_out_weights(
+    layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None, steps: Any = 1
+) -> Layout:
+    """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`.
+
+    Modules that hold weights are given the rows of `steps` steps at once.
+    """
     if layer.frozen is not None:
         return layer.frozen.read(layer, cast, dtype)
     if linears.are_held(layer):
-        return linears.lay_out_modules(layer, dtype)
+        return linears.lay_out_modules(layer, dtype, steps)
     recurrence, weights = layer.recurrence, layer.flat_weights
     cast_weights = [weight.to(cast) for weight in weights] if cast else weights
     return lay_out(recurrence, recurrence.weights(cast_weights), plan, dtype)

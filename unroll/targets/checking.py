@@ -15,6 +15,7 @@ from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.building import Engine, build_engine, require_bindings
+from unroll.targets.products import read_products
 from unroll.targets.tables import Target, read_target
 from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
 
@@ -28,6 +29,9 @@ WAYS = {
     "aten": "make one with torch.export.export(model, args)",
 }
 
+PT2E = "pt2e"
+"""The target that is no table: what `convert_pt2e` of torchao's PT2E returned, with or without products in float"""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -39,6 +43,7 @@ class Verdict:
         rows: one for each thing that the target does not offer.
         notes: conditions of operators in the model that were not checked.
         engine: the one that the target's library built, if it was asked to and did.
+        products: for `pt2e`, how many of all products are float, in words.
     """
 
     target: str
@@ -46,6 +51,7 @@ class Verdict:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     engine: Engine | None = None
+    products: str = ""
 
     @property
     def ok(self) -> bool:
@@ -86,9 +92,10 @@ class Verdict:
     def __str__(self) -> str:
         nodes = f"{self.nodes} nodes"
         if self.ok:
-            lines = [f"{self.target}: {nodes}, all offered"]
+            lines = [f"{self.target}: {self.products or f'{nodes}, all offered'}"]
         else:
-            lines = [f"{self.target}: {nodes}, {len(self.rows)} finding{'s' * (len(self.rows) > 1)}"]
+            findings = f"{nodes}, {len(self.rows)} finding{'s' * (len(self.rows) > 1)}"
+            lines = [f"{self.target}: {f'{self.products}:' if self.products else findings}"]
             groups = self.groups
             width = max(len(operator) for operator, _, _ in groups)
             for (operator, finding, _), places in groups.items():
@@ -112,10 +119,11 @@ def check(model: Any, *, target: str, build: bool = False) -> Verdict:
 
     Args:
         model: for `tensorrt`, `tensorrt_rtx` and `webnn` an ONNX model (an `onnx.ModelProto`, an `onnx_ir.Model` or the
-            path of a file); for `torch_tensorrt` and `xnnpack` an `ExportedProgram` or a `GraphModule` of aten
+            path of a file); for `torch_tensorrt`, `xnnpack` and `pt2e` an `ExportedProgram` or a `GraphModule` of aten
             operators; for `npu` either.
         target: `tensorrt` (the library for data centers), `tensorrt_rtx` (TensorRT for RTX), `torch_tensorrt`,
-            `webnn`, `xnnpack`, or `npu` for the rules of an accelerator that runs fixed graphs.
+            `webnn`, `xnnpack`, or `npu` for the rules of an accelerator that runs fixed graphs; or `pt2e`, for a model
+            that `convert_pt2e` returned, whose products that are still computed in float are counted.
         build: for `tensorrt_rtx`, whether to have the library build an engine too, which needs no GPU. If it does not,
             the node and the library's own words are among the findings. Sizes that are open are from 1 to 16 in it.
 
@@ -135,15 +143,18 @@ def check(model: Any, *, target: str, build: bool = False) -> Verdict:
         >>> check(unroll(program), target="npu").ok
         True
     """
-    table = read_target(target)
+    asked = "aten" if target == PT2E else read_target(target).kind
     if build:
         _require_builder(target)
     kind = _kind(model)
-    if kind is None or table.kind not in (kind, "any"):
-        wanted = [k for k in KINDS if table.kind in (k, "any")]
+    if kind is None or asked not in (kind, "any"):
+        wanted = [k for k in KINDS if asked in (k, "any")]
         fix = f"give {', or '.join(KINDS[k] for k in wanted)}: {', or '.join(WAYS[k] for k in wanted)}"
         raise UnrollError(Problem(f"check(model, target={target!r})", f"got {_described(model)}", fix))
-    rows: list[Row] = []
+    if target == PT2E:
+        products = read_products(model)
+        return Verdict(target, products.total, products.floats, products=str(products))
+    table, rows = read_target(target), list[Row]()
     if kind == "onnx":
         uses, opset = _read_onnx(model)
         if table.opsets and not table.opsets[0] <= opset <= table.opsets[1]:
