@@ -11,7 +11,7 @@ from torch import Tensor
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, scope
-from unroll.core.values import TENSORS, Target
+from unroll.core.values import TENSORS, Target, Writer
 from unroll.core.weights import Affine, Precision, StepWeights, Weights, stack
 
 
@@ -44,7 +44,12 @@ def lay_out(
     """Lay out the parameters for the steps.
 
     With float16 or bfloat16 as `dtype`, gates and `c` are computed in float32.
+
+    Raises:
+        UnrollError: for a plan that a target to be written cannot honour.
     """
+    if isinstance(target, Writer):
+        plan.refuse_recompute(target.layer)
     precision = precision_of(dtype)
     passes = []
     for k, w in enumerate(weights):

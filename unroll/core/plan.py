@@ -41,6 +41,11 @@ class Plan:
             the one with the input after it: `nn.Linear` in modules, `F.linear` or `aten.linear` in graphs, `MatMul`
             and `Add` in ONNX files, as quantizers, adapters and converters look for. Merged gates alone, and without
             stacks or wavefronts, which cut or join weights.
+        recompute: `nothing` keeps what each step computes for the backward pass; a number `k` keeps the states between
+            blocks of `k` steps alone, and computes the steps of a block anew when gradients come to it, by
+            `torch.utils.checkpoint`: long sequences are trained in less memory and more time. For modules, eager or
+            compiled by `torch.compile`; what has no backward pass of its own, graphs, programs, traces and files, is
+            refused. Without stacks, wavefronts and blocks of `time`.
         runtime: of an ONNX file: the runtime in whose form it is written, of `FORMS`, where the standard has several
             for one thing, such as `Split` and `Gather`. Other kinds of model have one form.
 
@@ -54,8 +59,9 @@ class Plan:
     TorchScript layer follows layer.
 
     Example:
-        >>> Plan(gates="paired")
-        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix', runtime='')
+        >>> Plan(gates="paired")  # doctest: +NORMALIZE_WHITESPACE
+        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix',
+             recompute='nothing', runtime='')
     """
 
     gates: Gates = "merged"
@@ -63,6 +69,7 @@ class Plan:
     layers: Layers = "sequential"
     time: Literal["explicit"] | int = "explicit"
     products: Products = "matrix"
+    recompute: Literal["nothing"] | int = "nothing"
     runtime: str = ""
     preset: str = field(default="", repr=False)
     """The name of the preset whose rules hold, see `RULES`; empty for most, which have none"""
@@ -119,15 +126,36 @@ class Plan:
         if self.time != "explicit" and (type(self.time) is not int or self.time < 1):
             fix = "choose 'explicit', or the number of steps in a block, such as 16"
             problems.append(Problem("Plan(time=...)", f"got {self.time!r}", fix))
+        if self.recompute != "nothing":
+            if type(self.recompute) is not int or self.recompute < 1:
+                fix = "choose 'nothing', or the number of steps in a block, such as 50"
+                problems.append(Problem("Plan(recompute=...)", f"got {self.recompute!r}", fix))
+            problems += self._misfits("recompute", directions="separate", layers="sequential", time="explicit")
         if self.products == "linear":
-            plain = {"gates": "merged", "directions": "separate", "layers": "sequential"}
-            for choice, value in plain.items():
-                if (given := getattr(self, choice)) != value:
-                    finding = f"got {given!r} with products='linear', whose weights are the layer's own, in one piece"
-                    fix = f"choose {value!r}, or products='matrix'"
-                    problems.append(Problem(f"Plan({choice}=...)", finding, fix))
+            problems += self._misfits("products", gates="merged", directions="separate", layers="sequential")
         if problems:
             raise UnrollError(*problems)
+
+    def _misfits(self, choice: str, **others: str) -> list[Problem]:
+        """Return a problem for each of the other choices that a choice does not go with."""
+        found = []
+        for other, value in others.items():
+            if (given := getattr(self, other)) != value:
+                finding = f"got {given!r} with {choice}={getattr(self, choice)!r}, {REASONS[choice]}"
+                default = next(f.default for f in fields(self) if f.name == choice)
+                found.append(Problem(f"Plan({other}=...)", finding, f"choose {value!r}, or {choice}={default!r}"))
+        return found
+
+    def refuse_recompute(self, place: str) -> None:
+        """Refuse to write a layer into what has no backward pass of its own.
+
+        Raises:
+            UnrollError: if steps are to be computed anew in the backward pass.
+        """
+        if self.recompute != "nothing":
+            finding = f"is written into a graph with {self}, and a graph has no backward pass of its own"
+            fix = "leave recompute out, or train the module: unroll(module, plan=...), torch.compile of it"
+            raise UnrollError(Problem(place, finding, fix))
 
     def __str__(self) -> str:
         """Return the choices that are not the default's, as `of` reads them; of a preset with rules the name."""
@@ -161,6 +189,12 @@ def _read(text: str) -> Plan:
         given[field] = int(value) if value.isdecimal() else value
     return Plan(**given)
 
+
+REASONS = {
+    "products": "whose weights are the layer's own, in one piece",
+    "recompute": "which goes step by step, direction by direction and layer by layer",
+}
+"""The reasons why some choices do not go with others"""
 
 CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products": Products}
 

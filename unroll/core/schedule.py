@@ -15,6 +15,7 @@ import torch
 from unroll.core.cells import State
 from unroll.core.layout import Layout
 from unroll.core.passes import Run, run_pass
+from unroll.core.recomputing import run_recomputed
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import join_rows, split_rows
 from unroll.core.scan import Outputs, scan, scan_packed
@@ -42,6 +43,7 @@ def run(
     sizes: Sequence[int] | None = None,
     mask: Tensorlike | None = None,
     dropout: Callable[[Tensorlike], Tensorlike] | None = None,
+    recompute: int | None = None,
     target: Target = TENSORS,
 ) -> Result:
     """Unroll a whole layer: all its steps, directions and stacked layers.
@@ -57,6 +59,7 @@ def run(
         mask: for padded rows, which of them have a step, boolean `[T * B, 1]`; the others keep
             their state. Needs an initial state.
         dropout: applied to the rows between layers, or None.
+        recompute: of tensors, the steps of a block that is computed anew in the backward pass; None to keep all steps.
         target: the target that is computed on or written into. Its loop, if it has one, goes over the steps.
     """
     target.enter("state")
@@ -82,7 +85,10 @@ def run(
             else:
                 # passes of the layers below have their last states in `finals`
                 passes = range(len(finals), len(finals) + len(recurrence.directions))
-                ran = [run_pass(here, k, rows, starts[k], over, sizes) for k in passes]
+                if recompute is None:
+                    ran = [run_pass(here, k, rows, starts[k], over, sizes) for k in passes]
+                else:
+                    ran = [run_recomputed(here, k, rows, starts[k], sizes, recompute) for k in passes]
                 outputs, states = [list(parts) for parts in zip(*ran, strict=True)]
             finals += states
     # c went over the steps in the wider type, where there is one

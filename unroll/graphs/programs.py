@@ -130,6 +130,7 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
     """
     operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
     plan = Plan.of(plan)
+    plan.refuse_recompute("decompositions(plan=...)")
     if plan.block:
         fix = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
         raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", fix))

@@ -114,11 +114,11 @@ def weight_like(layer: Any) -> Any:
     return module.weight if parametrize.type_before_parametrizations(module) is nn.Linear else None
 
 
-def lay_out_modules(layer: Any, dtype: torch.dtype | None, steps: Any = 1) -> Layout:
+def lay_out_modules(layer: Any, dtype: torch.dtype | None, batch: Any = None) -> Layout:
     """Lay out the modules of a layer for the steps, on rows of `dtype`.
 
     Each is given a batch first: the input `[B, T, F]`, and `h` `[B, P]`, as hooks that take the gradient of each sample
-    apart expect. Packed rows, with 1 as `steps`, stay as they are, and so do those that a graph is made of.
+    apart expect. Packed rows, without a `batch`, stay as they are, and so do those that a graph is made of.
     """
     recurrence: Recurrence = layer.recurrence
 
@@ -126,9 +126,9 @@ def lay_out_modules(layer: Any, dtype: torch.dtype | None, steps: Any = 1) -> La
         module = getattr(layer, place)
 
         def by_batch(x: Tensor, *weight_and_bias: None) -> Tensor:
-            if is_written(x):
+            if is_written(x) or not batch:
                 return module(x)
-            rows = x.unflatten(0, (steps, x.shape[0] // steps)).transpose(0, 1)
+            rows = x.unflatten(0, (x.shape[0] // batch, batch)).transpose(0, 1)
             return module(rows).transpose(0, 1).flatten(0, 1)
 
         called = by_batch if place.startswith("ih") else lambda x, weight, bias: module(x)

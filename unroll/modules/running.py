@@ -74,13 +74,13 @@ def run_rows(
     packed, frozen = bool(sizes or padded), layer.frozen is not None
     at = Situation(recurrence, length, count, packed, rows.device.type, frozen=frozen)
     plan, loop = layer.plan.resolve(at), None
+    recompute = _recomputed(layer, [rows, *(state or ())])
     called = linears.are_held(layer)  # modules, at every step, as hooks and observers expect
     if plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
         if promoting:
             finding = "runs in blocks under autocast, where the type of its state changes after the first step"
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
-        weights = linears.parameters(layer) if called else [] if layer.frozen is not None else layer.flat_weights
-        trained = loops.is_trained(layer.place, [rows, *(state or ()), *weights])
+        trained = loops.is_trained(layer.place, [rows, *(state or ()), *_trained(layer)])
         loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None)
     if loop is not None or (has_static_value(steps) and loops.is_written(rows)):
         written = plan.block if loop is not None else steps
@@ -97,28 +97,57 @@ def run_rows(
         target.compile_for(rows.device.type)
     return schedule.run(
         recurrence,
-        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, 1 if sizes else steps),
+        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, None if sizes else batch),
         rows,
         state,
         steps=steps,
         sizes=sizes,
         mask=padded.mask if padded else None,
         dropout=partial(functional.dropout, p=drop) if drop else None,
+        recompute=recompute,
         target=target,
     )
 
 
+def _trained(layer: Layer) -> list[Tensor]:
+    """Return the weights of a layer that gradients may go to."""
+    if linears.are_held(layer):
+        return linears.parameters(layer)
+    return [] if layer.frozen is not None else layer.flat_weights
+
+
+def _recomputed(layer: Layer, given: list[Tensor]) -> int | None:
+    """Return the steps of a block that is computed anew in the backward pass; None if there is none, or is to be none.
+
+    Raises:
+        UnrollError: where gradients are wanted of what cannot compute anew.
+    """
+    block = layer.plan.recompute
+    if not isinstance(block, int) or layer.recurrence.is_cell or not torch.is_grad_enabled():
+        return None
+    if not any(tensor.requires_grad for tensor in (*given, *_trained(layer))):
+        return None
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return block
+    if loops.is_written(given[0]):
+        layer.plan.refuse_recompute(layer.place)
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # pyright: ignore[reportAttributeAccessIssue]
+        finding = f"is given to torch.func's gradients with {layer.plan}, and torch.utils.checkpoint knows none of them"
+        raise UnrollError(Problem(layer.place, finding, "leave recompute out: unroll(model, plan=Plan())"))
+    return block
+
+
 def lay_out_weights(
-    layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None, steps: Any = 1
+    layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None, batch: Any = None
 ) -> Layout:
     """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`.
 
-    Modules that hold weights are given the rows of `steps` steps at once.
+    Modules that hold weights are given rows by this batch; packed ones have none.
     """
     if layer.frozen is not None:
         return layer.frozen.read(layer, cast, dtype)
     if linears.are_held(layer):
-        return linears.lay_out_modules(layer, dtype, steps)
+        return linears.lay_out_modules(layer, dtype, batch)
     recurrence, weights = layer.recurrence, layer.flat_weights
     cast_weights = [weight.to(cast) for weight in weights] if cast else weights
     return lay_out(recurrence, recurrence.weights(cast_weights), plan, dtype)
