@@ -11,6 +11,7 @@ from unroll.graphs.passes import UnrollPass
 from unroll.graphs.programs import decompositions
 from unroll.graphs.tracing import trace
 from unroll.modules.layers import Unrolled
+from unroll.modules.recording import record
 from unroll.packed.contexts import packing
 from unroll.reports import Report
 from unroll.streams.modules import Streaming
@@ -37,6 +38,7 @@ __all__ = [
     "decompositions",
     "export_onnx",
     "packing",
+    "record",
     "streaming",
     "trace",
     "unroll",

@@ -116,7 +116,7 @@ def find(
     problems = Problems(
         Problem(name or type(module).__name__, "is compiled already", "unroll the module, then compile the result")
         for name, module in root.named_modules()
-        if _is_compiled(module) and _holds_recurrent(module)
+        if is_compiled(module) and _holds_recurrent(module)
     )
     problems.check()
     for name, value in (*_named_modules(root), *walk_objects(root)):
@@ -152,7 +152,7 @@ def _holds_recurrent(module: nn.Module) -> bool:
     return any(map(is_recurrent, module.modules()))
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Tell whether it is compiled, by `torch.compile(module)` or `module.compile()`."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 

@@ -19,8 +19,10 @@ from unroll.core.options import check_written
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
+from unroll.core.rows import split_rows
 from unroll.core.values import Target
 from unroll.modules import linears, loops
+from unroll.modules.recorder import recorder
 from unroll.packed.guard import mark, unmark
 from unroll.packed.sequences import PaddedSizes, known_sizes, restore_order, sort_states
 
@@ -59,8 +61,9 @@ def run_rows(
     batch: Any,
     sizes: list[int] | None = None,
     padded: PaddedSizes | None = None,
+    order: Tensor | None = None,
 ) -> schedule.Result:
-    """Run all steps of a layer over `rows`, `[T * B, F]`; over packed or padded ones with their sizes."""
+    """Run all steps of a layer over `rows`, `[T * B, F]`; over packed or padded ones with their sizes and order."""
     recurrence = layer.recurrence
     promoting = False
     cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
@@ -82,9 +85,9 @@ def run_rows(
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *_trained(layer)])
         loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None)
-    if loop is not None or (has_static_value(steps) and loops.is_written(rows)):
-        written = plan.block if loop is not None else steps
-        check_written(layer.place, written, most=layer.limit)
+    is_written = loops.is_written(rows)
+    if loop is not None or (has_static_value(steps) and is_written):
+        check_written(layer.place, plan.block if loop is not None else steps, most=layer.limit)
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later
     # steps, or where the only step has to give the weights that meet them a gradient.
     looped = loop is not None  # what Dynamo can tell of a function in every version
@@ -95,7 +98,8 @@ def run_rows(
     target = Target(loop=loop)
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
         target.compile_for(rows.device.type)
-    return schedule.run(
+    recording = recorder(layer, split_rows, written=is_written)
+    result = schedule.run(
         recurrence,
         lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, None if sizes else batch),
         rows,
@@ -105,8 +109,11 @@ def run_rows(
         mask=padded.mask if padded else None,
         dropout=partial(functional.dropout, p=drop) if drop else None,
         recompute=recompute,
-        target=target,
+        target=recording or target,
     )
+    if recording is not None:
+        recording.close(batch, padded.mask.chunk(steps) if padded else None, order)
+    return result
 
 
 def _trained(layer: Layer) -> list[Tensor]:
@@ -161,7 +168,7 @@ def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequ
     steps, batch = (padded.steps, padded.count) if padded else (len(sizes), sizes[0])
     data = unmark(input.data) if padded else input.data
     check_arguments(recurrence, layer.place, data, hx, weight=layer.like, rows=batch)
-    result = run_rows(layer, data, sort_states(input, hx), steps, batch, sizes, padded)
+    result = run_rows(layer, data, sort_states(input, hx), steps, batch, sizes, padded, input.unsorted_indices)
     states = restore_order(input, schedule.joined_states(recurrence, result.finals))
     rows = schedule.joined_rows(result.outputs)
     if padded:
