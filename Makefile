@@ -60,6 +60,10 @@ $(HEAVY)/ready: pyproject.toml constraints.txt
 test-heavy: $(HEAVY)/ready
 	$(HEAVY)/bin/python -m pytest -rs --durations=5 tests/tools
 
+# The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
+versions:
+	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
+
 # With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
 # no GPU. A plugin of pytest that pyproject.toml configures may be missing.
 test-gpu:

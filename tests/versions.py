@@ -1,9 +1,9 @@
 """The whole suite on every version that the project names: environments one after the other, and a page of the results.
 
-    python tests/versions.py [NAME ...] [--folder .versions] [--keep] [-- what pytest is given besides]
+    python tests/versions.py [NAME ...] [--keep] [-- arguments of pytest]
 
-`make versions` calls it. Each environment is built with the Python of its name, `python3.12` on the path, holds gigabytes
-if the index has no CPU build of its PyTorch, and is removed after its run. Results are kept row by row in
+`make versions` calls it. Each environment is built with the Python of its name, `python3.12` on the path, holds
+gigabytes if the index has no CPU build of its PyTorch, and is removed after its run. Results are kept row by row in
 benchmarks/results/versions.json, from which docs/versions.md is written, so that a run may go on another day.
 """
 
@@ -77,9 +77,7 @@ def run(python: Path, folder: Path, more: list[str]) -> dict:
     pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *more]
     subprocess.run(pytest, cwd=ROOT, check=False)
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    skipped = Counter(
-        case.find("skipped").get("message", "") for case in cases if case.find("skipped") is not None
-    )
+    skipped = Counter(case.find("skipped").get("message", "") for case in cases if case.find("skipped") is not None)
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return {
         "python": version_of_python(python),

@@ -2,8 +2,8 @@
 
     python -m tests.modules.triton_code '[{"kind": "LSTM", "steps": 64, "batch": 16}]'
 
-prints the counts of each form, as JSON. It needs PyTorch's build for CUDA, with Triton; nothing is compiled by Triton and
-nothing is run. What asks the driver is stood in for, throughout this process: it is one for this alone.
+prints the counts of each form, as JSON. It needs PyTorch's build for CUDA, with Triton; nothing is compiled by Triton
+and nothing is run. What asks the driver is stood in for, throughout this process: it is one for this alone.
 """
 
 from __future__ import annotations
