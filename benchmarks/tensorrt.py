@@ -7,7 +7,7 @@ Seconds of processor are told, which other work on the machine changes less than
     python benchmarks/tensorrt.py --show    # prints the tables and draws the picture of what was measured
 
 With the environment of `make test-runtimes`, or another that has TensorRT for RTX; the picture wants matplotlib too.
-Each engine is built once, in a process of its own that is ended after --limit seconds. Writes
+Each engine is built once, by `build_engine`, which ends what takes longer than --limit seconds. Writes
 benchmarks/results/tensorrt.json and tensorrt.png.
 """
 
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unroll import export_onnx
+from unroll import UnrollError, export_onnx
 from unroll.bench.machine import command, machine
 from unroll.targets.building import build_engine
 
@@ -45,8 +43,8 @@ FAST = ("time", OPERATOR)
 """Beginnings of what does not grow with the steps, and is always tried"""
 
 
-def build(subject: str, plan: str, steps: int) -> dict[str, Any]:
-    """Build one engine, here."""
+def build(subject: str, plan: str, steps: int, limit: float) -> dict[str, Any]:
+    """Build one engine; `failure` says why there is none."""
     options, _ = SUBJECTS[subject]
     model, x = nn.LSTM(8, 16, **options).eval(), torch.zeros(steps, 1, 8)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,22 +55,10 @@ def build(subject: str, plan: str, steps: int) -> dict[str, Any]:
                 torch.onnx.export(model, (x,), path, dynamo=False)
         else:
             export_onnx(model, x, path, plan=plan, check=False)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        engine = build_engine(path)
-    found = engine.as_dict()
-    return found | {"processor_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_utime - before}
-
-
-def apart(subject: str, plan: str, steps: int, limit: float) -> dict[str, Any]:
-    """Build one engine in a process of its own; `failure` says why there is none."""
-    code = [sys.executable, __file__, "--one", json.dumps([subject, plan, steps])]
-    try:
-        done = subprocess.run(code, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failure": f"not built within {limit:g} s"}
-    if done.returncode:
-        return {"failure": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+        try:
+            return build_engine(path, limit=limit).as_dict()
+        except UnrollError as error:
+            return {"failure": error.problems[0].finding}
 
 
 def too_long(rows: list[dict[str, Any]], row: dict[str, Any], limit: float) -> str:
@@ -140,11 +126,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a build is ended")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(build(*json.loads(given.one))))
-        return
     saved = RESULTS.exists() and not given.tiny
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if saved else []
     done = {(row["subject"], row["plan"], row["steps"]) for row in rows}
@@ -155,7 +137,7 @@ def main() -> None:
                     continue
                 row: dict[str, Any] = {"subject": subject, "plan": plan, "steps": steps}
                 why = too_long(rows, row, given.limit)
-                row |= {"failure": why} if why else apart(subject, plan, steps, given.limit)
+                row |= {"failure": why} if why else build(subject, plan, steps, given.limit)
                 print(row, file=sys.stderr, flush=True)
                 rows.append(row)
                 if not given.tiny:

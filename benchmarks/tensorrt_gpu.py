@@ -4,10 +4,10 @@
     python benchmarks/tensorrt_gpu.py --build FOLDER --current  # on the card itself, for its own compute capability
     python benchmarks/tensorrt_gpu.py --run FOLDER              # on the card: needs no network and no ONNX packages
 
-Both sides need PyTorch and the same version of TensorRT for RTX. The smallest engine runs first; what the library says
-of a card that it does not know stands in FOLDER/results.json, and the rest is left out. The rule for results is that of
-the GPU tests: at most twice as far from float64 as cuDNN, plus four roundings of the largest value in float32, and one
-in float16 and bfloat16. --build has been run; --run has not.
+Both sides need PyTorch, this checkout (PYTHONPATH=.) and the same version of TensorRT for RTX. The smallest engine runs
+first; what the library says of a card that it does not know stands in FOLDER/results.json, and the rest is left out. The
+rule for results is that of the GPU tests: at most twice as far from float64 as cuDNN, plus four roundings of the largest
+value in float32, and one in float16 and bfloat16. --build has been run; --run has not.
 """
 
 from __future__ import annotations
@@ -81,21 +81,14 @@ class Engine:
     def __init__(self, path: Path, x: Tensor) -> None:
         import tensorrt_rtx_bindings as trt
 
-        class Log(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.said: list[str] = []
+        from unroll.targets.engines import make_log
 
-            def log(self, severity: Any, message: str) -> None:
-                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                    self.said.append(message)
-
-        log = Log()
+        log = make_log()
         self.runtime = trt.Runtime(log)
         self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         self.context = self.engine and self.engine.create_execution_context()
         if self.context is None:
-            raise RuntimeError("; ".join(log.said) or "no context, and no reason")
+            raise RuntimeError("; ".join(log.errors) or "no context, and no reason")
         self.log, self.x, self.results = log, x, []
         for name in (self.engine.get_tensor_name(k) for k in range(self.engine.num_io_tensors)):
             if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
@@ -107,7 +100,7 @@ class Engine:
 
     def __call__(self) -> list[Tensor]:
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("; ".join(self.log.said) or "does not run, and says nothing")
+            raise RuntimeError("; ".join(self.log.errors) or "does not run, and says nothing")
         return self.results
 
 

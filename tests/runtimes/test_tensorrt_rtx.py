@@ -15,6 +15,7 @@ from torch import nn
 import unroll
 from tests.cases import CHOSEN, PACKED, PLANS, Case
 from tests.onnx import standard
+from tests.runtimes.nodes import node_models
 from unroll import Plan, UnrollError, check
 from unroll.targets.building import build_engine
 
@@ -64,8 +65,24 @@ def test_layers_in_blocks(case, path):
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_plans(plan, path):
-    engine = built(TWO.model().eval(), path=path, args=TWO.tensors(), plan=plan)
+    model, args = TWO.model().eval(), TWO.tensors()
+    if plan.products == "sums":  # of sums over fewer than eight numbers builds may not end, see docs/tensorrt.md
+        model.rnn = nn.LSTM(args[0].shape[-1], 16, num_layers=2, bidirectional=True).eval()
+    engine = built(model, path=path, args=args, plan=plan)
     assert any(name.startswith("rnn.l1.") for name in engine.names)
+
+
+def test_a_build_that_does_not_end_in_time(path):
+    unroll.export_onnx(TWO.model().eval(), TWO.tensors(), path, check=False)
+    with pytest.raises(UnrollError, match=r"model: is not built by TensorRT for RTX within 0.01 s; write fewer"):
+        build_engine(path, limit=0.01)
+
+
+def test_a_fault_of_the_library_ends_a_process_of_its_own():
+    ((_, model), *_) = node_models()["RoiAlign"]
+    verdict = check(model, target="tensorrt_rtx", build=True)
+    (said,) = [row.finding for row in verdict.rows if row.operator == "engine"]
+    assert said.startswith("ends the process in which TensorRT for RTX builds (")
 
 
 @pytest.mark.parametrize("plan", [Plan(directions="stacked"), BLOCKS], ids=str)
