@@ -34,17 +34,22 @@ def run_layer(layer: nn.Module, x: torch.Tensor) -> list[tuple[float, float]]:
     return [(h.item(), c.item()) for h, c in states]
 
 
-x = torch.tensor(INPUT)[:, None]
-cell, layer = nn.LSTMCell(3, 1), nn.LSTM(3, 1)
-cell.load_state_dict({name: torch.tensor(value) for name, value in VALUES.items()})
-layer.load_state_dict({f"{name}_l0": torch.tensor(value) for name, value in VALUES.items()})
-runs = step_cell(cell, x), step_cell(unroll(cell), x), run_layer(layer, x), run_layer(unroll(layer), x)
+def main() -> None:
+    x = torch.tensor(INPUT)[:, None]
+    cell, layer = nn.LSTMCell(3, 1), nn.LSTM(3, 1)
+    cell.load_state_dict({name: torch.tensor(value) for name, value in VALUES.items()})
+    layer.load_state_dict({f"{name}_l0": torch.tensor(value) for name, value in VALUES.items()})
+    runs = step_cell(cell, x), step_cell(unroll(cell), x), run_layer(layer, x), run_layer(unroll(layer), x)
 
-print(f"{'':>13}  {'LSTMCell':^18}  {'LSTM':^18}")
-print("step  published" + "     fused  unrolled" * 2)
-for k, name in enumerate(PUBLISHED):
-    for t, published in enumerate(PUBLISHED[name]):
-        values = [run[t][k] for run in runs]
-        print(f"{name}{t:>3}  {published:>9.1f}  " + "  ".join(f"{value:8.5f}" for value in values))
-        assert all(round(value, 1) == published for value in values)
-        assert max(values) - min(values) < 1e-6
+    print(f"{'':>13}  {'LSTMCell':^18}  {'LSTM':^18}")
+    print("step  published" + "     fused  unrolled" * 2)
+    for k, name in enumerate(PUBLISHED):
+        for t, published in enumerate(PUBLISHED[name]):
+            values = [run[t][k] for run in runs]
+            print(f"{name}{t:>3}  {published:>9.1f}  " + "  ".join(f"{value:8.5f}" for value in values))
+            assert all(round(value, 1) == published for value in values)
+            assert max(values) - min(values) < 1e-6
+
+
+if __name__ == "__main__":
+    main()

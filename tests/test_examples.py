@@ -36,6 +36,7 @@ def test_no_example_is_left_out():
         "batch_first_series",
         "bidirectional_stack",
         "digits",
+        "gates",
         "memory_cell",
         "step_by_step",
         "two_layers",
@@ -66,6 +67,16 @@ def test_memory_cell():
     assert [row[1] for row in c] == [0.2, 0.3, 0.3, 0.3, 0]
     for _, published, *four in rows:
         assert len(set(four)) == 1 and round(four[0], 1) == published
+
+
+def test_gates(tmp_path):
+    printed = run("gates", "--file", str(tmp_path / "gates.png"))
+    rows = [list(map(float, line.split())) for line in printed.splitlines()[1:6]]
+    gates = [[0 if gate < 0.01 else 1 if gate > 0.99 else gate for gate in row[1:4]] for row in rows]
+    # x2 = 1 writes, x3 = 1 reads, x2 = -1 forgets
+    assert gates == [[1, 1, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert [round(row[4], 1) for row in rows] == [0.2, 0.3, 0.3, 0.3, 0]
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bidirectional_stack():

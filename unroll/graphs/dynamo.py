@@ -185,7 +185,7 @@ def _holds_when_called(guards: Sequence[Any]) -> list[bool]:
     compiles.
     """
     functions = PADDING.value or ()
-    passing = [PACKS, PADS, *(function for function in functions if function is not None)]
+    passing = [PACKS, PADS, *filter(callable, functions)]
     replaced = [original(kind, "forward") for kind in LAYERS]
     names = {
         guard.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from unroll.packed.functions import (
     stop_by_assertion,
     unread,
 )
-from unroll.packed.guard import guard_dynamo, guard_export
+from unroll.packed.guard import PaddingGuard, guard_dynamo, guard_export
 from unroll.packed.sequences import is_padded, refuse_ragged
 
 
@@ -58,7 +58,12 @@ def _forward_for(kind: Any, on_layer: OnLayer, on_steps: OnSteps | None) -> Call
 
 @contextmanager
 def keep_padding(
-    on_layer: OnLayer, check: Check = stop_by_assertion, *, dynamo: bool = False, on_steps: OnSteps | None = None
+    on_layer: OnLayer,
+    check: Check = stop_by_assertion,
+    *,
+    dynamo: bool = False,
+    on_steps: OnSteps | None = None,
+    eager: bool = False,
 ) -> Iterator[None]:
     """Pack sequences with all their rows while this lasts, where a graph is made in this thread.
 
@@ -69,13 +74,14 @@ def keep_padding(
             of some lengths. Of what runs as plain Python, `CAPTURED` tells when a graph is made.
         on_steps: a function that is given the kind and the number of steps of each layer of torch's in a graph of
             Dynamo's, before Dynamo runs it, which takes minutes for many steps of an RNN or GRU.
+        eager: whether to pack so too where none is made.
     """
     packs, pads = PACKS_RAGGED, PADS_RAGGED
     with ExitStack() as stack:
         if dynamo:
             packs, pads = unread()
             stack.enter_context(configured(dont_skip_tracing=True, capture_scalar_outputs=True))
-        stack.enter_context(PADDING.set(Padding(on_layer, check, on_steps)))
+        stack.enter_context(PADDING.set(Padding(on_layer, check, on_steps, eager)))
         functions = PaddedFunctions(patching.original(rnn, "_VF"), check, packs, pads)
         stack.enter_context(patched(rnn, _VF=functions))
         # code is exchanged, and not the functions: models may hold these themselves
@@ -89,11 +95,11 @@ def keep_padding(
 def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
     """Stand in for torch's own layers, which cannot run on padded rows."""
     finding = "is given a packed sequence inside of unroll.packing(), which keeps the padding"
-    raise UnrollError(Problem(type(layer).__name__, finding, "export or compile unroll(model)"))
+    raise UnrollError(Problem(type(layer).__name__, finding, "export, compile or call unroll(model)"))
 
 
 @contextmanager
-def packing() -> Iterator[None]:
+def packing(*, eager: bool = False) -> Iterator[None]:
     """Let `torch.export` and `torch.compile` take unrolled models that pack sequences, with lengths as a real input.
 
     While it lasts, `pack_padded_sequence` keeps the padding and the lengths, `Unrolled` layers leave the state of a
@@ -110,6 +116,14 @@ def packing() -> Iterator[None]:
     be called inside too: outside, Dynamo would compile it anew.
 
     `export_onnx` and `unroll.compile` need none of this: they do it by themselves.
+
+    With `eager=True`, models of this thread that run eagerly keep the padding too, at the price of the steps that it
+    has. Then `torch.func` differentiates and vectorises models that pack, which it does not know torch's packing for:
+    `vmap(grad(loss), (None, 1, 0))(params, x, lengths)` gives the gradient of each sample, with a length of its own.
+    Under `vmap` over lengths, `pad_packed_sequence` without `total_length` gives all padded steps.
+
+    Args:
+        eager: whether to keep the padding also where no graph is made.
 
     Raises:
         UnrollError: for work that may mix rows. From a compiled model it is told by Dynamo's error.
@@ -130,5 +144,6 @@ def packing() -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
-    with keep_padding(refuse_layer, dynamo=True), guard_dynamo(), guard_export():
+    watched = PaddingGuard() if eager else nullcontext()
+    with keep_padding(refuse_layer, dynamo=True, eager=eager), guard_dynamo(), guard_export(), watched:
         yield

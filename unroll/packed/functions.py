@@ -35,6 +35,8 @@ class Padding(NamedTuple):
     """The function that stops a graph that is given bad lengths"""
     on_steps: OnSteps | None
     """The function that is told the steps of each of torch's own layers that Dynamo reads"""
+    eager: bool = False
+    """True if it packs so in all that it runs, and not in graphs alone"""
 
 
 PADDING: Local[Padding] = Local("padding")
@@ -55,8 +57,10 @@ def unread() -> tuple[Any, Any]:
 
 
 def _padding() -> bool:
-    """Tell whether a graph is made, in this thread, that packs with padding."""
-    return is_padding() if torch.compiler.is_dynamo_compiling() else bool(CAPTURED.value) and is_padding()
+    """Tell whether this thread packs with padding now: in a graph that is made, or in all that runs."""
+    if torch.compiler.is_dynamo_compiling():
+        return is_padding()
+    return PADDING.value is not None and (bool(CAPTURED.value) or PADDING.value.eager)
 
 
 def stop_by_assertion(lengths: Tensor, good: Tensor, message: str) -> Tensor:
@@ -69,6 +73,25 @@ def stop_by_index(lengths: Tensor, good: Tensor, message: str) -> Tensor:
     """Return the same where there are no assertions: what is not good reads beyond the end of a table of one zero."""
     table = torch.zeros(1, dtype=lengths.dtype, device=lengths.device)
     return lengths + table.index_select(0, (~good).to(torch.int64))
+
+
+def stop_at_once(lengths: Tensor, good: Tensor, message: str) -> Tensor:
+    """Return the lengths, unless not all of `good` is true; also inside of transforms of `torch.func`.
+
+    Raises:
+        UnrollError: with the message, for these lengths.
+    """
+    while is_transformed(good):  # the numbers behind it, of all samples
+        good = torch._C._functorch.get_unwrapped(good)  # pyright: ignore[reportAttributeAccessIssue]
+    if not good.all():
+        place, _, fix = message.partition(": ")
+        raise UnrollError(Problem(place, "is given lengths that torch refuses", fix))
+    return lengths
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for others, in a transform of `torch.func`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_known_true(found: Any) -> bool:
@@ -91,7 +114,7 @@ class PaddedFunctions:
         """This thread's check, whoever has replaced torch's functions last. While Dynamo reads, that is this thread."""
         if torch.compiler.is_dynamo_compiling() or PADDING.value is None:
             return self.check
-        return PADDING.value.check
+        return stop_at_once if PADDING.value.eager and not CAPTURED.value else PADDING.value.check
 
     def pack_padded_sequence(
         self, input: Tensor, lengths: Any, batch_first: bool, enforce_sorted: bool
@@ -100,6 +123,11 @@ class PaddedFunctions:
             return self.packs(input, lengths, batch_first, enforce_sorted)
         if not enforce_sorted:
             lengths = self._counted(input, lengths, batch_first)
+            if isinstance(lengths, Tensor) and not torch.compiler.is_dynamo_compiling() and is_transformed(lengths):
+                # as torch does it, but for the inverse order, which vmap would make slowly, with a warning
+                lengths, order = torch.sort(lengths, descending=True)
+                input = input.index_select(0 if batch_first else 1, order)
+                return PackedSequence(*self._pack_padded_sequence(input, lengths, batch_first), order, order.argsort())
         return PACKS_RAGGED(input, lengths, batch_first, enforce_sorted)
 
     def _counted(self, input: Tensor, lengths: Any, batch_first: bool) -> Any:
@@ -165,6 +193,8 @@ class PaddedFunctions:
         mark(data)
         if total_length is None and torch.jit.is_tracing():  # which would keep a number as it is now
             result = result[: lengths.max()]
+        elif total_length is None and not torch.compiler.is_dynamo_compiling() and is_transformed(lengths):
+            pass  # each sample has a longest of its own, and all have one shape
         elif total_length is None:
             longest = lengths.max().item()
             torch._check(longest >= 1)
