@@ -387,3 +387,15 @@ def test_refused_for_programs_and_scripts():
     assert problems(unroll, inside, freeze=True) == [
         "0: is a ScriptModule, which unroll does not freeze; leave freeze out, and use torch.jit.freeze"
     ]
+
+
+def test_a_checkpoint_with_parameters_is_refused_in_words():
+    model = nn.Sequential(nn.GRU(3, 5))
+    frozen = unroll(model, freeze=True)
+    for strict in (True, False):
+        (problem,) = problems(lambda strict=strict: frozen.load_state_dict(model.state_dict(), strict=strict))
+        assert problem == (
+            "0: is frozen and cannot load weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0; "
+            "use the model that unroll gives without freeze, and freeze that again"
+        )
+    frozen.load_state_dict(unroll(model, freeze=True).state_dict())

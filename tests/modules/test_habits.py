@@ -274,3 +274,31 @@ def test_pruned_weights():
     prune.remove(ours, "weight_hh_l0")
     assert (ours.weight_hh_l0 == 0).sum() == 38
     assert_same(ours(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_in_words(layout):
+    rows = torch.nested.nested_tensor([torch.randn(3, 3), torch.randn(5, 3)], layout=layout)
+    with pytest.raises(UnrollError, match="is a nested tensor, of rows of several lengths; pad it"):
+        unroll(nn.GRU(3, 5, batch_first=True))(rows)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(products="linear")], ids=str)
+def test_parameters_are_swapped_on_conversion(plan):
+    """With `set_swap_module_params_on_conversion` they stay the objects that they are, in every dtype."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        # torch's own layer holds weak references to its weights, and they cannot be swapped while it is there
+        unrolled, x = unroll(nn.Sequential(nn.GRU(3, 5)), plan=plan), torch.randn(4, 2, 3)
+        parameters = list(unrolled.parameters())
+        with torch.no_grad():
+            for dtype in (torch.float64, torch.bfloat16, torch.float32):
+                unrolled.to(dtype)
+                assert unrolled(x.to(dtype))[0].dtype == dtype
+                assert all(a is b for a, b in zip(unrolled.parameters(), parameters, strict=True))
+            unrolled.load_state_dict(nn.Sequential(other := nn.GRU(3, 5)).state_dict())
+            assert_same(unrolled(x), other(x), rtol=1e-5)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)

@@ -96,6 +96,14 @@ def test_compiles_in_training_with_dropout():
     assert_same(compiled(x), ours(x), rtol=1e-5)
 
 
+@pytest.mark.parametrize("plan", ["default", "quantize", "gates=split"])
+def test_compiles_vmap(plan):
+    layer = nn.LSTM(6, 5)
+    compiled = torch.compile(vmap(unroll(layer, plan=plan)), fullgraph=True, backend="eager")
+    xs = torch.randn(3, 4, 2, 6)
+    assert_same(compiled(xs)[0], torch.stack([layer(x)[0] for x in xs]), rtol=1e-5)
+
+
 def test_compiles_under_autocast():
     ours = unroll(nn.LSTM(6, 5))
     compiled = torch.compile(ours, fullgraph=True, backend="eager")

@@ -348,6 +348,31 @@ def test_the_state_is_as_the_layer_gave_it_in_onnx(tmp_path):
     assert_same(stream.state["layer.h"], whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["module", "graph", "file"])
+def test_streams_are_copied_and_pickled_with_their_state(kind, tmp_path):
+    x, model = torch.randn(6, 2, 3), nn.Sequential(nn.LSTM(3, 5)).eval()
+    if kind == "file":
+        export_onnx(streaming(model, x[:2]), x[:2], made := tmp_path / "model.onnx")
+    else:
+        made = streaming(model, x) if kind == "module" else streaming(trace(model), x)
+    stream = Stream(made, 2)
+    stream(x[:2])
+    # torch traces the code of a pickled graph anew, in which the states' number is asked for
+    copies = [copy.deepcopy(stream), *([] if kind == "graph" else [pickle.loads(pickle.dumps(stream))])]
+    expected = stream(x[2:4])[0]
+    for other in copies:
+        assert torch.equal(other(x[2:4])[0], expected)
+        assert_same(dict(other.state), dict(stream.state))
+    # each goes on by itself
+    stream(x[4:])
+    assert not torch.equal(next(iter(copies[0].state.values())), next(iter(stream.state.values())))
+    copies[0].reset()
+    assert not next(iter(copies[0].state.values())).any()
+    if kind == "file":
+        session = pytest.importorskip("onnxruntime").InferenceSession(made)
+        assert "make it of the path of the file" in problems(copy.deepcopy, Stream(session, 2))[0]
+
+
 def test_the_state_of_a_stream_is_its_own():
     x = torch.randn(6, 2, 3)
     layer, cell = nn.GRU(3, 3), nn.GRUCell(3, 3)

@@ -45,6 +45,9 @@ def check_arguments(
     Raises:
         UnrollError: with every mismatch found.
     """
+    if getattr(input, "is_nested", False):
+        fix = "pad it (torch.nested.to_padded_tensor) and pack that with its lengths (pack_padded_sequence)"
+        raise UnrollError(Problem(f"{place}: input", "is a nested tensor, of rows of several lengths", fix))
     if not hasattr(input, "shape"):
         raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
     problems: list[Problem] = []

@@ -104,6 +104,8 @@ class Unrolled(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if linears.are_held(self):
             linears.name_by_module(self, state_dict, prefix)
+        if given := [name for name in self.recurrence.flat_names if prefix + name in state_dict]:
+            self.refuse_if_frozen(f"cannot load {', '.join(given)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __dir__(self) -> list[str]:
@@ -242,7 +244,7 @@ class UnrolledLayer(Unrolled):
         nn.RNNBase.check_input(checked, input, batch_sizes)
 
     def extra_repr(self) -> str:
-        return _told(self, nn.RNNBase.extra_repr(cast(Any, self)))
+        return _told(self, nn.RNNBase)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         if self.carry is not None and self.carry.running:
@@ -253,10 +255,12 @@ class UnrolledLayer(Unrolled):
 # Not methods: a subclass of the user's may have some of any name.
 
 
-def _told(layer: Unrolled, options: str) -> str:
-    """Return the options of a layer, and how it is unrolled."""
+def _told(layer: Unrolled, kind: Any) -> str:
+    """Return the options of a layer, and how it is unrolled; nothing to Dynamo, which names what `vmap` is given so."""
+    if torch.compiler.is_dynamo_compiling():
+        return ""
     plan = [] if layer.plan == Plan() else str(layer.plan).split(",")
-    return ", ".join([options, "unrolled", *plan, *["frozen"] * (layer.frozen is not None)])
+    return ", ".join([kind.extra_repr(layer), "unrolled", *plan, *["frozen"] * (layer.frozen is not None)])
 
 
 def _run_layer(layer: UnrolledLayer, input: Any, hx: Any) -> tuple[Any, Any]:
@@ -297,7 +301,7 @@ class UnrolledCell(Unrolled):
         return read_cell(self, self.mode)
 
     def extra_repr(self) -> str:
-        return _told(self, nn.RNNCellBase.extra_repr(cast(Any, self)))
+        return _told(self, nn.RNNCellBase)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         if self.carry is not None and self.carry.running:

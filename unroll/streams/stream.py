@@ -18,7 +18,9 @@ from unroll.streams.states import check_state_names
 class Stream:
     """Feeds pieces to a streaming model and carries the state from each to the next, in torch or in ONNX Runtime.
 
-    Runs without gradients; for training, call the model itself with `state=`.
+    Runs without gradients. A stream can be copied and pickled with its state, for actors and workers; one over a file
+    if it was made of the path, and one of a graph module is copied alone. For training, call the model itself with
+    `state=`.
 
     Args:
         model: what `unroll.streaming` returned, what `unroll.unroll` made of that, or the path of a file (or an
@@ -44,8 +46,19 @@ class Stream:
     """
 
     def __init__(self, model: Any, batch: int | None = None) -> None:
+        self._model = model
         self._run, self._initial = _runner(model)
         self.reset(batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if type(self._model).__name__ == "InferenceSession":
+            finding = "runs an InferenceSession, which cannot be copied or pickled"
+            raise UnrollError(Problem("Stream", finding, "make it of the path of the file: Stream(path)"))
+        return {key: value for key, value in vars(self).items() if key not in ("_run", "_initial")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._run, self._initial = _runner(self._model)
 
     def initial_state(self, batch: int | None = None) -> Any:
         """Return zeros for this many rows, or for as many as in the example; None for as many as a file finds."""
