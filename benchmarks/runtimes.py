@@ -26,49 +26,53 @@ from tests.runtimes.runners.runtime import Runtime, difference
 
 FOLDER = ROOT / "build" / "runtimes"
 NATIVE = "native"
-RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT = ("lstm", "gru", "rnn")
 LIMIT = 300
 """Seconds that a runtime may take for one file"""
 
 Row = dict[str, Any]
 
 
-def write(plans: set[str]) -> None:
+def write(plans: tuple[str, ...], suffix: str) -> None:
     """Write each model's files, and beside each what it is given and the results in float64, unless they are there."""
     from tests.runtimes.models import MODELS
 
     for model in MODELS:
         folder = FOLDER / model.name
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (NATIVE, *sorted(plans)):
-            path = folder / f"{file}.onnx"
-            if path.with_suffix(".pickle").exists():
+        for file in plans:
+            path = folder / f"{file}{suffix}"
+            if _given(path).exists():
                 continue
             try:
-                model.export_native(path) if file == NATIVE else model.export(path, file)
-                found: Any = model.feeds(path)
+                found: Any = model.feeds(model.export(path, file))
             except Exception as error:
                 found = _words(error)
-            path.with_suffix(".pickle").write_bytes(pickle.dumps(found))
+            _given(path).write_bytes(pickle.dumps(found))
+
+
+def _given(path: Path) -> Path:
+    return path.with_name(f"{path.name}.pickle")
 
 
 def measure(runtime: Runtime, path: Path) -> Row:
     """Run one file; the row tells the largest difference of its runs, or what was raised, and at which stage."""
-    feeds = pickle.loads(path.with_suffix(".pickle").read_bytes())
+    feeds = pickle.loads(_given(path).read_bytes())
     if isinstance(feeds, str):
         return {"stage": "export", "error": feeds}
     row: Row = {"stage": "convert"}
     try:
-        converted = runtime.convert(path, feeds[0][0])
+        converted = runtime.convert(path, [inputs for inputs, _ in feeds])
         row["stage"] = "load"
         if runtime.count:
             counted = runtime.count(converted)
             row["operators"] = sum(counted.values())
-            row["recurrent"] = sum(counted[kind] for kind in RECURRENT if kind in counted)
+            row["recurrent"] = sum(number for kind, number in counted.items() if kind.lower() in RECURRENT)
             row |= runtime.products(counted) if runtime.products else {}
-        run = runtime.load(converted)
-        row["stage"] = "run"
-        row["difference"] = max(difference(run(inputs), expected) for inputs, expected in feeds)
+        if runtime.load:
+            run = runtime.load(converted)
+            row["stage"] = "run"
+            row["difference"] = max(difference(run(inputs), expected) for inputs, expected in feeds)
         del row["stage"]
     except Exception as error:
         row["error"] = _words(error)
@@ -125,15 +129,17 @@ def main() -> None:
     for name in options.names:
         runtime = RUNTIMES[name]
         plans = (NATIVE, runtime.preset, *runtime.plans)
-        write(set(plans) - {NATIVE})
+        write(plans, runtime.suffix)
         saved["rows"] = [row for row in saved["rows"] if row["runtime"] != name]
-        files = [f"{model.name}/{plan}.onnx" for model in MODELS for plan in plans]
+        files = [f"{model.name}/{plan}{runtime.suffix}" for model in MODELS for plan in plans]
         for row in rows(name, files, options.python):
-            model, file = row.pop("file").removesuffix(".onnx").split("/")
+            model, file = row.pop("file").removesuffix(runtime.suffix).split("/")
             saved["rows"].append({"runtime": name, "model": model, "file": file} | row)
             print(saved["rows"][-1], flush=True)
-        command = f"from importlib.metadata import version as v; print(v({runtime.distribution!r}))"
-        saved["versions"][name] = subprocess.check_output([options.python, "-c", command], text=True).strip()
+        command = (
+            f"from tests.runtimes.runners import RUNTIMES; r = RUNTIMES[{name!r}]; print(r.installed(r.distribution))"
+        )
+        saved["versions"][name] = subprocess.check_output([options.python, "-c", command], text=True, cwd=ROOT).strip()
         RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
     draw()
 

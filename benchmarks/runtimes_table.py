@@ -23,7 +23,7 @@ Row = dict[str, Any]
 def cell(row: Row, runtime: Runtime) -> str:
     if "difference" in row:
         return "right" if row["difference"] < runtime.tolerance else "**wrong**"
-    return "converts" if row.get("converts") else STAGES[row["stage"]]
+    return STAGES[row["stage"]] if "error" in row else "converts"
 
 
 def table(saved: dict[str, Any]) -> list[str]:

@@ -18,9 +18,12 @@ from torch.export import Dim
 
 from tests.cases import Case
 from tests.runtimes.runners.runtime import Inputs
-from unroll import Plan, export_onnx, streaming
+from unroll import Plan, export_onnx, packing, streaming, unroll
 
 STEPS, BATCH = 12, 2
+
+NATIVE = "native"
+"""The plan of files that keep their recurrent operators"""
 
 
 class Recognizer(nn.Module):
@@ -49,20 +52,41 @@ class Model:
     time: int | None = None
     """Steps in a block, where the number of all is open"""
 
+    packed: bool = False
+    """The second argument are lengths"""
     streamed: bool = False
     """States are arguments and results"""
 
     def export(self, path: Path, plan: str) -> Path:
-        """Write an unrolled file."""
-        model, args = self.make()
-        if self.streamed:
-            args = args[:1]
-            model = streaming(Output(model.layer).eval(), args, check=False).eval()
-        chosen = replace(Plan.of(plan), time=self.time or "explicit")
-        return Path(export_onnx(model, args, path, plan=chosen, dynamic_shapes=self.shapes, check=False).path)
+        """Write an unrolled file, of ONNX or of an exported program; `native` keeps the recurrent operators."""
+        if path.suffix == ".pt2":
+            self._export_program(path, plan)
+        elif plan == NATIVE:
+            self._export_native(path)
+        else:
+            model, args = self.make()
+            if self.streamed:
+                args = args[:1]
+                model = streaming(Output(model.layer).eval(), args, check=False).eval()
+            export_onnx(model, args, path, plan=self._plan(plan), dynamic_shapes=self.shapes, check=False)
+        return path
 
-    def export_native(self, path: Path) -> Path:
-        """Write a file that keeps its recurrent operators, by torch's older exporter, which always does."""
+    def _plan(self, plan: str) -> Plan:
+        return replace(Plan.of(plan), time=self.time or "explicit")
+
+    def _export_program(self, path: Path, plan: str) -> None:
+        model, args = self.make()
+        if self.packed and plan != NATIVE:
+            model = unroll(model, plan=self._plan(plan))
+        with packing(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, dynamic_shapes=self.shapes, strict=True)
+        if not self.packed and plan != NATIVE:
+            program = unroll(program, plan=self._plan(plan))
+        torch.export.save(program, path)
+
+    def _export_native(self, path: Path) -> None:
+        """Write a file by torch's older exporter, which always keeps recurrent operators."""
         model, args = self.make()
         names = [f"input{number}" for number in range(len(args))]
         axes = {names[0]: {axis: str(size) for axis, size in self.shapes["input"].items()}} if self.shapes else None
@@ -71,7 +95,6 @@ class Model:
             torch.onnx.export(
                 model, args, str(path), dynamo=False, opset_version=17, input_names=names, dynamic_axes=axes
             )
-        return path
 
     def runs(self) -> list[tuple[tuple[Tensor, ...], list[np.ndarray]]]:
         """Return arguments, and the results for them in float64."""
@@ -87,8 +110,11 @@ class Model:
 
     def feeds(self, path: Path) -> list[tuple[Inputs, list[np.ndarray]]]:
         """Return the same for the inputs of a file."""
-        names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
-        return [({n: a.numpy() for n, a in zip(names, args, strict=True)}, found) for args, found in self.runs()]
+        given = self.runs()
+        names = [str(number) for number in range(len(given[0][0]))]
+        if path.suffix == ".onnx":
+            names = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+        return [({n: a.numpy() for n, a in zip(names, args, strict=True)}, found) for args, found in given]
 
 
 class Output(nn.Module):
@@ -146,7 +172,7 @@ MODELS = [
     _of("both directions", "GRU", bidirectional=True),
     _of("projection", "LSTM", proj_size=2),
     Model("recognizer", _recognizer),
-    _of("packed", "LSTM", form="packed"),
+    Model("packed", partial(_case, Case("LSTM", steps=STEPS, batch=BATCH, form="packed")), packed=True),
     Model("streamed", _streamed, streamed=True),
     Model(
         "open length",

@@ -28,6 +28,10 @@ FORMS = {
     "": Form(),
     # Of a Gemm that adds what is computed no quantizer makes eight bits, see tests/onnx/test_quantized.py.
     "npu": Form(addend="outside"),
+    # A Gemm that adds what is computed is not loaded.
+    "ncnn": Form(addend="outside"),
+    # A Gemm adds one dimension at most, by the table of operators: no file was run.
+    "webnn": Form(addend="outside"),
     # A shader has eight buffers, seven beside the one that a Split reads or a Concat writes.
     "webgpu": Form(rows="gather", most=7),
     # A Split of [T * B, n] with an open B is refused.

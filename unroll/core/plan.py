@@ -229,5 +229,11 @@ PRESETS = {
     "tract": Plan(runtime="tract"),
     "mnn": Plan(runtime="mnn"),
     "opencv": Plan(runtime="opencv"),
+    "ncnn": Plan(runtime="ncnn"),
+    # Programs are converted; what comes of them runs on Apple's machines, and was not run.
+    "coreml": Plan(),
+    # By the tables of docs/contracts.md alone, and not run: all is offered by WebNN, and the products by XNNPACK.
+    "webnn": Plan(runtime="webnn"),
+    "xnnpack": Plan(products="linear"),
 }
 """Plans for targets, by the target's name"""

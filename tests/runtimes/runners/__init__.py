@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from tests.runtimes.runners import mnn, onnxruntime, opencv, openvino, reference, tract
+from tests.runtimes.runners import (
+    browser,
+    coreml,
+    iree,
+    mnn,
+    ncnn,
+    onnxruntime,
+    onnxsim,
+    onnxslim,
+    opencv,
+    openvino,
+    quantizers,
+    reference,
+    tinygrad,
+    tract,
+    tvm,
+)
 from tests.runtimes.runners.runtime import Runtime
 
 RUNTIMES: dict[str, Runtime] = {
@@ -12,5 +28,17 @@ RUNTIMES: dict[str, Runtime] = {
     "tract": tract.RUNTIME,
     "opencv": opencv.RUNTIME,
     "mnn": mnn.RUNTIME,
+    "ncnn": ncnn.RUNTIME,
+    "coreml": coreml.RUNTIME,
+    "onnxslim": onnxslim.RUNTIME,
+    "onnxsim": onnxsim.RUNTIME,
+    "static": quantizers.STATIC,
+    "dynamic": quantizers.DYNAMIC,
+    "wasm": browser.WASM,
+    "webgpu": browser.WEBGPU,
+    "jsep": browser.JSEP,
+    "tvm": tvm.RUNTIME,
+    "iree": iree.RUNTIME,
+    "tinygrad": tinygrad.RUNTIME,
 }
 """By the name of the file"""

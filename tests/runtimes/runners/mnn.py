@@ -12,7 +12,7 @@ import numpy as np
 from tests.runtimes.runners.runtime import Inputs, Run, Runtime
 
 
-def convert(path: Path, inputs: Inputs) -> Path:
+def convert(path: Path, given: list[Inputs]) -> Path:
     converted = path.with_suffix(".mnn")
     options = ["", "-f", "ONNX", "--modelFile", str(path), "--MNNModel", str(converted), "--bizCode", "x"]
     command = f"import _tools; _tools.mnnconvert({options!r})"  # the command would try to install a logger

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Missing(NamedTuple):
     instead: str
 
 
-def same(path: Path, inputs: Inputs) -> Path:
+def same(path: Path, given: list[Inputs]) -> Path:
     return path
 
 
@@ -56,18 +57,25 @@ class Runtime:
     """What must be importable"""
     distribution: str
     """By whose name its version is known"""
-    load: Callable[[Path], Run]
-    convert: Callable[[Path, Inputs], Path] = same
-    """Makes a file of the runtime's own, of an ONNX file and inputs such as it will be given"""
+    load: Callable[[Path], Run] | None
+    """None for what cannot run here: that it converts is all that is seen"""
+    convert: Callable[[Path, list[Inputs]], Path] = same
+    """Makes a file of the runtime's own, of a file and the inputs that it will be given"""
     count: Callable[[Path], Mapping[str, int]] | None = count
     """Operators in the file that it loads"""
     products: Callable[[Mapping[str, int]], dict[str, int]] | None = None
     """Of a quantizer: how many products there are, and how many of them are of eight bits"""
+    suffix: str = ".onnx"
+    """Of the files that it is given; `.pt2` for exported programs"""
     preset: str = "default"
     plans: tuple[str, ...] = ()
     """Other plans that are tried"""
     missing: dict[str, Missing] = field(default_factory=dict)
     """By the name of the model; each must fail still"""
+    apart: bool = False
+    """Wants an environment of its own, in which `make matrix` alone runs it"""
+    installed: Callable[[str], str] = version
+    """Returns the version of a distribution"""
     tolerance: float = 1e-5
     """The largest difference that is right, of the largest value of each result"""
 

@@ -1,0 +1,25 @@
+"""tinygrad, by its runner of ONNX files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.runtimes.runners.runtime import Inputs, Run, Runtime
+
+
+def load(path: Path) -> Run:
+    from tinygrad import Tensor
+    from tinygrad.nn.onnx import OnnxRunner
+
+    runner = OnnxRunner(str(path))
+
+    def run(inputs: Inputs) -> list[np.ndarray]:
+        found = runner({name: Tensor(value) for name, value in inputs.items()})
+        return [value.numpy() for value in found.values()]
+
+    return run
+
+
+RUNTIME = Runtime("tinygrad", "tinygrad", "tinygrad", load, apart=True)
