@@ -90,6 +90,16 @@ def test_static_quantization(plan, fused, found, exported, tmp_path):
     assert np.abs(quantized - exact).max() < 0.05
 
 
+def test_fusions_put_one_bias_into_all_products(exported, tmp_path):
+    """docs/runtimes.md says to prepare files without them."""
+    path = tmp_path / "quantized.onnx"
+    quantize_static(exported("products=linear", True), path, Calibration(inputs()), quant_format=QuantFormat.QOperator)
+    products = [node for node in onnx.load(path).graph.node if node.op_type == "QGemm"]
+    assert len(products) == MERGED and len({node.input[6] for node in products[1:]}) == 1
+    with pytest.raises(Exception, match="bias_hh_quantized"):
+        run_ort(onnx.load(path), {"input": inputs(1)[0]})
+
+
 @pytest.mark.parametrize(("plan", "count"), [("gates=split", SPLIT), ("npu", SPLIT), ("products=linear", MERGED)])
 def test_dynamic_quantization_reaches_every_product(plan, count, exported, tmp_path):
     path, given = tmp_path / "quantized.onnx", exported(plan)

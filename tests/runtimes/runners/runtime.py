@@ -79,6 +79,9 @@ class Runtime:
     tolerance: float = 1e-5
     """The largest difference that is right, of the largest value of each result"""
 
+    def version(self) -> str:
+        return self.installed(self.distribution)
+
 
 def difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
     """Return the largest difference, of the largest value of each result; infinity for other shapes."""
