@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-heavy test-gpu bench bench-gpu plots format clean
+.PHONY: setup demo test test-runtimes test-heavy matrix versions test-gpu bench bench-gpu plots format clean
 
 setup: .venv/ready
 
@@ -64,6 +64,28 @@ test-heavy: $(HEAVY)/ready
 versions:
 	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
 
+# Every runtime, native files too, into benchmarks/results/runtimes.json and docs/runtimes.md. Those below want
+# environments of their own; clang is for tinygrad, node and chromium are for onnxruntime-web.
+MATRIX := .venv-matrix
+APART := tvm iree tinygrad
+tvm_needs := apache-tvm==0.27.0.post1 onnx==1.23.2 numpy
+iree_needs := iree-base-compiler==3.13.0 iree-base-runtime==3.13.0 onnx==1.19.1 numpy
+tinygrad_needs := tinygrad==0.14.0 onnx==1.23.2 numpy
+RUN_MATRIX = PYTHONPATH=. UNROLL_NODE_MODULES=$(MATRIX)/node_modules $(RUNTIMES)/bin/python benchmarks/runtimes.py
+
+$(APART:%=$(MATRIX)/%/ready): $(MATRIX)/%/ready: Makefile
+	$(PYTHON) -m venv $(MATRIX)/$*
+	$(MATRIX)/$*/bin/pip install -q $($*_needs)
+	touch $@
+
+$(MATRIX)/node_modules/ready: Makefile
+	npm install --silent --ignore-scripts --prefix $(MATRIX) onnxruntime-web@1.30.0 playwright-core@1.65.1
+	touch $@
+
+matrix: $(RUNTIMES)/ready $(APART:%=$(MATRIX)/%/ready) $(MATRIX)/node_modules/ready
+	$(RUN_MATRIX)
+	$(foreach name,$(APART),$(RUN_MATRIX) --python $(MATRIX)/$(name)/bin/python $(name) &&) true
+
 # With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
 # no GPU. A plugin of pytest that pyproject.toml configures may be missing.
 test-gpu:
@@ -92,4 +114,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(RUNTIMES) $(HEAVY)
+	rm -rf .venv $(RUNTIMES) $(HEAVY) $(MATRIX) .versions

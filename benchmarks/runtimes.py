@@ -27,6 +27,8 @@ from tests.runtimes.runners.runtime import Runtime, difference
 FOLDER = ROOT / "build" / "runtimes"
 NATIVE = "native"
 RECURRENT = ("lstm", "gru", "rnn")
+HERE = [name for name, runtime in RUNTIMES.items() if not runtime.apart or runtime.distribution == "onnxruntime-web"]
+"""Runtimes that need no Python of their own"""
 LIMIT = 300
 """Seconds that a runtime may take for one file"""
 
@@ -116,7 +118,7 @@ def rows(name: str, files: list[str], python: str) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(RUNTIMES))
+    parser.add_argument("names", nargs="*", default=HERE)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--work", metavar="NAME")
     options = parser.parse_args()

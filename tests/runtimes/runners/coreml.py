@@ -46,5 +46,4 @@ RUNTIME = Runtime(
     count,
     suffix=".pt2",
     preset="coreml",
-    plans=("npu", "products=linear", "directions=stacked"),
 )
