@@ -2,8 +2,8 @@
 
     python -m tests.modules.triton_code '[{"kind": "LSTM", "steps": 64, "batch": 16}]'
 
-prints the counts of each form, as JSON. It needs PyTorch's build for CUDA, with Triton; nothing is compiled by Triton
-and nothing is run. What asks the driver is stood in for, throughout this process: it is one for this alone.
+prints the counts of each form, a line of JSON. It needs PyTorch's build for CUDA, with Triton; nothing is compiled by
+Triton and nothing is run. What asks the driver is stood in for, throughout this process: it is one for this alone.
 """
 
 from __future__ import annotations
@@ -163,4 +163,5 @@ def count(
 
 if __name__ == "__main__":
     stand_in()
-    print(json.dumps([count(**form) for form in json.loads(sys.argv[1])]))
+    for form in json.loads(sys.argv[1]):
+        print(json.dumps(count(**form)), flush=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from unroll.core.cells import State
+from unroll.core.joined import Joined, run_joined
 from unroll.core.layout import Layout
 from unroll.core.recurrence import Recurrence, scope
-from unroll.core.rows import split_rows
+from unroll.core.rows import pad_pieces, split_rows
 from unroll.core.scan import Outputs, Pieces, Rows, Step, mask_state
 from unroll.core.values import Target
 from unroll.core.weights import StepWeights, Tensorlike
@@ -34,6 +37,21 @@ class Run(NamedTuple):
             return new if masks is None else mask_state(masks[t], new, state)
 
         return step
+
+    def joined(
+        self, weights: StepWeights, xs: Sequence[Tensorlike], start: State, masks: Any, *, reverse: bool = False
+    ) -> tuple[Tensorlike, State]:
+        """Run one pass, or several stacked, as one function to autograd; see `run_joined`.
+
+        Returns:
+            The outputs, `[T, ..., B, size]`, and the last state.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from unroll.core.joined_graph import apply
+        else:
+            apply = Joined.apply
+        states = run_joined(weights, xs, start, masks, self.recurrence.mode, reverse=reverse, apply=apply)
+        return states[0], tuple(s[0 if reverse else -1] for s in states)
 
     def pieces(self, rows: Tensorlike, sizes: Sequence[int] | None = None) -> Sequence[Tensorlike]:
         """Divide projected rows into what each step reads, in pieces of `sizes` if they are given."""
@@ -71,7 +89,32 @@ def run_pass(
         xs: Any = tuple(run.target(x, "x") for x in projected)
         put_out, final = over(step, xs, start, reverse=reverse)
         return Rows(put_out, run.steps, recurrence.output_size), final
+    if run.target.joined:
+        return _run_joined(run, weights, projected, start, sizes, reverse=reverse)
     pieces = zip(*(run.pieces(x, sizes) for x in projected), strict=True)
     xs = [tuple(run.target(x, f"t{t}.x") for x in parts) for t, parts in enumerate(pieces)]
     put_out, final = over(step, xs, start, reverse=reverse)
     return Pieces(put_out), final
+
+
+def _run_joined(
+    run: Run,
+    weights: StepWeights,
+    projected: Sequence[Tensorlike],
+    start: State,
+    sizes: Sequence[int] | None,
+    *,
+    reverse: bool,
+) -> tuple[Outputs, State]:
+    """Run a pass as one function; packed rows with their padding."""
+    if sizes:
+        padded = [pad_pieces(x, sizes) for x in projected]
+        xs, masks = [x for x, _ in padded], padded[0][1]
+    else:
+        xs = [torch.reshape(x, (run.steps, -1, x.shape[-1])) for x in projected]
+        masks = None if run.masks is None else torch.stack(run.masks)
+    hs, final = run.joined(weights, xs, start, masks, reverse=reverse)
+    if sizes:
+        return Pieces([h[:n] for h, n in zip(hs.unbind(), sizes, strict=True)]), final
+    size = run.recurrence.output_size
+    return Rows(torch.reshape(hs, (-1, size)), run.steps, size), final

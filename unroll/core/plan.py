@@ -17,6 +17,8 @@ Layers = Literal["sequential", "wavefront"]
 
 Products = Literal["matrix", "sums", "linear"]
 
+Gradients = Literal["auto", "stepwise", "joined"]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +48,10 @@ class Plan:
             `torch.utils.checkpoint`: long sequences are trained in less memory and more time. For modules, eager or
             compiled by `torch.compile`; what has no backward pass of its own, graphs, programs, traces and files, is
             refused. Without stacks, wavefronts and blocks of `time`.
+        gradients: of the weights that steps multiply by, in modules, compiled or not: `stepwise` adds them up from step
+            to step, a rounding each; `joined` keeps what each step gives the gates, and makes them of that by one
+            product at the end, for more memory: less wrong in half precision. `auto` is `joined` in half precision
+            where gradients are asked for, and `stepwise` else. Graphs, programs, TorchScript and files are stepwise.
         runtime: of an ONNX file: the runtime in whose form it is written, of `FORMS`, where the standard has several
             for one thing, such as `Split` and `Gather`. Other kinds of model have one form.
 
@@ -59,9 +65,8 @@ class Plan:
     TorchScript layer follows layer.
 
     Example:
-        >>> Plan(gates="paired")  # doctest: +NORMALIZE_WHITESPACE
-        Plan(gates='paired', directions='separate', layers='sequential', time='explicit', products='matrix',
-             recompute='nothing', runtime='')
+        >>> print(Plan(gates="paired", time=16))
+        gates=paired,time=16
     """
 
     gates: Gates = "merged"
@@ -70,6 +75,7 @@ class Plan:
     time: Literal["explicit"] | int = "explicit"
     products: Products = "matrix"
     recompute: Literal["nothing"] | int = "nothing"
+    gradients: Gradients = "auto"
     runtime: str = ""
     preset: str = field(default="", repr=False)
     """The name of the preset whose rules hold, see `RULES`; empty for most, which have none"""
@@ -133,6 +139,11 @@ class Plan:
             problems += self._misfits("recompute", directions="separate", layers="sequential", time="explicit")
         if self.products == "linear":
             problems += self._misfits("products", gates="merged", directions="separate", layers="sequential")
+        if self.gradients == "joined":
+            problems += self._misfits("gradients", layers="sequential", recompute="nothing")
+            if self.products == "linear":
+                finding = f"got 'linear' with gradients='joined', {REASONS['gradients']}"
+                problems.append(Problem("Plan(products=...)", finding, "choose another, or gradients='stepwise'"))
         if problems:
             raise UnrollError(*problems)
 
@@ -164,6 +175,21 @@ class Plan:
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(chosen) or "default"
 
+    def check_stepwise(self, place: str) -> None:
+        """Refuse joined gradients for what only modules can give them.
+
+        Raises:
+            UnrollError: if they are asked for.
+
+        Example:
+            >>> Plan(gradients="joined").check_stepwise("model.onnx")
+            Traceback (most recent call last):
+            unroll.core.errors.UnrollError: model.onnx: cannot join gradients, gradients='joined'...
+        """
+        if self.gradients == "joined":
+            fix = "train unroll(module, plan=...), compiled or not, or leave gradients='auto'"
+            raise UnrollError(Problem(place, "cannot join gradients, gradients='joined', in what is written", fix))
+
     @property
     def layout(self) -> str:
         """The way in which gates share products: `gates`, or `linear`."""
@@ -192,6 +218,7 @@ def _read(text: str) -> Plan:
 
 REASONS = {
     "products": "whose weights are the layer's own, in one piece",
+    "gradients": "of passes that run by themselves, once",
     "recompute": "which goes step by step, direction by direction and layer by layer",
 }
 """The reasons why some choices do not go with others"""
@@ -201,7 +228,7 @@ CHOICES = {"gates": Gates, "directions": Directions, "layers": Layers, "products
 LAID_OUT = list(CHOICES)
 """The choices that weights are laid out by"""
 
-CHOSEN_FROM = {name: get_args(kind) for name, kind in CHOICES.items()}
+CHOSEN_FROM = {name: get_args(kind) for name, kind in {**CHOICES, "gradients": Gradients}.items()}
 CHOSEN_FROM |= {"runtime": tuple(FORMS), "preset": ("", *RULES)}
 
 # Reasons for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
@@ -213,7 +240,8 @@ PRESETS = {
     "onnxruntime": Plan(gates="paired"),
     # Inductor makes one fused kernel of what follows a product, so that the fewest products are the fastest: `paired`
     # takes 1.0 to 1.25, `split` 1.1 to 1.8 of the time. `products="sums"` takes 0.8 for a batch of one, and 1.3 for 16.
-    "inductor": Plan(gates="merged"),
+    # On a GPU, by the rules of core/presets.py, for a batch of one too.
+    "inductor": Plan(gates="merged", preset="inductor"),
     # The fewest nodes a step, and in ONNX files of many steps blocks, by the rules of core/presets.py, for the time in
     # which TensorRT for RTX builds an engine, and its size. How fast engines run was not measured.
     "tensorrt": Plan(gates="merged", preset="tensorrt"),

@@ -42,6 +42,15 @@ def copy_apart(rows: Tensorlike, count: int) -> Sequence[Tensorlike]:
     return [piece for copy in copies for piece in torch.unbind(copy)]
 
 
+def pad_pieces(rows: Any, sizes: Sequence[int]) -> tuple[Any, Any]:
+    """Pad packed rows, `[sum(sizes), n]`, with zeros to `[T, B, n]`; and tell which have a step, `[T, B, 1]`."""
+    steps, batch = len(sizes), sizes[0]
+    have = torch.arange(batch, device=rows.device) < torch.tensor(sizes, device=rows.device)[:, None]
+    index = torch.cat([torch.arange(n, device=rows.device) + t * batch for t, n in enumerate(sizes)])
+    padded = rows.new_zeros(steps * batch, rows.shape[-1]).index_copy(0, index, rows)
+    return torch.reshape(padded, (steps, batch, -1)), torch.unsqueeze(have, -1)
+
+
 def join_rows(pieces: Sequence[Tensorlike]) -> Tensorlike:
     """Put rows one after the other."""
     return torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0]

@@ -37,8 +37,13 @@ def run_directions(
     ]
     masks = None if run.masks is None else [torch.stack([m, n]) for m, n in zip(run.masks, run.masks[::-1])]
     start = tuple(None if parts[0] is None else torch.stack(list(parts)) for parts in zip(*starts, strict=True))
-    hs, final = scan(run.step(f"l{layer}.stacked", weights, masks), list(zip(*pieces, strict=True)), start)
-    whole = torch.reshape(join_rows(hs), (steps, 2, -1, size))
+    if run.target.joined:
+        xs, mask = [torch.stack(list(parts)) for parts in pieces], None if masks is None else torch.stack(masks)
+        whole, final = run.joined(weights, xs, start, mask)
+        hs: Sequence[Tensorlike] = whole.unbind()
+    else:
+        hs, final = scan(run.step(f"l{layer}.stacked", weights, masks), list(zip(*pieces, strict=True)), start)
+        whole = torch.reshape(join_rows(hs), (steps, 2, -1, size))
     return [_Side(hs, whole, side, size) for side in (0, 1)], _unstack(final, 2)
 
 

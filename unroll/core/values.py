@@ -29,14 +29,16 @@ class Target:
             pieces; what it returns as output has all rows too. It looks after a mask by itself. None where every step
             is written.
         differentiable: whether gradients may go through what is written.
+        joined: whether the gradients of a pass's weights are one product, see core/joined.py; only of tensors.
     """
 
     differentiable = True
     fuses = False
 
-    def __init__(self, divide: Divide = split_rows, loop: Loop | None = None) -> None:
+    def __init__(self, divide: Divide = split_rows, loop: Loop | None = None, *, joined: bool = False) -> None:
         self.divide = divide
         self.loop = loop
+        self.joined = joined
 
     def compile_for(self, device: str) -> Self:
         """Write for Inductor's code on a device of this type; return the target."""

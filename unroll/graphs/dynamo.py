@@ -29,7 +29,7 @@ from unroll.packed.guard import check_graph
 HIDDEN = "Dynamo keeps nn.LSTM, nn.GRU and nn.RNN from backends, and would leave them as they are in silence"
 SHOWN = "use unroll.compile(model), or set torch._dynamo.config.allow_rnn"
 
-BACKEND_OPTIONS = {"backend", "plan", "where", "limit", "options"}
+BACKEND_OPTIONS = {"backend", "plan", "where", "limit", "options", "mode"}
 
 
 def unroll_backend(
@@ -47,7 +47,7 @@ def unroll_backend(
         graph: what Dynamo captured.
         inputs: its example inputs.
         options: `backend`, the name of the next backend or a function (`"inductor"`); `options`, for
-            that one; `plan`, `where` and `limit`, as for `unroll.unroll`.
+            that one; `plan`, `where` and `limit`, as for `unroll.unroll`; `mode`, one of Inductor's.
 
     Raises:
         UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
@@ -64,14 +64,16 @@ def unroll_backend(
     parts = graph_parts(graph)  # checkpoints and branches are graphs of their own
     with limited(given.get("limit")):
         found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
-    devices = {input.device.type for input in inputs if isinstance(input, torch.Tensor)}
+    device = "cuda" if _on_cuda(inputs) else "cpu"
     with without_gc():
         for part, calls in found:
             for call in calls:
-                call.writer.compile_for("cuda" if "cuda" in devices else "cpu")
+                call.writer.compile_for(device)
             rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
             part.recompile()
-    following = lookup_backend(given.get("backend", "inductor"))
+    following: Any = lookup_backend(given.get("backend", "inductor"))
+    if given.get("mode"):
+        return following(graph, inputs, config_patches=torch._inductor.list_mode_options(given["mode"]))
     if "options" not in given:
         return following(graph, inputs)
     keyword = "config_patches" if given.get("backend", "inductor") == "inductor" else "options"
@@ -95,6 +97,7 @@ def compile(
     plan: Plan | str | None = None,
     where: Where = None,
     backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     fullgraph: bool = True,
     dynamic: bool | None = None,
@@ -105,12 +108,18 @@ def compile(
     Torch is changed while Dynamo compiles, which one thread does at a time, and not when the result is called. What
     changes in the model later, its weights and `train()` and `eval()`, reaches the result.
 
+    On a CUDA device the steps run in CUDA graphs, as launches take longer than they: results stay until the next call
+    of the model, which writes to the same memory; `clone` what is to be kept, and call
+    `torch.compiler.cudagraph_mark_step_begin()` before a call that is to be a run of its own. With `mode="default"`
+    there are none.
+
     Args:
         model: a module or function, for inference or training.
-        plan: how the steps are laid out.
+        plan: how the steps are laid out; for Inductor by default that of the preset `inductor`.
         where: which layers are unrolled, as for `unroll.unroll`; the others go to the backend as they are.
         backend: what compiles the unrolled graph.
-        options: for that backend.
+        mode: of Inductor, as for `torch.compile`; `"reduce-overhead"` on a CUDA device, if there are no `options`.
+        options: for that backend, in place of a mode.
         fullgraph: as for `torch.compile`, but on by default.
         dynamic: as for `torch.compile`; the number of time steps is static all the same, unless the plan has blocks.
         limit: the most steps of a layer that are written out, as for `unroll.unroll`.
@@ -119,25 +128,45 @@ def compile(
         The model compiled: a module for a module, that shares everything with it.
 
     Raises:
-        UnrollError: at the first call, as the cause of Dynamo's error, for what cannot be unrolled.
+        UnrollError: for a mode beside options or another backend, or one that Inductor does not have; at the first
+            call, as the cause of Dynamo's error, for what cannot be unrolled.
 
     Example:
         >>> model = nn.GRU(3, 5)
         >>> compile(model, backend="eager")(torch.zeros(7, 2, 3))[0].shape
         torch.Size([7, 2, 5])
     """
-    plan, where = Plan.of(plan), read_where(where)
+    with_inductor = backend == "inductor"
+    if mode is not None:
+        _check_mode(mode, alone=with_inductor and options is None)
+    plan, where = Plan.of("inductor" if plan is None and with_inductor else plan), read_where(where)
     with limited(limit):
         most = current_limit()
     ours: dict[str, Any] = {"backend": backend, "plan": plan, "where": where, "limit": most}
     if options is not None:
         ours["options"] = dict(options)
+    elif with_inductor:
+        ours["mode"] = mode
     if isinstance(model, nn.Module):
         names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
         unknown_names(where, names).check()
-        if plan.block:  # Dynamo makes the loop of a module's own steps; a graph has none
+        if plan.block or plan.gradients == "joined":  # of a module's own steps; a graph has neither
             model = replace(model, plan, where, limit=most)
     return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)
+
+
+def _check_mode(mode: str, *, alone: bool) -> None:
+    """Refuse a mode that is not Inductor's, and one beside options or another backend."""
+    if not alone:
+        finding, fix = "is of Inductor, and in place of options", "give backend='inductor' alone, or no mode"
+        raise UnrollError(Problem(f"mode={mode!r}", finding, fix))
+    if mode not in (known := torch._inductor.list_mode_options()):
+        finding, fix = "is no mode of Inductor", f"choose one of {', '.join(known)}"
+        raise UnrollError(Problem(f"mode={mode!r}", finding, fix))
+
+
+def _on_cuda(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(input, torch.Tensor) and input.device.type == "cuda" for input in inputs)
 
 
 def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | None) -> Any:
@@ -145,7 +174,8 @@ def _context(options: Mapping[str, Any], *, fullgraph: bool, dynamic: bool | Non
 
     def backend(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         check_graph(graph)
-        return unroll_backend(graph, inputs, options=options)
+        best = {"mode": "reduce-overhead"} if "mode" in options and not options["mode"] and _on_cuda(inputs) else {}
+        return unroll_backend(graph, inputs, options={**options, **best})
 
     context: Any = torch._dynamo.optimize(
         backend, nopython=fullgraph, dynamic=dynamic, guard_filter_fn=_holds_when_called

@@ -50,6 +50,7 @@ class Lowering(Generic[AnyCall]):
 
     def __init__(self, call: AnyCall, writer: GraphWriter, known: Metadata, steps: Any) -> None:
         self.call, self.writer, self.known, self.name = call, writer, known, call.name
+        self.plan.check_stepwise(self.name)
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
         shape = known[call.input].shape if call.input in known else None
@@ -67,7 +68,8 @@ class Lowering(Generic[AnyCall]):
         device = getattr(self.known.get(self.call.input), "device", None)
         fixed = batch if isinstance(batch, int) and not self.packed else None  # packed rows have it elsewhere
         sizes, on = (self.steps, fixed, self.packed), device.type if device else ""
-        return Situation(self.recurrence, *sizes, on, "graph", frozen=self.frozen is not None)
+        frozen, trained = self.frozen is not None, torch.is_grad_enabled()
+        return Situation(self.recurrence, *sizes, on, "graph", frozen=frozen, trained=trained)
 
     def choose_steps(self, known: Any, asked: Any) -> int:
         """Choose the number of steps, from what is known and what was asked for."""

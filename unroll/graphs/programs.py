@@ -134,6 +134,7 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
     if plan.block:
         fix = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
         raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", fix))
+    plan.check_stepwise("decompositions(plan=...)")
     return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
 
 

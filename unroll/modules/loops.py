@@ -32,6 +32,11 @@ def is_captured(rows: Tensor) -> bool:
     return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and is_fake(rows))
 
 
+def is_exporting() -> bool:
+    """Tell whether `torch.export` runs, which Dynamo says of every compilation in PyTorch 2.11."""
+    return torch.compiler._is_exporting_flag if torch.compiler.is_dynamo_compiling() else torch.compiler.is_exporting()
+
+
 def is_written(rows: Tensor) -> bool:
     """Tell whether what runs now is written down, step by step, in a graph, also by `make_fx`."""
     return is_captured(rows) or get_proxy_mode() is not None
@@ -47,7 +52,7 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     """
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return False
-    if torch.compiler.is_exporting():
+    if is_exporting():
         if VERSION < "2.13":
             finding = f"would be exported in blocks with gradients, which are wrong in PyTorch {VERSION}"
             raise UnrollError(Problem(place, finding, "export under torch.no_grad() and do not train the program"))

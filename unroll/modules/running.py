@@ -75,9 +75,11 @@ def run_rows(
             state = state and tuple(s.to(cast) for s in state)
     length, count = (n if has_static_value(n) else None for n in (steps, batch))
     packed, frozen = bool(sizes or padded), layer.frozen is not None
-    at = Situation(recurrence, length, count, packed, rows.device.type, frozen=frozen)
+    known = (length, count, packed, rows.device.type)
+    at = Situation(recurrence, *known, frozen=frozen, trained=torch.is_grad_enabled())
     plan, loop = layer.plan.resolve(at), None
     recompute = _recomputed(layer, [rows, *(state or ())])
+    joined = recompute is None and _joins(layer, rows, promoting=promoting)
     called = linears.are_held(layer)  # modules, at every step, as hooks and observers expect
     if plan.block and loops.is_captured(rows) and not (sizes or recurrence.is_cell):
         if promoting:
@@ -92,11 +94,11 @@ def run_rows(
     # steps, or where the only step has to give the weights that meet them a gradient.
     looped = loop is not None  # what Dynamo can tell of a function in every version
     alone = steps == 1 and torch.is_grad_enabled()
-    if state is None and (promoting or sizes or padded or looped or called or alone):
+    if state is None and (promoting or sizes or padded or looped or called or alone or joined):
         state = tuple(rows.new_zeros(recurrence.passes * batch, size) for size in recurrence.state_sizes)
     drop = layer.training and recurrence.dropout
-    target = Target(loop=loop)
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    target = Target(loop=loop, joined=joined and not looped)
+    if torch.compiler.is_dynamo_compiling() and not loops.is_exporting():
         target.compile_for(rows.device.type)
     recording = recorder(layer, split_rows, written=is_written)
     result = schedule.run(
@@ -134,7 +136,7 @@ def _recomputed(layer: Layer, given: list[Tensor]) -> int | None:
         return None
     if not any(tensor.requires_grad for tensor in (*given, *_trained(layer))):
         return None
-    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_dynamo_compiling() and not loops.is_exporting():
         return block
     if loops.is_written(given[0]):
         layer.plan.refuse_recompute(layer.place)
@@ -186,6 +188,30 @@ def own(result: Tensor, steps: Any = 1) -> Tensor:
     The output of several steps is so already, as the pieces were joined.
     """
     return result.clone() if has_static_value(steps) and steps == 1 else result
+
+
+def _joins(layer: Layer, rows: Tensor, *, promoting: bool) -> bool:
+    """Tell whether the gradients of the weights are to be joined, see `Plan.gradients`.
+
+    Raises:
+        UnrollError: if they cannot be, and were asked for.
+    """
+    plan = layer.plan
+    if plan.gradients == "stepwise" or layer.recurrence.is_cell:
+        return False
+    written = loops.is_written(rows) and (loops.is_exporting() or not torch.compiler.is_dynamo_compiling())
+    if plan.gradients == "joined":
+        if written:
+            plan.check_stepwise(layer.place)
+        if promoting:
+            finding = "joins gradients under autocast, where the type of its state changes after the first step"
+            raise UnrollError(Problem(layer.place, finding, "convert the model, or leave gradients='auto'"))
+        return True
+    if rows.dtype not in (torch.float16, torch.bfloat16) or layer.frozen is not None or promoting or written:
+        return False
+    if plan.layers == "wavefront" or plan.products == "linear" or not torch.is_grad_enabled():
+        return False
+    return rows.requires_grad or any(weight.requires_grad for weight in layer.flat_weights)
 
 
 def _casts_all(recurrence: Recurrence, rows: Tensor, *, ragged: bool) -> bool:
