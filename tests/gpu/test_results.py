@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.cases import ALL_PLANS, CHOSEN, DROPOUT, EMPTY, LAYER_KINDS, PACKED, PLANS, Case, replace
-from tests.gpu.device import DEVICE, DTYPES, F64, LAYERS, model_of, tensors_of, there, wide
+from tests.gpu.device import DEVICE, DTYPES, F64, LAYERS, ON_GPU, model_of, tensors_of, there, wide
 from unroll import UnrollError, compare, packing, trace, unroll
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -49,7 +49,13 @@ def differentiable(case, dtype):
 def test_outputs_states_and_gradients(case, dtype, form):
     case = wide(case, SHORT)
     model, args = model_of(case, dtype), tensors_of(case, dtype)
-    ours = form(model, args)
+    if form is as_program and ON_GPU and case.kind == "LSTMCell" and not case.bias:
+        # PyTorch's shape function of its fused cell reads the biases that are not there
+        with pytest.raises(AttributeError, match="has no attribute 'device'"):
+            form(model, args)
+        ours = torch.export.export(unroll(model), args, strict=False).module()
+    else:
+        ours = form(model, args)
     compare(model, ours, args, gradients=differentiable(case, dtype)).check()
 
 

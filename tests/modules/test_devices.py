@@ -56,6 +56,17 @@ def test_every_layer(case, fake):
     assert_all_on_cuda(case, None, fake)
 
 
+def test_a_cell_without_bias_is_exported_once_it_is_unrolled(fake):
+    """PyTorch's shape function of its fused LSTM cell reads the biases that are not there."""
+    model, x = nn.Sequential(nn.LSTMCell(6, 5, bias=False)), (Case("LSTMCell"),)
+    with fake:
+        args = arguments(*x)
+        with pytest.raises(AttributeError, match="has no attribute 'device'"):
+            torch.export.export(on_cuda(model), args, strict=False)
+        program = torch.export.export(on_cuda(unroll(model)), args, strict=False)
+    assert_on_cuda([node.meta.get("val") for node in program.graph.nodes])
+
+
 @pytest.mark.parametrize("two", [False, True], ids=["one_direction", "two_directions"])
 @pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
 def test_every_plan(plan, two, fake):

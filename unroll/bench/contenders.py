@@ -102,11 +102,38 @@ def _compile(task: Task, plan: Plan, folder: Path) -> Built:
     return _compiled(task, task.model)
 
 
+def _eager_cudagraph(task: Task, plan: Plan, folder: Path) -> Built:
+    """Capture a call of the model as it is in a CUDA graph."""
+    run = task.runner(task.model)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return Built(replay)
+
+
 def _compile_allow_rnn(task: Task, plan: Plan, folder: Path) -> Built:
     from torch._dynamo import config
 
     config.allow_rnn = True
     return _compiled(task, task.model)
+
+
+def _allow_rnn_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
+    from torch._dynamo import config
+
+    config.allow_rnn = True
+    return _in_cuda_graphs(_compiled(task, task.model, mode="reduce-overhead"))
 
 
 def _unrolled(task: Task, plan: Plan) -> Any:
@@ -123,9 +150,12 @@ def _unrolled_cpp(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
-    from torch._dynamo.utils import counters
+    return _in_cuda_graphs(_compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead"))
 
-    built = _compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead")
+
+def _in_cuda_graphs(built: Built) -> Built:
+    """Return the same, each call by itself, and refused if it uses no CUDA graphs."""
+    from torch._dynamo.utils import counters
 
     def checked() -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
@@ -319,6 +349,12 @@ CONTENDERS: dict[str, Contender] = {
     "eager-unrolled": Contender("unrolled, eager", _eager_unrolled, ("default",), trains=True),
     "compile": Contender("torch.compile of the fused layer", _compile, needs=INDUCTOR, trains=True, keeps=True),
     "compile-allow-rnn": Contender("torch.compile with allow_rnn", _compile_allow_rnn, needs=INDUCTOR, trains=True),
+    "eager-cudagraph": Contender(
+        "fused layer in a CUDA graph", _eager_cudagraph, device="cuda", trains=True, keeps=True
+    ),
+    "compile-allow-rnn-cudagraphs": Contender(
+        "torch.compile with allow_rnn, CUDA graphs", _allow_rnn_cudagraphs, needs=INDUCTOR, device="cuda", trains=True
+    ),
     "unrolled-compile": Contender(
         "torch.compile, unrolled", _unrolled_compile, ("default", "products=sums"), needs=INDUCTOR, trains=True
     ),

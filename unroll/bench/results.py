@@ -143,6 +143,9 @@ class Row:
         error: the largest difference from the float64 result of the model itself, relative to the largest value of
             each result, and of integers and booleans the share that differs; None if two calls of the model differ,
             or nothing was compared.
+        launches: kernels that a call launches, as the profiler sees them on a GPU; None elsewhere.
+        busy: seconds that these take.
+        kernels: those that Inductor wrote and that differ.
         dtype: the coarsest floating type among the model's parameters, arguments and results, which says how large
             the error may be; None if there is none.
     """
@@ -159,6 +162,9 @@ class Row:
     nodes: int | None = None
     size: int | None = None
     error: float | None = None
+    launches: int | None = None
+    busy: float | None = None
+    kernels: int | None = None
     dtype: str | None = None
 
     @property

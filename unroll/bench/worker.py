@@ -72,7 +72,17 @@ class Worker:
         )
         results = self.built.results(self._call())
         torch.save([result.detach().cpu().clone() for result in results], path)
-        return {"memory": memory}
+        return {"memory": memory, "kernels": written_kernels()} | (self._profile() if on_gpu else {})
+
+    def _profile(self) -> dict[str, Any]:
+        """Return the launches of a call and the seconds that its kernels take."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self._call()
+        kernels = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
+        return {"launches": len(kernels), "busy": sum(event.device_time for event in kernels) * 1e-6}
 
     def _call(self) -> Any:
         result = self.built.run()
@@ -87,6 +97,12 @@ class Worker:
             self._call()
             times.append(time.perf_counter() - begin)
         return times
+
+
+def written_kernels() -> int | None:
+    """Return the number of kernels that Inductor wrote in this process; None where it is not loaded."""
+    metrics = sys.modules.get("torch._inductor.metrics")
+    return metrics and metrics.generated_kernel_count
 
 
 def largest_memory() -> int:

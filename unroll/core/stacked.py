@@ -88,7 +88,7 @@ def run_wavefront(
             below = torch.split(stacked[0], [count - 1, 1])[0]
             if kept:
                 below = torch.mul(below, torch.stack([k[w - layer] for layer, k in enumerate(kept, 1)]))
-            above: list[Any] = [inputs(below) for inputs in weights.inputs]
+            above: list[Any] = [weights.project(inputs, below) for inputs in weights.inputs]
             x = tuple(torch.cat([x, a]) for x, a in zip(stackable[w], above, strict=True))
             stacked = step(w, x, stacked)
             core.append(stacked[0])

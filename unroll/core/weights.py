@@ -130,6 +130,12 @@ class StepWeights(NamedTuple):
             return torch.add(self.widen(x), self.widen(product(h)))
         return self.widen(product.onto(x, h))
 
+    def project(self, product: Affine, x: Tensorlike) -> Tensorlike:
+        """Return the product with `x`, the input of a step."""
+        if self.fuses and product.stacked and product.bias is not None:
+            return torch.add(product.times(x), product.bias)
+        return product(x)
+
     def widen(self, value: Tensorlike) -> Tensorlike:
         """Convert a result of products, for the gates to work on."""
         return value if self.precision is None else value.to(self.precision.gates)

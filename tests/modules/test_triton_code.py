@@ -1,0 +1,71 @@
+"""Launches and kernels of the code that Inductor writes for a GPU, counted where PyTorch is built for CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MISSING = "needs PyTorch's build for CUDA, with Triton; a card it need not have"
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(torch.version.cuda is None or find_spec("triton") is None, reason=MISSING),
+]
+
+
+@cache
+def counted(**form: Any) -> dict[str, Any]:
+    """The counts of one form, by a process of its own."""
+    run = [sys.executable, "-m", "tests.modules.triton_code", json.dumps([form])]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(run, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (counts,) = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def launches(counts: dict[str, Any]) -> dict[str, int]:
+    """Kernels of Triton and products by their operators; copies apart are counted by themselves."""
+    products = {name: n for name, n in counts["called"].items() if not name.startswith("aten.")}
+    return {"triton": counts["triton"], **products}
+
+
+def each_step(form: dict[str, Any], least: int, most: int) -> dict[str, float]:
+    """What another step adds to what is launched, between two numbers of steps."""
+    before, after = (launches(counted(**form, steps=steps)) for steps in (least, most))
+    added = {name: (n - before.get(name, 0)) / (most - least) for name, n in after.items()}
+    return {name: n for name, n in added.items() if n}
+
+
+FUSED = {"mm": 1, "triton": 1}
+"""A product, and one kernel that adds what it is added to and does all the rest"""
+ONE = {"triton": 1}
+
+FORMS: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
+    "LSTM": ({"kind": "LSTM"}, FUSED, 13),
+    # the addend of a GRU's product is its bias, which cuBLAS adds in the product's own launch
+    "GRU": ({"kind": "GRU"}, {"addmm": 1, "triton": 1}, 13),
+    "RNN": ({"kind": "RNN"}, FUSED, 11),
+    "float32": ({"kind": "LSTM", "dtype": "float32"}, FUSED, 13),
+    "one": ({"kind": "LSTM", "batch": 1, "plan": "inductor"}, ONE, 13),
+    "one, GRU": ({"kind": "GRU", "batch": 1, "plan": "inductor"}, ONE, 13),
+    "one, RNN": ({"kind": "RNN", "batch": 1, "plan": "inductor"}, ONE, 13),
+}
+"""For each form what is asked for, the launches of a step, and the kernels that differ at any number of steps"""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_launches_and_kernels(name):
+    form, per_step, kernels = FORMS[name]
+    assert each_step(form, 16, 64) == per_step
+    assert counted(**form, steps=64)["kernels"] == kernels
