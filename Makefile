@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-heavy matrix versions test-gpu bench bench-gpu plots format clean
+.PHONY: setup demo test test-runtimes test-heavy matrix versions gpu bench plots format clean
 
 setup: .venv/ready
 
@@ -86,18 +86,17 @@ matrix: $(RUNTIMES)/ready $(APART:%=$(MATRIX)/%/ready) $(MATRIX)/node_modules/re
 	$(RUN_MATRIX)
 	$(foreach name,$(APART),$(RUN_MATRIX) --python $(MATRIX)/$(name)/bin/python $(name) &&) true
 
-# With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest. Skips, and says why, where there is
-# no GPU. A plugin of pytest that pyproject.toml configures may be missing.
-test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu -rs --durations=10 -W ignore::pytest.PytestConfigWarning tests/gpu
+# With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest: tests, then times, in so many minutes.
+# `UNROLL_TEST_DEVICE=cpu make gpu` tries it where there is no GPU.
+MINUTES := 9
+OUTPUT := build/gpu
+
+gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py --minutes $(MINUTES) --output $(OUTPUT)
 
 # What unrolled layers are to reach, and what they reach here: about half an hour, on a machine that does nothing else.
 bench: setup
 	$(BIN)/python benchmarks/targets.py
-
-# With the system's Python and its PyTorch, which must know the GPU; goes on where it stopped.
-bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
 LENGTHS := benchmarks/results/blocks.json
 

@@ -1,124 +1,144 @@
-"""cuDNN against unrolled layers under CUDA graphs: the matrix of layers that `make bench-gpu` measures.
+"""All that is to be known of a card that one has for minutes: `make gpu`.
 
-    PYTHONPATH=. python benchmarks/gpu.py                 # ten minutes at most; goes on where it stopped
-    PYTHONPATH=. python benchmarks/gpu.py --minutes 2     # as much as two minutes allow
-    PYTHONPATH=. python benchmarks/gpu.py --dry           # only says what is still to be measured
+    PYTHONPATH=. python benchmarks/gpu.py --minutes 9 --output build/gpu
+    UNROLL_TEST_DEVICE=cpu PYTHONPATH=. python benchmarks/gpu.py --minutes 4   # tries it, without one
 
-Needs a GPU, PyTorch and nothing else. Writes benchmarks/results/gpu.json after each batch of layers; what is in the
-file is not measured again, unless the machine or the versions are others. All layers come once with cuDNN and the plans
-that change one choice, and then once more with all other plans that differ, which are held against that cuDNN.
+Parts in order of worth, each with its share of the minutes; what one leaves goes to the next. The result of each lies
+in the folder as it comes: of tests a line of JSON each, a failure with its traceback, and of forms what
+benchmarks/gpu_rows.py writes. Needs PyTorch for the card, NumPy and pytest; pytest-xdist where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from unroll.bench.machine import command, machine
-from unroll.bench.measuring import Entry, Method, measure
-from unroll.bench.results import Measurements
-from unroll.bench.subjects import Subject
-from unroll.core.plan import Plan
+from unroll.bench.machine import machine
+from unroll.bench.results import Measurements, by_subject
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
-STEPS = 100
-MARGIN = 1.3
-"""A batch is begun if this many times what the longest took is left."""
+DEVICE = os.environ.get("UNROLL_TEST_DEVICE", "cuda")
+ROOT = Path(__file__).parents[1]
+GRID = ["tests/gpu/test_results.py", "tests/gpu/test_uses.py", "tests/gpu/test_onnxruntime.py"]
+
+# Nothing that happens to be installed may stop them: a plugin that warns, or a warning of another library.
+FILTERS = [
+    "default",
+    r"error:::(unroll|tests|torch)\b",
+    "ignore:The tensor attributes .*_flat_weights:UserWarning",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:.*torch.jit:DeprecationWarning",
+]
+PYTEST = ["-m", "pytest", "-m", "gpu", "-rs", "-p", "no:benchmark", "-p", "no:cacheprovider", "--tb=short"]
+PYTEST += ["-o", "filterwarnings=" + "\n".join(FILTERS)]
 
 
-def matrix(device: str, steps: int) -> list[Subject]:
-    """All layers, those first where cuDNN runs its standard algorithm: bfloat16, stacks, two directions."""
+def command_of(files: list[str], jobs: int, rehearsed: str) -> list[str]:
+    """Return the command for tests; `rehearsed` says which of them run on a CPU, all if it is empty."""
+    spread = ["-n", str(jobs)] if jobs > 1 and find_spec("xdist") else []
+    chosen = ["-k", rehearsed] if DEVICE == "cpu" and rehearsed else []
+    return [sys.executable, *PYTEST, *spread, *chosen, *files]
+
+
+def parts(jobs: int, output: Path) -> list[tuple[str, float, list[str]]]:
+    """Return each part: its name, its share of the minutes, its command, without the minutes of the last."""
+    rows = [sys.executable, "benchmarks/gpu_rows.py", "--device", DEVICE, "--output", str(output / "rows.json")]
+    rows += ["--jobs", str(jobs)] if DEVICE == "cuda" else ["--jobs", "2", "--steps", "8"]
     return [
-        Subject(
-            kind,
-            input_size=hidden,
-            hidden_size=hidden,
-            num_layers=layers,
-            bidirectional=both,
-            bias=True,
-            proj_size=0,
-            nonlinearity="tanh",
-            steps=steps,
-            batch=batch,
-            dtype=dtype,
-            device=device,
-        )
-        for dtype, hidden, batch, layers, both, kind in itertools.product(
-            ("bfloat16", "float32"), (512, 128, 1024), (16, 1, 64), (3, 1), (True, False), ("LSTM", "GRU")
-        )
+        ("smoke", 0.06, command_of(["tests/gpu/test_smoke.py"], min(jobs, 6), "")),
+        ("grid", 0.22, command_of(GRID, jobs, "float64 or autocast or refused")),
+        ("compiled", 0.22, command_of(["tests/gpu/test_compiled.py"], jobs, "without_gradients or blocks")),
+        ("rows", 0.45, rows),
     ]
 
 
-def plans(subject: Subject) -> tuple[list[str], list[str]]:
-    """The plans that differ for a layer: those that are measured first, and the others."""
-    order = "directions=stacked" if subject.bidirectional else "layers=wavefront" if subject.num_layers != 1 else None
-    first, others = ["default", "gates=split"], ["gates=paired"]
-    if order:
-        first.append(order)
-        others += [f"gates=split,{order}", f"gates=paired,{order}"]
-    if subject.batch == 1:
-        first.append("products=sums")
-    return first, others
+def run(command: list[str], name: str, output: Path, seconds: float) -> str:
+    """Run one part for so long at most; its log and its reports lie in the folder. Return how it ended."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "UNROLL_GPU_REPORT": str(output / f"{name}.jsonl")}
+    with (output / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return f"ended with {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped after {seconds:.0f} s"
 
 
-def work(subjects: list[Subject]) -> list[tuple[Subject, list[Entry]]]:
-    """What to measure, in this order: cuDNN beside CUDA graphs of the unrolled layer in each plan."""
-    first = [(subject, [Entry("eager"), *map(unrolled, plans(subject)[0])]) for subject in subjects]
-    return first + [(subject, [*map(unrolled, plans(subject)[1])]) for subject in subjects]
+def told(name: str, output: Path) -> list[str]:
+    """Return the lines of a summary about the tests of a part."""
+    path = output / f"{name}.jsonl"
+    reports = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    counts = Counter(report["outcome"] for report in reports)
+    failed = [report for report in reports if report["outcome"] == "failed"]
+    lines = [f"{name}: " + (", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "nothing was run")]
+    return lines + [f"  {report['test']}: {report['text'].strip().splitlines()[-1][:120]}" for report in failed[:8]]
 
 
-def unrolled(plan: str) -> Entry:
-    return Entry("unrolled-cudagraphs", plan, Plan.of(plan))
+def table(output: Path) -> list[str]:
+    """Return a line for each form: microseconds a step beside those of cuDNN, launches, errors and the floor."""
+    path = output / "rows.json"
+    if not path.exists():
+        return ["rows: nothing was measured"]
+    rates, lines = json.loads(path.with_suffix(".rates.json").read_text()), []
+    lines.append(f"{'':44} {'us/step':>8} {'/cuDNN':>7} {'/graph':>7} {'launch':>7} {'busy':>7} {'first s':>8} error")
+    for subject, rows in by_subject(Measurements.load(path).rows).items():
+        times = {row.contender: row.median for row in rows if row.median}
+        size = subject.hidden_size or 1
+        lines.append(str(subject))
+        if rates:
+            gates = {"LSTM": 4, "GRU": 3}.get(str(subject.model), 1)
+            weights, width = gates * size * size, getattr(torch, subject.dtype).itemsize
+            moved, made = weights * width / rates["copy_bytes"], 2 * subject.batch * weights / rates[subject.dtype]
+            lines.append(f"{'  floor of a layer: weights, products':44} {max(moved, made) * 1e6:8.2f}")
+        for row in rows:
+            if row.failure or row.median is None:
+                lines.append(f"  {row.name}: {row.failure[:100]}")
+                continue
+            of = [row.median / times[base] if base in times else None for base in ("eager", "eager-cudagraph")]
+            ratios = " ".join(f"{value:7.2f}" if value else f"{'':7}" for value in of)
+            step, busy = row.median / subject.steps * 1e6, f"{row.busy / subject.steps * 1e6:7.2f}" if row.busy else ""
+            lines.append(
+                f"  {row.name:42} {step:8.2f} {ratios} {row.launches or '':>7} {busy:>7} {row.first_call or 0:8.1f} "
+                + (f"{row.error:.1e}" if row.error is not None else "")
+            )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--jobs", type=int, default=14, help="builds at a time")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds for a build")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--device", default="cuda", help="cpu to try the script itself")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes at a time")
     given = parser.parse_args()
-    begin, here = time.monotonic(), machine()
-    found = Measurements((), here, command())
-    if given.output.exists():
-        before = Measurements.load(given.output)
-        if before.machine == here:
-            found = before
-    done = {(row.subject, row.contender, row.plan) for row in found.rows}
-    missing: list[tuple[Subject, list[Entry]]] = []
-    for subject, entries in work(matrix(given.device, given.steps)):
-        if left_over := [entry for entry in entries if (subject, entry.contender, entry.plan) not in done]:
-            missing.append((subject, left_over))
-    print(f"{len(done)} forms of layers are measured, {sum(len(entries) for _, entries in missing)} are not")
-    if given.dry:
-        print(*(f"{subject}: {'; '.join(map(str, entries))}" for subject, entries in missing), sep="\n")
-        return
-    if given.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu.py: needs a CUDA device")
-    method, longest = Method(rounds=10, seconds=0.05, limit=given.limit, jobs=given.jobs), 0.0
-    together = max(1, given.jobs // 3)
-    for start in range(0, len(missing), together):
-        left = given.minutes * 60 - (time.monotonic() - begin)
-        if left < MARGIN * longest:
-            print(f"{left:.0f} s are left, not enough for the next layers: run it again")
-            break
-        batch_begin = time.monotonic()
-        batch: dict[Subject, list[Entry]] = {}
-        for subject, entries in missing[start : start + together]:
-            batch[subject] = batch.get(subject, []) + entries
-        rows, _ = measure(batch, method)
-        longest = max(longest, time.monotonic() - batch_begin)
-        found = Measurements(found.rows + tuple(rows), here, found.command)
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        found.save(given.output)
-        print(Measurements(tuple(row for row in found.rows if row.subject in batch)), flush=True)
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu.py: needs a CUDA device (UNROLL_TEST_DEVICE=cpu tries it without)")
+    begin, output = time.monotonic(), given.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob("*.jsonl"):
+        old.unlink()
+    (output / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+    due, lines = 0.0, []
+    for name, share, command in parts(given.jobs, output):
+        due += share
+        left = given.minutes * 60 * due - (time.monotonic() - begin)
+        command = [*command, "--minutes", str(left / 60)] if name == "rows" else command
+        ended = run(command, name, output, left)
+        lines += [*(told(name, output) if name != "rows" else table(output)), f"  {name} {ended}"]
+        (output / "summary.txt").write_text("\n".join(lines) + "\n")
+        print(f"{time.monotonic() - begin:4.0f} s: {name} {ended}", flush=True)
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def run_rows(
             rows = rows.to(cast)
             state = state and tuple(s.to(cast) for s in state)
     length, count = (n if has_static_value(n) else None for n in (steps, batch))
-    packed, frozen = bool(sizes or padded), layer.frozen is not None
+    packed, frozen = sizes is not None or padded is not None, layer.frozen is not None
     known = (length, count, packed, rows.device.type)
     at = Situation(recurrence, *known, frozen=frozen, trained=torch.is_grad_enabled())
     plan, loop = layer.plan.resolve(at), None
