@@ -105,7 +105,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw seconds and MB over the steps, for the first subject."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     here = [row for row in rows if row["subject"] == next(iter(SUBJECTS)) and "size" in row]
     for axes, (key, scale, label) in zip(
         figure.subplots(1, 2),
@@ -117,7 +117,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=plan)
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=label, xticks=STEPS, xticklabels=STEPS)
         axes.xaxis.minorticks_off()
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -4,10 +4,10 @@
     python benchmarks/tensorrt_gpu.py --build FOLDER --current  # on the card itself, for its own compute capability
     python benchmarks/tensorrt_gpu.py --run FOLDER              # on the card: needs no network and no ONNX packages
 
-Both sides need PyTorch, this checkout (PYTHONPATH=.) and the same version of TensorRT for RTX. The smallest engine runs
-first; what the library says of a card that it does not know stands in FOLDER/results.json, and the rest is left out. The
-rule for results is that of the GPU tests: at most twice as far from float64 as cuDNN, plus four roundings of the largest
-value in float32, and one in float16 and bfloat16. --build has been run; --run has not.
+Both sides need PyTorch, this checkout (PYTHONPATH=.) and the same version of TensorRT for RTX. The smallest engine
+runs first; what the library says of a card that it does not know stands in FOLDER/results.json, and the rest is left
+out. The rule for results is that of the GPU tests: at most twice as far from float64 as cuDNN, plus four roundings of
+the largest value in float32, and one in float16 and bfloat16. --build has been run; --run has not.
 """
 
 from __future__ import annotations
