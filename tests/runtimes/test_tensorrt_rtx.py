@@ -15,7 +15,6 @@ from torch import nn
 import unroll
 from tests.cases import CHOSEN, PACKED, PLANS, Case
 from tests.onnx import standard
-from tests.runtimes.nodes import node_models
 from unroll import Plan, UnrollError, check
 from unroll.targets.building import build_engine
 
@@ -78,11 +77,12 @@ def test_a_build_that_does_not_end_in_time(path):
         build_engine(path, limit=0.01)
 
 
-def test_a_fault_of_the_library_ends_a_process_of_its_own():
-    ((_, model), *_) = node_models()["RoiAlign"]
-    verdict = check(model, target="tensorrt_rtx", build=True)
-    (said,) = [row.finding for row in verdict.rows if row.operator == "engine"]
-    assert said.startswith("ends the process in which TensorRT for RTX builds (")
+def test_a_builder_that_ends_without_an_answer(path, monkeypatch):
+    """As it does by a fault of the library; here it is another program."""
+    unroll.export_onnx(TWO.model().eval(), TWO.tensors(), path, check=False)
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(UnrollError, match=r"^model: ends the process in which TensorRT for RTX builds \(.*exit code 1"):
+        build_engine(path)
 
 
 @pytest.mark.parametrize("plan", [Plan(directions="stacked"), BLOCKS], ids=str)

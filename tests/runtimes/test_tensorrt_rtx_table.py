@@ -52,8 +52,7 @@ def compared(name, model):
         yield name, sorted({row.finding for row in table}), [r.finding for r in verdict.rows if r.operator == "engine"]
 
 
-# A RoiAlign ends the process.
-@pytest.mark.parametrize("operator", sorted({*node_models()} - {"RoiAlign"}))
+@pytest.mark.parametrize("operator", sorted(node_models()))
 def test_operator(operator):
     assert disagreements(operator) == []
 
