@@ -359,11 +359,11 @@ def test_plans_by_name():
 
 def test_obstacles():
     on_cpu, training = Subject("LSTM"), Subject("LSTM", backward=True)
-    for name, contender in CONTENDERS.items():
+    for contender in CONTENDERS.values():
         assert contender.title
         for plan in contender.plans:
             assert isinstance(Plan.of(plan), Plan)
-        if name not in ("tensorrt", "unrolled-cudagraphs"):
+        if contender.device != "cuda":
             assert obstacle(contender, on_cpu) is None
     assert obstacle(CONTENDERS["unrolled-cpp"], replace(on_cpu, device="cuda")) == "is for a CPU alone"
     assert obstacle(CONTENDERS["onnx-unrolled"], training) == "has no gradients"
@@ -674,7 +674,7 @@ def test_builds_at_the_same_time():
 
 @pytest.mark.heavy
 def test_every_contender_that_this_machine_has():
-    names = [name for name in CONTENDERS if name not in ("compile-allow-rnn", "tensorrt", "unrolled-cudagraphs")]
+    names = [name for name, form in CONTENDERS.items() if name != "compile-allow-rnn" and form.device != "cuda"]
     found = benchmark("GRU", contenders=names, plans=["default"], limit=300.0, **QUICK)
     for row in found.rows:
         assert not row.failure and row.error < 1e-5, row

@@ -264,3 +264,28 @@ def test_layers_of_different_steps_share_weights_by_plan(tmp_path):
 
     done = unroll.export_onnx(Twice().eval(), torch.randn(70, 2, 3), tmp_path / "m.onnx", plan="tensorrt")
     assert done.operators["Scan"] == 1
+
+
+LSTM = Recurrence("LSTM", 8, 512)
+BOTH, THREE = replace(LSTM, bidirectional=True), replace(LSTM, num_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "batch", "chosen"),
+    [
+        (LSTM, 1, "gates=split,products=sums"),
+        (BOTH, 1, "gates=split,products=sums"),
+        (replace(LSTM, hidden_size=2048), 1, None),
+        (LSTM, 2, None),
+        (LSTM, 16, None),
+        (LSTM, None, None),
+        (BOTH, 16, "directions=stacked"),
+        (BOTH, 4, None),
+        (THREE, 64, "layers=wavefront"),
+    ],
+)
+def test_inductor_on_a_gpu(layer, batch, chosen):
+    plan, at = Plan.of("inductor"), Situation(layer, 9, batch, device="cuda")
+    assert str(plan.resolve(at)) == (chosen or "inductor")
+    for other in (replace(at, device="cpu"), replace(at, trained=True), replace(at, packed=True)):
+        assert plan.resolve(other) is plan

@@ -17,6 +17,7 @@ from tests.cases import DROPOUT, PACKED, Case
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, compare
 from unroll.core import rows
+from unroll.graphs import dynamo
 from unroll.graphs.calls import form_of
 
 F64 = torch.float64
@@ -291,3 +292,45 @@ def test_more_lengths_than_dynamo_compiles_for(kind):
         for steps in range(1, 12):
             x = torch.randn(steps, 2, 3)
             torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "fast"}, "is no mode of Inductor; choose one of default, reduce-overhead"),
+        ({"mode": "default", "options": {}}, "is of Inductor, and in place of options"),
+        ({"mode": "default", "backend": "eager"}, "is of Inductor, and in place of options"),
+    ],
+    ids=str,
+)
+def test_modes_that_are_refused(options, message):
+    with pytest.raises(UnrollError, match=message):
+        library.compile(nn.GRU(3, 5), **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_cuda", "mode"),
+    [
+        ({}, True, "reduce-overhead"),
+        ({}, False, None),
+        ({"mode": "default"}, True, "default"),
+        ({"options": {}}, True, None),
+        ({"backend": "eager"}, True, None),
+    ],
+    ids=str,
+)
+def test_cuda_graphs_are_taken_on_a_gpu_alone(asked, on_cuda, mode, monkeypatch):
+    torch.compiler.reset()
+    given = []
+
+    def note(graph, inputs, *, options):
+        given.append(options.get("mode"))
+        return graph.forward
+
+    monkeypatch.setattr(dynamo, "_on_cuda", lambda inputs: on_cuda)
+    monkeypatch.setattr(dynamo, "unroll_backend", note)
+    library.compile(nn.Linear(3, 5), **asked)(torch.zeros(2, 3))
+    assert given == [mode]
