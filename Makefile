@@ -67,9 +67,8 @@ versions:
 # Every runtime, native files too, into benchmarks/results/runtimes.json and docs/runtimes.md. Those below want
 # environments of their own; clang is for tinygrad, node and chromium are for onnxruntime-web.
 MATRIX := .venv-matrix
-APART := tvm iree tinygrad
+APART := tvm tinygrad
 tvm_needs := apache-tvm==0.27.0.post1 onnx==1.23.2 numpy
-iree_needs := iree-base-compiler==3.13.0 iree-base-runtime==3.13.0 onnx==1.19.1 numpy
 tinygrad_needs := tinygrad==0.14.0 onnx==1.23.2 numpy
 RUN_MATRIX = PYTHONPATH=. UNROLL_NODE_MODULES=$(MATRIX)/node_modules $(RUNTIMES)/bin/python benchmarks/runtimes.py
 

@@ -7,7 +7,7 @@
 The model is a fixed filter bank, an LSTM over frames of 16 ms, and a linear layer; it is trained for some seconds on
 sounds that are made here. The word is a low tone and then a high one; the other order, or one tone alone, is none, so
 that only the LSTM's state can tell. The page holds two files of it, one with all steps unrolled and states as named
-inputs and outputs, one with torch's own LSTM operator, and runs both in WebAssembly and, where there is one, on the GPU.
+inputs and outputs, one with torch's own LSTM operator, and runs both in WebAssembly and, where there is one, on a GPU.
 """
 
 from __future__ import annotations

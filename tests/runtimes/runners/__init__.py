@@ -5,7 +5,6 @@ from __future__ import annotations
 from tests.runtimes.runners import (
     browser,
     coreml,
-    iree,
     mnn,
     ncnn,
     onnxruntime,
@@ -38,7 +37,6 @@ RUNTIMES: dict[str, Runtime] = {
     "webgpu": browser.WEBGPU,
     "jsep": browser.JSEP,
     "tvm": tvm.RUNTIME,
-    "iree": iree.RUNTIME,
     "tinygrad": tinygrad.RUNTIME,
 }
 """By the name of the file"""
