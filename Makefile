@@ -58,7 +58,7 @@ $(HEAVY)/ready: pyproject.toml constraints.txt
 	touch $@
 
 test-heavy: $(HEAVY)/ready
-	$(HEAVY)/bin/python -m pytest -rs --durations=5 tests/tools
+	$(HEAVY)/bin/python -m pytest -rs --durations=5 tests/tools tests/test_examples.py -k "tools or private or quantize"
 
 # The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
 versions:

@@ -113,7 +113,7 @@ def test_rows_are_watched():
             "is given to mean, which may mix its rows" in problems(unroll(Mixing()), torch.randn(6, 3, 3), LENGTHS)[0]
         )
         layer, packed = nn.GRU(3, 4), pack_padded_sequence(torch.randn(6, 3, 3), LENGTHS, enforce_sorted=False)
-        assert "export, compile or call unroll(model)" in problems(layer, packed)[0]
+        assert "or with eager=True call it" in problems(layer, packed)[0]
 
 
 def test_only_inside_and_only_in_this_thread():

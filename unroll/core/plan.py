@@ -248,8 +248,8 @@ PRESETS = {
     "tensorrt_rtx": Plan(gates="merged", preset="tensorrt_rtx"),
     # A product for each gate, to be quantized by itself. Not timed; keeps the rules of the target `npu`.
     "npu": Plan(gates="split", runtime="npu"),
-    # What looks for nn.Linear finds all: of the digits' GRU, PT2E's quantizers reach 19 of 19 products and not 1, and
-    # torchao, peft and Opacus all weights; figures of benchmarks/results/quantizers.json, see docs/training.md.
+    # What looks for nn.Linear finds all: of the digits' GRU PT2E's quantizers reach 19 of 19 products and not 1, see
+    # examples/quantize.py; torchao, peft and Opacus all weights, see docs/training.md and tests/tools/.
     "quantize": Plan(products="linear"),
     # Not timed; these give right results for the eleven models of docs/runtimes.md, or for those named there.
     "openvino": Plan(),

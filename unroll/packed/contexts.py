@@ -95,7 +95,9 @@ def keep_padding(
 def refuse_layer(layer: nn.Module, input: PackedSequence, hx: Any) -> Any:
     """Stand in for torch's own layers, which cannot run on padded rows."""
     finding = "is given a packed sequence inside of unroll.packing(), which keeps the padding"
-    raise UnrollError(Problem(type(layer).__name__, finding, "export, compile or call unroll(model)"))
+    raise UnrollError(
+        Problem(type(layer).__name__, finding, "export or compile unroll(model), or with eager=True call it")
+    )
 
 
 @contextmanager
