@@ -195,6 +195,13 @@ def test_functions_that_double():
     assert unroll.unroll(doubling(3, recurrent())).graph.node
     relu = [helper.make_node("Relu", ["x"], ["y"])]
     assert len(unroll.unroll(doubling(24, relu)).functions) == 25  # nothing recurrent is in them
+    beside = doubling(24, relu)
+    beside.graph.node.extend(recurrent())
+    beside.graph.node[-2].input[0] = "y"
+    beside.graph.node[-1].output[0] = "last"
+    beside.graph.output[0].name = "last"
+    with refused("model: would have 16,777,220 nodes and steps"):  # sizes would be inferred through every call
+        unroll.unroll(beside)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

@@ -115,6 +115,32 @@ def moved(y, h):
     return y[-1].movedim(0, 1).mul_(2), h
 
 
+def into_statistics(y, h):
+    last = y[-1].select(-1, 0)
+    return functional.batch_norm(torch.ones(3, last.numel()).to(y), last, y[-1].select(-1, 1), training=True), y, h
+
+
+def into_statistics_of_instances(y, h):
+    last, variance = y[-1].select(-1, 0), y[-1].select(-1, 1)
+    return functional.instance_norm(torch.arange(6.0).expand(1, last.numel(), 6).to(y), last, variance), y, h
+
+
+def into_a_table(y, h):
+    return functional.embedding(torch.zeros(1, dtype=torch.int64), y[-1], max_norm=0.1), h, y
+
+
+def into_a_table_of_bags(y, h):
+    return functional.embedding_bag(torch.zeros(1, 1, dtype=torch.int64), y[-1], max_norm=0.1), h, y
+
+
+def by_init(y, h):
+    return nn.init.constant_(y[-1], 2.0), h, y
+
+
+UNSAID = [into_statistics, into_statistics_of_instances, into_a_table, into_a_table_of_bags, by_init]
+"""Writers of which no schema tells"""
+
+
 def frontends(model, *args):
     """The model unrolled, by the name of the frontend."""
     with torch.no_grad():
@@ -125,11 +151,12 @@ def frontends(model, *args):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("reader", [checkpointed, by_each, remainder, dropped, cast, moved])
+@pytest.mark.parametrize("reader", [checkpointed, by_each, remainder, dropped, cast, moved, *UNSAID])
 def test_writes_of_all_kinds(reader, steps):
     x = torch.randn(steps, 2, 6, dtype=torch.float64)
     model = Written(reader).eval()
-    for _, ours in frontends(model, x):
+    graphs = [("graph", unroll(trace(model), x))] if reader in UNSAID else []
+    for _, ours in [*graphs, *frontends(model, x)]:
         with torch.no_grad():
             compare(model, ours, (x,)).check()
 
@@ -178,6 +205,10 @@ def test_zeros_that_are_written_to_are_no_zeros():
         torch.add(h, context, out=h)
         return h
 
+    def by_statistics(h, context):
+        functional.instance_norm(context.transpose(0, 1).repeat(1, 2, 1), h[0, 0, :2], h[0, 1, :2])
+        return h
+
     class Model(nn.Module):
         def __init__(self, change) -> None:
             super().__init__()
@@ -187,7 +218,7 @@ def test_zeros_that_are_written_to_are_no_zeros():
             return self.rnn(x, self.change(torch.zeros(1, 2, 4, dtype=x.dtype), context))[0]
 
     args = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
-    for change in (by_view, by_function):
+    for change in (by_view, by_function, by_statistics):
         model = Model(change).eval()
         for _, ours in frontends(model, *args):
             with torch.no_grad():

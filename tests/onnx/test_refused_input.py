@@ -138,3 +138,17 @@ def test_states_and_weights_of_known_sizes_cost_nothing(kind):
     assert not names
     constants = {t.name: numpy_helper.to_array(t) for t in known.graph.initializer}
     assert all(array.size < 10 for array in constants.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_of_unknown_rank(kind):
+    inputs = standard.draw(kind, {}, dtype=np.float32, batch=2, size=2)
+    model = standard.model(kind, {}, inputs, known=("W", "R"))
+    given = next(value for value in model.graph.input if value.name == "X")
+    given.type.tensor_type.ClearField("shape")
+    x = inputs["X"]
+    for plan in (None, "time=2"):
+        assert assert_alike(model, plan, inputs)
+        for shape in ((*x.shape[:2], 1, x.shape[2]), (*x.shape, 1), (*x.shape, 2), x.shape[:2]):
+            wrong = np.resize(x, shape)
+            assert not assert_alike(model, plan, inputs | {"X": wrong})

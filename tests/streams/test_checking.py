@@ -101,6 +101,16 @@ def test_what_looks_along_time_is_refused_by_name(name, dtype):
     assert list(streaming(model, x, check=False).initial_state()) == ["rnn.h"]
 
 
+def test_an_example_of_equal_numbers_is_replaced():
+    """Zeros would show nothing, whatever their type."""
+    model = Model(
+        lambda m, x: m.rnn(over_time(m.conv, x.to(torch.float32)))[0], conv=nn.Conv1d(4, 4, 3, padding=1, bias=False)
+    )
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        (refused,) = problems(streaming, model, torch.zeros(2, 8, 4, dtype=dtype))
+        assert refused.startswith("conv: looks 1 step ahead and 1 step back")
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", [name for name in LOOKING if name != "convolution without padding"])
 def test_short_examples_are_repeated(name, steps):

@@ -46,6 +46,12 @@ RETURNS_OPERAND = {
 }
 """Operators of aten that may return an operand's memory although their schemas do not say so"""
 
+STATISTICS = ("running_mean", "running_var")
+"""Arguments that operators write to in training, most of them without a word in their schemas"""
+
+LEAVING = ("backward", "functional", "no_training", "no_update")
+"""Parts of the names of operators that leave them alone"""
+
 IN_PLACE = {f for name, f in vars(operator).items() if name[:3] == "__i" and f"__{name[3:]}" in vars(operator)}
 """Functions of `operator` such as `iadd`"""
 
@@ -134,6 +140,8 @@ def _at(user: fx.Node, place: Place) -> Effect:
     if isinstance(target, HigherOrderOperator):
         inner = _nested(user)
         return _either(map(_of_body, inner)) if inner else ANYTHING
+    if user.op == "call_function" and _unsaid(target) and _writes_unsaid(user, place):
+        return ANYTHING
     if isinstance(target, OpOverload):
         return _of_schemas(target, place)
     if user.op == "call_method":
@@ -150,7 +158,7 @@ def _at(user: fx.Node, place: Place) -> Effect:
         return ANYTHING
     if _schemas(target) or _is_overridable(target):
         found = _of_schemas(target, place)
-        return ANYTHING if _is_inplace(user) and place in (0, "input", "self") else found
+        return ANYTHING if (place == 0 or isinstance(place, str)) and _is_inplace(user) else found
     return ANYTHING
 
 
@@ -178,6 +186,50 @@ def _schemas(target: Any) -> tuple[Any, ...]:
     packet = getattr(torch.ops.aten, target if isinstance(target, str) else target.__name__, None)
     found = [getattr(packet, name)._schema for name in packet.overloads()] if packet is not None else []
     return tuple(schema for schema in found if not any(argument.is_out for argument in schema.arguments))
+
+
+@functools.cache
+def _unsaid(target: Any) -> bool:
+    """Tell whether a function may write to operands of which its schema, or that of its name, does not say so."""
+    name = str(getattr(target, "__name__", target))
+    return not any(part in name for part in LEAVING) and not {*STATISTICS, "max_norm"}.isdisjoint(_names(target))
+
+
+def _writes_unsaid(user: fx.Node, place: Place) -> bool:
+    given, names = _given(user), _names(user.target)
+    name = place if isinstance(place, str) else names[place] if place < len(names) else ""
+    if name in STATISTICS:
+        return not any(given.get(flag) is False for flag in ("train", "training", "use_input_stats"))
+    return name == "weight" and given.get("max_norm") is not None
+
+
+def _names(target: Any) -> list[str]:
+    """Return the names of a function's arguments, none of a function of C++ that has no signature in Python."""
+    if isinstance(target, OpOverload):
+        return [argument.name for argument in target._schema.arguments]
+    signature = _signature(target)
+    return [] if signature is None else list(signature.parameters)
+
+
+@functools.cache
+def _signature(target: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(_signatures().get(target, target))
+    except (TypeError, ValueError):
+        return None
+
+
+def _given(user: fx.Node) -> dict[str, Any]:
+    """Return what a call is given, by name, with what its signature gives by default."""
+    signature = None if isinstance(user.target, OpOverload) else _signature(user.target)
+    try:
+        bound = signature.bind_partial(*user.args, **user.kwargs) if signature else None
+    except TypeError:
+        bound = None
+    if bound is None:
+        return dict(zip(_names(user.target), user.args, strict=False)) | user.kwargs
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _of_method(name: str, place: Place) -> Effect:
@@ -283,11 +335,7 @@ def _is_inplace(user: fx.Node) -> bool:
     target: Any = user.target
     if target.__name__.endswith("_"):
         return True
-    try:
-        given = inspect.signature(_signatures().get(target, target)).bind_partial(*user.args, **user.kwargs)
-    except (TypeError, ValueError):  # a function of C++ without a signature in Python
-        return bool(user.kwargs.get("inplace"))
-    return bool(given.arguments.get("inplace"))
+    return bool(_given(user).get("inplace"))
 
 
 @functools.cache

@@ -72,13 +72,16 @@ class Lowering:
         """Return T and B, each of shape `[1]`: of the running model, where they are not known before."""
         writer = self.writer
         shape = writer.op("Shape", x, dtype=torch.int64, rank=1)
+        ranked = self.call.shape(self.call.given) is not None
+        if not ranked:  # as many numbers in more axes would pass what follows
+            shape = torch.reshape(shape, (self.call.rank,))
 
         def size(axis: int | None) -> Tensorlike:
             if axis is None:
                 return writer.numbers_of([1])
             if known := self.call.known_size(axis):
                 return writer.numbers_of(known)
-            if writer.opset < 15:
+            if writer.opset < 15 or not ranked:
                 return writer.op("Gather", shape, [axis], rank=1)
             attributes = {"start": axis, "end": axis + 1}
             return writer.op("Shape", x, dtype=torch.int64, rank=1, attributes=attributes)

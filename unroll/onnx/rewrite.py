@@ -113,6 +113,7 @@ def read_calls(model: ir.Model, where: Where = None, steps: Steps = None) -> tup
             fix = "give the file as it was before ONNX Runtime's tools rewrote it, or leave the node out by where="
             problems.add(_label(node), f"is recurrent, and ONNX Runtime's own {node.domain}::{node.op_type}", fix)
     if any(_is_open(value) for node in chosen for value in node.inputs[:1]):
+        _check_size(_inlined_size(model, model.functions))  # inference goes through every call of a function
         common.ShapeInferencePass(check_type=False, strict_mode=False).call(model)
     # A shape in the middle of a model may be wrong, and unless all sizes are known nothing checks it in a run.
     fixed = not any(map(_is_open, model.graph.inputs))

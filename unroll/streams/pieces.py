@@ -60,13 +60,16 @@ def lengthened(leaves: Sequence[Any], axes: Sequence[Axis], times: int) -> list[
 
 
 def _varied(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Scale floating-point numbers by random factors, or draw them if all are zero; draw integers among themselves."""
+    """Scale floating-point numbers by random factors, or draw them if all are zero; draw integers among themselves.
+
+    Booleans are drawn if all are false: what holds where nothing is masked may be all that a model takes.
+    """
     shape = value.shape
     if value.is_floating_point():
         zeros = not value.any()
         drawn = (torch.randn if zeros else torch.rand)(shape, generator=generator, dtype=torch.float64).to(value)
         return drawn if zeros else value * (0.5 + drawn)
-    if value.is_complex() or value.dtype is torch.bool or not value.numel():
+    if value.is_complex() or not value.numel() or (value.dtype is torch.bool and bool(value.any())):
         return value
     if bool((value == value.flatten()[0]).all()):
         return torch.randint(0, 2, shape, generator=generator).to(value)
