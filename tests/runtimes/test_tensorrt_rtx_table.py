@@ -6,6 +6,7 @@ import pytest
 
 from tests.runtimes.nodes import TYPES, in_type, node_models
 from unroll import check
+from unroll.targets import building, engines
 from unroll.targets.tables import read_target
 
 pytest.importorskip("tensorrt_rtx_bindings")
@@ -53,7 +54,10 @@ def compared(name, model):
 
 
 @pytest.mark.parametrize("operator", sorted(node_models()))
-def test_operator(operator):
+def test_operator(operator, monkeypatch):
+    if operator != "RoiAlign":  # which ends the process after many others
+        # two thousand models of one node, each built in less time than a process takes to start
+        monkeypatch.setattr(building, "run_apart", lambda given, limit: engines.answer(given))
     assert disagreements(operator) == []
 
 

@@ -96,7 +96,7 @@ def build_engine(
             save(read, path := Path(folder) / "model.onnx")
         given = {"path": os.fspath(path), "shapes": dict(shapes or {}), "capabilities": list(capabilities)}
         given |= {"engine": os.fspath(engine := Path(folder) / "model.engine"), "double": _double(read.graph)}
-        found = _run(given, limit)
+        found = run_apart(given, limit)
         if refused := found.get("refused"):
             raise UnrollError(*(Problem(*told) for told in refused))
         data = engine.read_bytes()
@@ -114,8 +114,12 @@ def require_bindings() -> None:
     require(BINDINGS, fix=fix)
 
 
-def _run(given: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Run `engines` in a process of its own, and return its answer."""
+def run_apart(given: dict[str, Any], limit: float) -> dict[str, Any]:
+    """Return the `answer` of `engines`, from a process of its own.
+
+    Raises:
+        UnrollError: if it does not end in time, or ends without an answer.
+    """
     # -P: of the folder of that file nothing is to be imported
     command = [sys.executable, "-P", os.fspath(Path(__file__).with_name("engines.py"))]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -145,9 +145,13 @@ def _short(said: str) -> str:
     return " ".join(said.split()).rstrip(".:")
 
 
-if __name__ == "__main__":
+def answer(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what `build` does with these arguments; `refused` has the reasons why there is no engine."""
     try:
-        answer: dict[str, Any] = build(**json.load(sys.stdin))
+        return build(**given)
     except Refused as error:
-        answer = {"refused": error.args}
-    print(json.dumps(answer))
+        return {"refused": error.args}
+
+
+if __name__ == "__main__":
+    print(json.dumps(answer(json.load(sys.stdin))))
