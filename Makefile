@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-heavy matrix versions gpu bench plots format clean
+.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy matrix versions gpu bench plots format clean
 
 setup: .venv/ready
 
@@ -46,6 +46,22 @@ $(RUNTIMES)/ready: pyproject.toml constraints.txt Makefile
 
 test-runtimes: $(RUNTIMES)/ready
 	$(RUNTIMES)/bin/python -m pytest -m runtimes -rs --durations=5 tests/runtimes
+
+# Torch-TensorRT on TensorRT for RTX, in an environment of its own, as it wants a CUDA build of PyTorch: 3 GB. Needs no
+# GPU, and stops where a driver is needed. === takes no CPU build, and --no-deps another release of TensorRT for RTX.
+TORCH_TENSORRT := .venv-torch-tensorrt
+TORCH := 2.13.0
+
+$(TORCH_TENSORRT)/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(TORCH_TENSORRT)
+	$(TORCH_TENSORRT)/bin/pip install -q "pip>=25.1"
+	$(TORCH_TENSORRT)/bin/pip install -q torch===$(TORCH) "pytest>=9" "pytest-timeout>=2.4" dllist packaging psutil -e ".[onnx]"
+	$(TORCH_TENSORRT)/bin/pip install -q --no-deps torch-tensorrt-rtx==$(TORCH) \
+		tensorrt-rtx-cu13-bindings==$(TENSORRT_RTX) tensorrt-rtx-cu13-libs==$(TENSORRT_RTX)
+	touch $@
+
+test-torch-tensorrt: $(TORCH_TENSORRT)/ready
+	$(TORCH_TENSORRT)/bin/python -m pytest -rs --durations=5 tests/runtimes/test_torch_tensorrt.py
 
 # Quantizers, adapters and private training on unrolled layers, in an environment of their own: the group `heavy`.
 HEAVY := .venv-heavy
@@ -112,4 +128,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(RUNTIMES) $(HEAVY) $(MATRIX) .versions
+	rm -rf .venv $(RUNTIMES) $(TORCH_TENSORRT) $(HEAVY) $(MATRIX) .versions
