@@ -40,6 +40,18 @@ def table(saved: dict[str, Any]) -> list[str]:
     return lines
 
 
+def products(saved: dict[str, Any]) -> list[str]:
+    """Return a line for each quantizer and file: how many of its products are of eight bits."""
+    rows = [row for row in saved["rows"] if RUNTIMES[row["runtime"]].products]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"| products of eight bits | file | {' | '.join(models)} |", "|---" * (len(models) + 2) + "|"]
+    for name, file in dict.fromkeys((row["runtime"], row["file"]) for row in rows):
+        mine = {row["model"]: row for row in rows if (row["runtime"], row["file"]) == (name, file)}
+        told = [f"{r['int8']} of {r['products']}" if "int8" in (r := mine[model]) else "" for model in models]
+        lines.append(f"| {name} | `{file}` | {' | '.join(told)} |")
+    return lines
+
+
 def notes(saved: dict[str, Any]) -> list[str]:
     """Return a line for each cell of a preset that is not right; one without a reason is an error."""
     lines = []
@@ -55,7 +67,7 @@ def page(text: str, saved: dict[str, Any]) -> str:
     """Return the page with its tables drawn anew."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return before + BEGIN + "\n".join([*table(saved), "", *notes(saved), ""]) + END + after
+    return before + BEGIN + "\n".join([*table(saved), "", *notes(saved), "", *products(saved), ""]) + END + after
 
 
 def draw() -> None:

@@ -76,6 +76,8 @@ RUNTIME = Runtime(
             "pnnx leaves comparisons of the lengths, `torch.gt`, which ncnn does not know",
             "the padded batch without lengths, whose valid steps are the same in layers that run forwards",
         ),
-        "open length": Missing("pnnx does not read loops, `Scan` nor `Loop`", "a file for each length"),
+        "open length": Missing(
+            "pnnx does not read a `Scan` that takes weights from the graph around it", "a file for each length"
+        ),
     },
 )

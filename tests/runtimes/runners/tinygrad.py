@@ -28,7 +28,7 @@ RUNTIME = Runtime(
     "tinygrad",
     load,
     missing={
-        "open length": Missing("there is no `Scan`, nor `Loop`", "a file for each length"),
+        "open length": Missing("there is no `Scan`", "a file for each length"),
         "open batch": Missing("an open size is that of the first run from then on", "loading the file for each size"),
     },
     apart=True,

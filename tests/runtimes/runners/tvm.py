@@ -30,6 +30,6 @@ RUNTIME = Runtime(
     "tvm",
     "apache-tvm",
     load,
-    missing={"open length": Missing("there is no `Scan`, nor `Loop`", "a file for each length")},
+    missing={"open length": Missing("there is no `Scan`", "a file for each length")},
     apart=True,
 )
