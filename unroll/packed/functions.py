@@ -189,7 +189,8 @@ class PaddedFunctions:
         mask = sizes.mask.reshape(-1, *[1] * len(features))
         padding = data.new_full((), padding_value)  # a number would make floats of integers
         # unmarked for this use alone: the model may have others
-        result = torch.where(mask, unmark(data), padding).unflatten(0, (steps, sizes.count))
+        # torch's function, not the tensor's method, whose code Dynamo cannot read under a mode
+        result = torch.unflatten(torch.where(mask, unmark(data), padding), 0, (steps, sizes.count))
         mark(data)
         if total_length is None and torch.jit.is_tracing():  # which would keep a number as it is now
             result = result[: lengths.max()]
