@@ -45,11 +45,7 @@ def check_arguments(
     Raises:
         UnrollError: with every mismatch found.
     """
-    if getattr(input, "is_nested", False):
-        fix = "pad it (torch.nested.to_padded_tensor) and pack that with its lengths (pack_padded_sequence)"
-        raise UnrollError(Problem(f"{place}: input", "is a nested tensor, of rows of several lengths", fix))
-    if not hasattr(input, "shape"):
-        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
+    _check_kind(place, input)
     problems: list[Problem] = []
     shape = tuple(input.shape)
 
@@ -107,6 +103,15 @@ def check_arguments(
             expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", fix)
     if problems:
         raise UnrollError(*problems)
+
+
+def _check_kind(place: str, input: Any) -> None:
+    """Refuse what has no shape, or not one for all rows."""
+    if getattr(input, "is_nested", False):
+        fix = "pad it (torch.nested.to_padded_tensor) and pack that with its lengths (pack_padded_sequence)"
+        raise UnrollError(Problem(f"{place}: input", "is a nested tensor, of rows of several lengths", fix))
+    if not hasattr(input, "shape"):
+        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
 
 
 def as_args(args: Any) -> tuple[Any, ...]:
