@@ -300,7 +300,7 @@ def test_more_lengths_than_dynamo_compiles_for(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "fast"}, "is no mode of Inductor; choose one of default, reduce-overhead"),
+        ({"mode": "fast"}, "is no mode of Inductor; choose one of default, .*reduce-overhead"),
         ({"mode": "default", "options": {}}, "is of Inductor, and in place of options"),
         ({"mode": "default", "backend": "eager"}, "is of Inductor, and in place of options"),
     ],

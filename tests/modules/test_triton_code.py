@@ -56,10 +56,8 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     # the addend of a GRU's product is its bias, which cuBLAS adds in the product's own launch
     "GRU": ({"kind": "GRU"}, {"addmm": 1, "triton": 1}, 13),
     "RNN": ({"kind": "RNN"}, FUSED, 11),
-    "float32": ({"kind": "LSTM", "dtype": "float32"}, FUSED, 13),
     "one": ({"kind": "LSTM", "batch": 1, "plan": "inductor"}, ONE, 13),
     "one, GRU": ({"kind": "GRU", "batch": 1, "plan": "inductor"}, ONE, 13),
-    "one, RNN": ({"kind": "RNN", "batch": 1, "plan": "inductor"}, ONE, 13),
 }
 """For each form what is asked for, the launches of a step, and the kernels that differ at any number of steps"""
 
