@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unroll.bench.cuda_graphs import captured, checked
 from unroll.bench.subjects import Subject, Task, tensors
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
@@ -103,23 +104,7 @@ def _compile(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def _eager_cudagraph(task: Task, plan: Plan, folder: Path) -> Built:
-    """Capture a call of the model as it is in a CUDA graph."""
-    run = task.runner(task.model)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return Built(replay)
+    return Built(captured(task.runner(task.model)))
 
 
 def _compile_allow_rnn(task: Task, plan: Plan, folder: Path) -> Built:
@@ -154,17 +139,7 @@ def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def _in_cuda_graphs(built: Built) -> Built:
-    """Return the same, each call by itself, and refused if it uses no CUDA graphs."""
-    from torch._dynamo.utils import counters
-
-    def checked() -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
-        result = built.run()
-        if counters["inductor"]["cudagraph_skips"]:
-            raise UnrollError(Problem("torch.compile", "used no CUDA graphs", "see its log for the reason"))
-        return result
-
-    return Built(checked, built.graphs)
+    return Built(checked(built.run), built.graphs)
 
 
 def _unrolled_aoti(task: Task, plan: Plan, folder: Path) -> Built:
