@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def _allow_rnn_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
     from torch._dynamo import config
 
     config.allow_rnn = True
-    return _in_cuda_graphs(_compiled(task, task.model, mode="reduce-overhead"))
+    built = _compiled(task, task.model, mode="reduce-overhead")
+    return replace(built, run=checked(built.run))
 
 
 def _unrolled(task: Task, plan: Plan) -> Any:
@@ -135,11 +136,8 @@ def _unrolled_cpp(task: Task, plan: Plan, folder: Path) -> Built:
 
 
 def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
-    return _in_cuda_graphs(_compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead"))
-
-
-def _in_cuda_graphs(built: Built) -> Built:
-    return Built(checked(built.run), built.graphs)
+    built = _compiled(task, _unrolled(task, plan), fullgraph=True, mode="reduce-overhead")
+    return replace(built, run=checked(built.run))
 
 
 def _unrolled_aoti(task: Task, plan: Plan, folder: Path) -> Built:
