@@ -78,7 +78,7 @@ def test_recompute(frontend):
     said = refusal(lambda: FRONTENDS[frontend](model, Plan(recompute=2), x)(x))
     assert (said is None) == honoured, said
     if not honoured:
-        assert "has no backward pass of its own" in said
+        assert "is about the backward pass of a module" in said
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
@@ -105,7 +105,7 @@ def test_record_of_blocks():
 
 def test_files_refuse_recompute(tmp_path):
     said = refusal(lambda: export_onnx(Model().eval(), torch.randn(4, 2, 3), tmp_path / "m.onnx", plan="recompute=2"))
-    assert "has no backward pass of its own" in said
+    assert "is about the backward pass of a module" in said
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(time=2), Plan(recompute=2), Plan(products="linear")], ids=str)

@@ -180,11 +180,11 @@ def test_what_has_no_backward_pass_refuses(tmp_path):
         lambda: torch.jit.script(unroll(model, plan=plan)),
         lambda: decompositions(plan),
     ):
-        assert any("has no backward pass of its own" in problem for problem in problems(function))
+        assert any("is about the backward pass of a module" in problem for problem in problems(function))
     torch.compiler.reset()
-    with pytest.raises(Exception, match="has no backward pass of its own"):
+    with pytest.raises(Exception, match="is about the backward pass of a module"):
         compile(model, plan=plan)(x)
-    with pytest.raises(UnrollError, match="has no backward pass of its own"):
+    with pytest.raises(UnrollError, match="is about the backward pass of a module"):
         export_onnx(model.eval(), x, tmp_path / "model.onnx", plan=plan)
     # without gradients there is nothing to compute anew
     with torch.no_grad():

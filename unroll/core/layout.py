@@ -49,7 +49,7 @@ def lay_out(
         UnrollError: for a plan that a target to be written cannot honour.
     """
     if isinstance(target, Writer):
-        plan.refuse_recompute(target.layer)
+        plan.refuse_training(target.layer)
     precision = precision_of(dtype)
     passes = []
     for k, w in enumerate(weights):

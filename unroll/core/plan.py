@@ -157,17 +157,6 @@ class Plan:
                 found.append(Problem(f"Plan({other}=...)", finding, f"choose {value!r}, or {choice}={default!r}"))
         return found
 
-    def refuse_recompute(self, place: str) -> None:
-        """Refuse to write a layer into what has no backward pass of its own.
-
-        Raises:
-            UnrollError: if steps are to be computed anew in the backward pass.
-        """
-        if self.recompute != "nothing":
-            finding = f"is written into a graph with {self}, and a graph has no backward pass of its own"
-            fix = "leave recompute out, or train the module: unroll(module, plan=...), torch.compile of it"
-            raise UnrollError(Problem(place, finding, fix))
-
     def __str__(self) -> str:
         """Return the choices that are not the default's, as `of` reads them; of a preset with rules the name."""
         if self == PRESETS.get(self.preset):
@@ -175,20 +164,22 @@ class Plan:
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(chosen) or "default"
 
-    def check_stepwise(self, place: str) -> None:
-        """Refuse joined gradients for what only modules can give them.
+    def refuse_training(self, place: str) -> None:
+        """Refuse to write a layer into a graph with choices about its backward pass, which only modules have.
 
         Raises:
-            UnrollError: if they are asked for.
+            UnrollError: if there are any.
 
         Example:
-            >>> Plan(gradients="joined").check_stepwise("model.onnx")
+            >>> Plan(gradients="joined").refuse_training("model.onnx")
             Traceback (most recent call last):
-            unroll.core.errors.UnrollError: model.onnx: cannot join gradients, gradients='joined'...
+            unroll.core.errors.UnrollError: model.onnx: cannot be written with gradients='joined', which is about the...
         """
-        if self.gradients == "joined":
-            fix = "train unroll(module, plan=...), compiled or not, or leave gradients='auto'"
-            raise UnrollError(Problem(place, "cannot join gradients, gradients='joined', in what is written", fix))
+        for choice in ("recompute", "gradients"):
+            if (given := getattr(self, choice)) not in ("nothing", "auto", "stepwise"):
+                finding = f"cannot be written with {choice}={given!r}, which is about the backward pass of a module"
+                fix = f"train unroll(module, plan=...), compiled or not, or leave {choice} out"
+                raise UnrollError(Problem(place, finding, fix))
 
     @property
     def layout(self) -> str:

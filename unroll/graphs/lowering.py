@@ -50,7 +50,7 @@ class Lowering(Generic[AnyCall]):
 
     def __init__(self, call: AnyCall, writer: GraphWriter, known: Metadata, steps: Any) -> None:
         self.call, self.writer, self.known, self.name = call, writer, known, call.name
-        self.plan.check_stepwise(self.name)
+        self.plan.refuse_training(self.name)
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Nodes that are gone, and those that now hold their values"""
         shape = known[call.input].shape if call.input in known else None

@@ -130,11 +130,10 @@ def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., An
     """
     operators = {target: form for target, form in FUNCTIONS.items() if isinstance(target, torch._ops.OpOverload)}
     plan = Plan.of(plan)
-    plan.refuse_recompute("decompositions(plan=...)")
+    plan.refuse_training("decompositions(plan=...)")
     if plan.block:
         fix = "export unroll(module, plan=...) in place of decomposing, or leave time='explicit'"
         raise UnrollError(Problem("decompositions(plan=...)", f"cannot make blocks, time={plan.time}", fix))
-    plan.check_stepwise("decompositions(plan=...)")
     return {target: partial(_decomposed, *form, plan) for target, form in operators.items()}
 
 

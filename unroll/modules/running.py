@@ -139,7 +139,7 @@ def _recomputed(layer: Layer, given: list[Tensor]) -> int | None:
     if torch.compiler.is_dynamo_compiling() and not loops.is_exporting():
         return block
     if loops.is_written(given[0]):
-        layer.plan.refuse_recompute(layer.place)
+        layer.plan.refuse_training(layer.place)
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # pyright: ignore[reportAttributeAccessIssue]
         finding = f"is given to torch.func's gradients with {layer.plan}, and torch.utils.checkpoint knows none of them"
         raise UnrollError(Problem(layer.place, finding, "leave recompute out: unroll(model, plan=Plan())"))
@@ -202,7 +202,7 @@ def _joins(layer: Layer, rows: Tensor, *, promoting: bool) -> bool:
     written = loops.is_written(rows) and (loops.is_exporting() or not torch.compiler.is_dynamo_compiling())
     if plan.gradients == "joined":
         if written:
-            plan.check_stepwise(layer.place)
+            plan.refuse_training(layer.place)
         if promoting:
             finding = "joins gradients under autocast, where the type of its state changes after the first step"
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave gradients='auto'"))

@@ -70,7 +70,7 @@ def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None =
     """Unroll a model in place, and return it."""
     asked = None if plan is None else Plan.of(plan)
     if asked is not None:
-        asked.check_stepwise("plan=...")
+        asked.refuse_training("plan=...")
     calls, problems = read_calls(model, where, steps)
     for call in calls:
         if call.plan is not None and asked is not None and replace(asked, runtime=call.plan.runtime) != call.plan:

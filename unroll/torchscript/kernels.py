@@ -79,7 +79,7 @@ def kernel(
     takes the batch sizes after the weights. What was compiled stays, as all that `torch.jit.script` compiles: traces
     point to it.
     """
-    plan.check_stepwise(place)
+    plan.refuse_training(place)
     graph = torch._C.Graph()
     tensors = torch._C.ListType(TENSOR)
     kinds = {"input": TENSOR, "state": tensors, "weights": tensors}

@@ -48,7 +48,7 @@ def unroll_script(module: Any, args: Any = None, *, where: Where = None, plan: P
     _share(module, copied)
     calls = find_calls(copied)
     picked = _picked(where, calls, copied)
-    plan.check_stepwise("plan=...")
+    plan.refuse_training("plan=...")
     noted = None if args is None else _run_and_observe(copied, args)
     stepping = [calls[number] for number in picked if not calls[number].is_cell]
     jobs: list[Any] = []  # all are read, and all problems found, before anything is rewritten
