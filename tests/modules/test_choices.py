@@ -71,14 +71,15 @@ def refusal(function):
     return None
 
 
+@pytest.mark.parametrize("plan", [Plan(recompute=2), Plan(gradients="joined")], ids=str)
 @pytest.mark.parametrize("frontend", FRONTENDS)
-def test_recompute(frontend):
+def test_choices_about_the_backward_pass(frontend, plan):
     model, x = Model(), torch.randn(4, 2, 3)
-    honoured = frontend in ("module", "compiled module", "streaming")
-    said = refusal(lambda: FRONTENDS[frontend](model, Plan(recompute=2), x)(x))
+    honoured = frontend in ("module", "compiled module", "unroll.compile", "streaming")
+    said = refusal(lambda: FRONTENDS[frontend](model, plan, x)(x))
     assert (said is None) == honoured, said
     if not honoured:
-        assert "is about the backward pass of a module" in said
+        assert "of the backward pass of a module" in said
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
@@ -103,9 +104,10 @@ def test_record_of_blocks():
     assert_same(gates["rnn.l0.h"], output, rtol=1e-6)
 
 
-def test_files_refuse_recompute(tmp_path):
-    said = refusal(lambda: export_onnx(Model().eval(), torch.randn(4, 2, 3), tmp_path / "m.onnx", plan="recompute=2"))
-    assert "is about the backward pass of a module" in said
+@pytest.mark.parametrize("plan", ["recompute=2", "gradients=joined"])
+def test_files_refuse_them(plan, tmp_path):
+    said = refusal(lambda: export_onnx(Model().eval(), torch.randn(4, 2, 3), tmp_path / "m.onnx", plan=plan))
+    assert "of the backward pass of a module" in said
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(time=2), Plan(recompute=2), Plan(products="linear")], ids=str)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.cases import CHOSEN, PACKED, flat
 from tests.checks import assert_same, problems
-from unroll import Plan, UnrollError, compile, decompositions, export_onnx, packing, trace, unroll
+from unroll import Plan, UnrollError, decompositions, export_onnx, packing, trace, unroll
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -180,11 +180,8 @@ def test_what_has_no_backward_pass_refuses(tmp_path):
         lambda: torch.jit.script(unroll(model, plan=plan)),
         lambda: decompositions(plan),
     ):
-        assert any("is about the backward pass of a module" in problem for problem in problems(function))
-    torch.compiler.reset()
-    with pytest.raises(Exception, match="is about the backward pass of a module"):
-        compile(model, plan=plan)(x)
-    with pytest.raises(UnrollError, match="is about the backward pass of a module"):
+        assert any("of the backward pass of a module" in problem for problem in problems(function))
+    with pytest.raises(UnrollError, match="of the backward pass of a module"):
         export_onnx(model.eval(), x, tmp_path / "model.onnx", plan=plan)
     # without gradients there is nothing to compute anew
     with torch.no_grad():

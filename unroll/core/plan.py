@@ -173,13 +173,18 @@ class Plan:
         Example:
             >>> Plan(gradients="joined").refuse_training("model.onnx")
             Traceback (most recent call last):
-            unroll.core.errors.UnrollError: model.onnx: cannot be written with gradients='joined', which is about the...
+            unroll.core.errors.UnrollError: model.onnx: cannot be written with gradients='joined', of the...
         """
-        for choice in ("recompute", "gradients"):
-            if (given := getattr(self, choice)) not in ("nothing", "auto", "stepwise"):
-                finding = f"cannot be written with {choice}={given!r}, which is about the backward pass of a module"
-                fix = f"train unroll(module, plan=...), compiled or not, or leave {choice} out"
-                raise UnrollError(Problem(place, finding, fix))
+        for choice in self.of_modules:
+            finding = f"cannot be written with {choice}={getattr(self, choice)!r}, of the backward pass of a module"
+            fix = f"train unroll(module, plan=...), compiled or not, or leave {choice} out"
+            raise UnrollError(Problem(place, finding, fix))
+
+    @property
+    def of_modules(self) -> list[str]:
+        """The choices about the backward pass that only modules honour."""
+        chosen = {"recompute": self.recompute != "nothing", "gradients": self.gradients == "joined"}
+        return [choice for choice, asked in chosen.items() if asked]
 
     @property
     def layout(self) -> str:

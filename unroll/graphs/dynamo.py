@@ -150,7 +150,7 @@ def compile(
     if isinstance(model, nn.Module):
         names = [name for name, layer in model.named_modules(remove_duplicate=False) if is_recurrent(layer)]
         unknown_names(where, names).check()
-        if plan.block or plan.gradients == "joined":  # of a module's own steps; a graph has neither
+        if plan.block or plan.of_modules:  # of a module's own steps; a graph has none of it
             model = replace(model, plan, where, limit=most)
     return _context(ours, fullgraph=fullgraph, dynamic=dynamic)(model)
 
