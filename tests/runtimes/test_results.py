@@ -12,7 +12,7 @@ from tests.runtimes.runners.runtime import difference
 
 RECURRENT = {"lstm", "gru", "rnn"}
 
-pytestmark = pytest.mark.runtimes
+pytestmark = [pytest.mark.runtimes, pytest.mark.filterwarnings("ignore")]  # those of the runtimes are theirs
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
