@@ -76,7 +76,7 @@ def keeping_plans(model: nn.Module, args: Any, target: str, options: Mapping[str
 
     Example:
         >>> keeping_plans(nn.LSTM(3, 4).eval(), torch.zeros(3, 1, 3), "webnn")
-        ['npu', 'quantize', 'products=sums']
+        ['npu', 'quantize', 'ncnn', 'webnn', 'products=sums']
     """
     plans = {Plan.of(name): name for name in reversed(TRIED)}  # of several names the first
     found = []
