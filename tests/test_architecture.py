@@ -23,8 +23,15 @@ FLOORS = [part.split() for part in LAYOUT.split("|")]
 
 # Who may ask `core.patching` to change torch.
 PATCHING = {
-    "patched": {"packed.contexts", "packed.guard", "graphs.tracing", "export.translate"},
-    "alone": {
+    ("core.patching", "patched"): {
+        "core.alone",
+        "packed.contexts",
+        "packed.guard",
+        "graphs.tracing",
+        "export.translate",
+    },
+    ("core.alone", "alone"): {
+        "packed.contexts",
         "export.tracing",
         "packed.guard",
         "graphs.tracing",
@@ -115,10 +122,11 @@ def test_no_module_is_called_as_a_public_function():
     assert {name.rpartition(".")[2] for name in NAMES} & functions == set()
 
 
-@pytest.mark.parametrize("context", PATCHING)
+@pytest.mark.parametrize("context", PATCHING, ids=".".join)
 def test_few_files_may_change_torch(context):
     """That nobody else does is seen by what happens, in `core/test_patching.py`."""
-    users = {name_of(file) for file in FILES if ("unroll.core.patching", context) in imported(file)}
+    module, name = context
+    users = {name_of(file) for file in FILES if (f"unroll.{module}", name) in imported(file)}
     assert users == PATCHING[context]
 
 

@@ -20,8 +20,10 @@ from torch.nn.utils import rnn
 
 import unroll as library
 from unroll import Stream, Unrolled, UnrollError, compare, export_onnx, packing, streaming, trace, unroll
-from unroll.core.patching import Local, alone, original, patched, seeded, without_gc, without_warnings
+from unroll.core.alone import alone
+from unroll.core.patching import Local, original, patched, seeded, without_gc, without_warnings
 from unroll.export.translate import LOGGERS
+from unroll.graphs.calls import ModuleCall
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell, rnn.PackedSequence, OutputGraph)
 
@@ -190,7 +192,7 @@ def stop(*args, **kwargs):
 
 @contextmanager
 def meanwhile(work):
-    """Run something again and again in another thread."""
+    """Run something again and again in another thread, until it fails."""
     over, errors = threading.Event(), []
 
     def again():
@@ -204,24 +206,30 @@ def meanwhile(work):
     thread = threading.Thread(target=again)
     thread.start()
     try:
-        yield
+        yield thread
     finally:
         over.set()
         thread.join()
-    if errors:
-        raise errors[0]
+        if errors:
+            raise errors[0]
 
 
-def users():
-    """Ways to use a model, each with its right result."""
+def users(compiled=None):
+    """Ways to use a model, each with its right result; what Dynamo compiles of these is listed in `compiled`."""
+
+    def backend(graph, args):
+        if compiled is not None:
+            compiled.append(graph)
+        return graph
+
     packer = a_packer()
     models = {
         "eager": unroll(nn.GRU(3, 4)).eval(),
         "in a sequence": unroll(a_model()),
         "in blocks": unroll(nn.GRU(3, 4), plan="time=2").eval(),
         "frozen": unroll(a_model(), freeze=True),
-        "compiled": torch.compile(unroll(a_model()), backend="eager"),
-        "compiled as it is": library.compile(a_model(), backend="eager"),
+        "compiled": torch.compile(unroll(a_model()), backend=backend),
+        "compiled as it is": library.compile(a_model(), backend=backend),
     }
     unrolled, states = unroll(packer), Stream(streaming(a_model(), X))
 
@@ -237,15 +245,69 @@ def users():
     }
 
 
+IN_THE_MIDDLE = []  # not an attribute, which `unroll` would copy with all that it holds
+
+
+class Holding(Packer):
+    """Before its layer, runs the last of `IN_THE_MIDDLE` in another thread."""
+
+    def forward(self, x, lengths):
+        thread = threading.Thread(target=IN_THE_MIDDLE[-1], daemon=True)
+        thread.start()
+        thread.join(60)
+        return super().forward(x, lengths)
+
+
+def trace_it(model, folder):
+    trace(model)
+
+
+def export_it(model, folder):
+    export_onnx(model, (X, LENGTHS), folder / "model.onnx")
+
+
+def export_it_in_packing(model, folder):
+    with packing():
+        torch.export.export(unroll(model), (X, LENGTHS))
+
+
+@pytest.mark.parametrize("work", [trace_it, export_it, export_it_in_packing], ids=lambda work: work.__name__)
+def test_in_the_middle_of_a_trace_other_threads_compute_and_compile_nothing(work, tmp_path):
+    torch._dynamo.reset()
+    compiled, found = [], []
+    with torch.no_grad():
+        uses = users(compiled)
+        right = {name: use() for name, use in uses.items()}
+    graphs, traced = len(compiled), trace(a_model())
+    calls = [ModuleCall(node, traced.get_submodule(node.target)) for node in traced.graph.find_nodes(op="call_module")]
+
+    def use():
+        with torch.no_grad():
+            try:
+                found.append([name for name, use in uses.items() if not torch.allclose(use(), right[name], atol=1e-6)])
+                found.append([call for call in calls if call.has_own_forward])
+            except Exception as error:
+                found.append(error)
+
+    IN_THE_MIDDLE.append(use)
+    try:
+        work(Holding().eval(), tmp_path)
+    finally:
+        IN_THE_MIDDLE.pop()
+    assert found and not any(found) and len(compiled) == graphs
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.__name__)
 def test_meanwhile_other_threads_get_what_is_right(work, tmp_path):
     work(tmp_path)  # what is made but once is there
     torch._dynamo.reset()
+    compiled = []
     with torch.no_grad():
-        uses = users()
+        uses = users(compiled)
         right = {name: use() for name, use in uses.items()}
         right = {name: use() for name, use in uses.items()}
+    graphs = len(compiled)
     our_classes = [f"{kind.__name__}." for kind in subclasses(Unrolled)]
     before, calls = photograph(), []
 
@@ -260,9 +322,10 @@ def test_meanwhile_other_threads_get_what_is_right(work, tmp_path):
     keep = work not in (compile_and_call, compile_in_packing)  # which forget what was compiled
     if not keep:
         uses = {name: use for name, use in uses.items() if not name.startswith("compiled")}
-    with meanwhile(use):
-        while len(calls) < 3:
+    with meanwhile(use) as thread:
+        while len(calls) < 3 and thread.is_alive():
             work(tmp_path)
+    assert len(compiled) == graphs
 
 
 def test_contexts_may_be_left_in_any_order():
@@ -334,13 +397,18 @@ class Owner:
         return "before"
 
 
+class Inheriting(Owner):
+    pass
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (1, 0, 2)])
 def test_patches_in_any_order(order):
     entry = vars(Owner)["function"]
     contexts = [patched(Owner, value=10 + k, function=lambda k=k: k, new=k) for k in range(3)]
     for context in contexts:
         context.__enter__()
-    assert (Owner.value, original(Owner, "value")) == (12, 1)
+    assert (Inheriting.value, original(Owner, "value"), original(Inheriting, "value")) == (12, 1, 1)
+    assert original(Inheriting, "function") is entry
     left = [0, 1, 2]
     for k in order:
         contexts[k].__exit__(None, None, None)

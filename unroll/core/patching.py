@@ -6,22 +6,19 @@ Nothing else in this library may do so. What a thread alone must know, it keeps 
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib
 import inspect
 import re
 import sys
 import threading
 import traceback as stack
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch.fx import _symbolic_trace, traceback
 
 from unroll.core.errors import Problem, UnrollError
 
@@ -32,8 +29,6 @@ ABSENT = object()
 
 _LOCK = threading.RLock()
 """The lock held while an attribute is exchanged, and never while waiting for anything"""
-
-_ALONE = threading.RLock()
 
 _STACKS: dict[tuple[int, str], tuple[Any, list[list[Any]]]] = {}
 """For an owner and attribute: the owner, and what its attribute was before and has been made since, the last on top"""
@@ -87,11 +82,16 @@ def _leave(owner: Any, name: str, layer: list[Any]) -> None:
 
 
 def original(owner: Any, name: str) -> Any:
-    """Return an attribute as it is without any `patched`."""
+    """Return an attribute as it is without any `patched`, also where a class inherits it from one that is patched.
+
+    Of a class it is returned as in its namespace.
+    """
     with _LOCK:
-        _, stack = _STACKS.get((id(owner), name), (owner, [[ABSENT]]))
-        value = stack[0][0]
-    return getattr(owner, name) if value is ABSENT else value
+        for holder in owner.__mro__ if isinstance(owner, type) else (owner,):
+            _, stack = _STACKS.get((id(holder), name), (holder, [[getattr(holder, "__dict__", {}).get(name, ABSENT)]]))
+            if (value := stack[0][0]) is not ABSENT:
+                return value
+        return getattr(owner, name)
 
 
 def _own(owner: Any, name: str) -> Any:
@@ -110,74 +110,6 @@ def _write(owner: Any, name: str, value: Any) -> None:
         kind.__delattr__(owner, name)
     else:
         kind.__setattr__(owner, name, value)
-
-
-@contextmanager
-def alone(*, exports: bool = False) -> Iterator[None]:
-    """Wait until no other thread is in here or inside of Dynamo, and keep them out while this lasts.
-
-    For what torch itself cannot do in two threads at once: to trace, to export and to compile. Models that run in
-    other threads meanwhile are not traced.
-
-    Args:
-        exports: `torch.export` is to run. Compiled models of other threads then annotate nothing, as they would do in
-            metadata that all threads share.
-    """
-    with ExitStack() as stack:
-        if exports:  # which loads it anyway; it must see `annotate` as it is
-            importlib.import_module("torch._dynamo.convert_frame")
-        # Dynamo's lock first, as a backend that it calls may come here
-        if dynamo := sys.modules.get("torch._dynamo.convert_frame"):
-            stack.enter_context(dynamo.compile_lock)
-        stack.enter_context(_ALONE)
-        stack.enter_context(patched(_symbolic_trace._Patcher, patch_method=_patch_method))
-        # code is exchanged, and not the function: what is compiled holds that itself
-        stack.enter_context(patched(_symbolic_trace.is_fx_symbolic_tracing, __code__=_is_tracing_here.__code__))
-        stack.enter_context(patched(_Alone, thread=threading.get_ident()))
-        if exports:
-            stack.enter_context(patched(traceback, annotate=_annotate_in(threading.get_ident())))
-        yield
-
-
-class _Alone:
-    thread = 0
-    """The identity of the thread that is in `alone`"""
-
-
-def _is_tracing_here() -> bool:
-    """Stand in for `torch.fx`'s function of that name, by which compiled models refuse to be traced, in all threads.
-
-    Only its code is used, with the names of torch's module.
-    """
-    import sys
-    import threading
-
-    here = sys.modules["unroll.core.patching"]._Alone.thread == threading.get_ident()  # pyright: ignore[reportAttributeAccessIssue]
-    return here and _is_fx_tracing_flag and not torch.compiler.is_compiling()  # pyright: ignore  # noqa: F821
-
-
-def _annotate_in(thread: int) -> Callable[[Any], AbstractContextManager[Any]]:
-    """Return a stand-in for `torch.fx.traceback.annotate` that does nothing in other threads."""
-    annotate = original(traceback, "annotate")
-
-    @functools.wraps(annotate)
-    def stand_in(data: Any) -> AbstractContextManager[Any]:
-        return annotate(data) if threading.get_ident() == thread else nullcontext()
-
-    return stand_in
-
-
-def _patch_method(self: Any, kind: type, name: str, new: Callable[..., Any], deduplicate: bool = True) -> None:
-    """Stand in for what `torch.fx` replaces `nn.Module.__call__` by, which it does for all threads."""
-    here, before = threading.get_ident(), getattr(kind, name)
-
-    @functools.wraps(new)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        # other threads go on with what was there before
-        traced = torch.compiler.is_dynamo_compiling() or threading.get_ident() == here
-        return (new if traced else before)(*args, **kwargs)
-
-    original(_symbolic_trace._Patcher, "patch_method")(self, kind, name, called, deduplicate)
 
 
 class Local(Generic[T]):

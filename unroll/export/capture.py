@@ -20,10 +20,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils import _pytree as pytree
 
+from unroll.core.alone import alone
 from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
 from unroll.core.options import Rules, Where
-from unroll.core.patching import alone
 from unroll.export.inputs import in_order
 from unroll.export.nodes import CallsAsNodes, call_node, layer_node, packed_node, refuse_packed
 from unroll.graphs.functions import FUNCTIONS

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.jit import TracerWarning
 from torch.utils import _pytree as pytree
 
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError, innermost
 from unroll.core.options import Rules, Where
-from unroll.core.patching import alone, collected_warnings, seeded
+from unroll.core.patching import collected_warnings, seeded
 from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare, refuse_changed
 from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves, varied_inputs
 from unroll.export.translate import check_asked, check_given, quiet

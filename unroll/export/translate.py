@@ -14,8 +14,9 @@ import torch
 from torch.export import Dim, ExportedProgram, _trace
 from torch.utils import _pytree as pytree
 
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
-from unroll.core.patching import Local, alone, original, patched, without_warnings
+from unroll.core.patching import Local, original, patched, without_warnings
 from unroll.export.capture import NotCaptured
 from unroll.export.names import name_apart, name_back
 from unroll.export.squeezes import drop_idle_squeezes

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, rnn
 
 from unroll.core.arguments import as_result, check_arguments
 from unroll.core.errors import Problem, Problems
+from unroll.core.patching import original
 from unroll.core.recurrence import CLASS_NAMES, Recurrence, read_module
 from unroll.graphs.effects import is_written
 from unroll.graphs.functions import ARGUMENTS, FUNCTIONS, OPTIONS, bind, form_of_call, read_given
@@ -121,7 +122,8 @@ class ModuleCall(Call):
     def has_own_forward(self) -> bool:
         """True if the layer does more than torch's `forward`, or another thing."""
         own = vars(self.layer).keys() & {"forward", "__call__", "carry"}
-        return bool(own) or parametrize.type_before_parametrizations(self.layer).forward not in PLAIN_FORWARDS
+        forward = original(parametrize.type_before_parametrizations(self.layer), "forward")
+        return bool(own) or forward not in PLAIN_FORWARDS
 
     @property
     def finals(self) -> list[Reading]:

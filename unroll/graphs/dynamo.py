@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.options import FIXED, Where, check_written, limited, read_where, unknown_names
 from unroll.core.options import limit as current_limit
-from unroll.core.patching import alone, configured, original, without_gc
+from unroll.core.patching import configured, original, without_gc
 from unroll.core.plan import Plan
 from unroll.core.recurrence import LAYERS, read_layer
 from unroll.graphs.calls import graph_parts, tensor_metadata

@@ -11,8 +11,9 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.patching import alone, patched
+from unroll.core.patching import patched
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 

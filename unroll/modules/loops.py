@@ -34,7 +34,12 @@ def is_captured(rows: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Tell whether `torch.export` runs, which Dynamo says of every compilation in PyTorch 2.11."""
-    return torch.compiler._is_exporting_flag if torch.compiler.is_dynamo_compiling() else torch.compiler.is_exporting()
+    return torch.compiler._is_exporting_flag
+
+
+# For Dynamo, a value that no guard compares: the flag is one for all threads, and while one of them exports, compiled
+# models of others would be compiled anew. What `torch.compiler.assume_constant_result` does, which loads Dynamo.
+is_exporting._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_written(rows: Tensor) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unroll.core.patching import original
+
 TORCH_CLASSES: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.LSTM, nn.GRU, nn.RNN)
 TORCH_CLASSES += (nn.RNNCellBase, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
@@ -58,6 +60,11 @@ def names(function: types.FunctionType) -> set[str]:
     return {name for code in codes(function.__code__) for name in (*code.co_names, *code.co_freevars)}
 
 
+def defining(kind: type, name: str) -> type:
+    """Return the class from which a class has a method."""
+    return next(base for base in kind.__mro__ if name in vars(base))
+
+
 def names_list(kind: type) -> bool:
     """Tell whether a class that is not of torch's has methods that name `_flat_weights`."""
     functions = (function_of(entry)[0] for entry in vars(kind).values())
@@ -70,10 +77,11 @@ def is_explicit(layer: nn.Module) -> bool:
     What it can reach is read from its code: methods, functions and modules. Anything else stands for a doubt.
     """
     kind = type(layer)
-    calls_otherwise = {"forward", "__call__"} & vars(layer).keys() or kind.__call__ is not nn.Module.__call__
-    if kind.forward in FORWARDS or calls_otherwise:
+    calls_otherwise = {"forward", "__call__"} & vars(layer).keys() or defining(kind, "__call__") is not nn.Module
+    forward = original(kind, "forward")
+    if forward in FORWARDS or calls_otherwise:
         return False
-    pending, seen = [kind.forward], set()
+    pending, seen = [forward], set()
     while pending:
         function = pending.pop()
         if function in seen:

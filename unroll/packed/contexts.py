@@ -12,6 +12,7 @@ from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core import patching
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import configured, patched
 from unroll.core.recurrence import LAYERS
@@ -83,12 +84,13 @@ def keep_padding(
             stack.enter_context(configured(dont_skip_tracing=True, capture_scalar_outputs=True))
         stack.enter_context(PADDING.set(Padding(on_layer, check, on_steps, eager)))
         functions = PaddedFunctions(patching.original(rnn, "_VF"), check, packs, pads)
-        stack.enter_context(patched(rnn, _VF=functions))
-        # code is exchanged, and not the functions: models may hold these themselves
-        stack.enter_context(patched(PACKS, __code__=packs_padded.__code__))
-        stack.enter_context(patched(PADS, __code__=pads_padded.__code__))
-        for kind in LAYERS:
-            stack.enter_context(patched(kind, forward=_forward_for(kind, on_layer, on_steps)))
+        with alone():  # as what was entered last is what Dynamo reads, also in another thread
+            stack.enter_context(patched(rnn, _VF=functions))
+            # code is exchanged, and not the functions: models may hold these themselves
+            stack.enter_context(patched(PACKS, __code__=packs_padded.__code__))
+            stack.enter_context(patched(PADS, __code__=pads_padded.__code__))
+            for kind in LAYERS:
+                stack.enter_context(patched(kind, forward=_forward_for(kind, on_layer, on_steps)))
         yield
 
 

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from unroll.core import patching
+from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.patching import Local, alone, patched
+from unroll.core.patching import Local, patched
 from unroll.packed.row_rules import NEW, Seen, mixes_rows
 
 PLACE = "packed.data"
