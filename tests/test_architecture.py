@@ -165,7 +165,7 @@ def test_the_package_is_a_table_of_contents():
     taken = [
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     ]
-    assert sorted(taken) == sorted([*unroll.__all__, "__version__"])
+    assert sorted(taken) == sorted([*unroll.__all__, "__version__", "_Package"])
     assert unroll.__all__ == sorted(unroll.__all__)
     assert not any(name.startswith("_") for name in unroll.__all__)
 

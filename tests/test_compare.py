@@ -1,6 +1,7 @@
 """The comparator: that it agrees, and above all that it can fail."""
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -209,6 +210,35 @@ def test_what_is_no_tensor_is_compared_too():
     assert compare(lambda: nan, lambda: nan.clone(), ()).ok
     assert not compare(lambda: nan, lambda: -nan, ()).ok
     assert compare(lambda: torch.zeros(0), lambda: torch.zeros(0), ()).ok
+
+
+@dataclass
+class Found:
+    output: torch.Tensor
+    name: str
+
+
+class Finding(nn.Module):
+    def __init__(self, change=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.change = nn.GRU(3, 5), change
+
+    def forward(self, x):
+        return Found(self.rnn(x)[0] + self.change, "gru")
+
+
+def test_tensors_in_a_dataclass_are_compared():
+    x = torch.randn(4, 2, 3)
+    assert compare(Finding(), unroll(Finding()), x, gradients=True).ok
+    assert "output['output']: is 1.00e-03" in problems(compare(Finding(), Finding(change=1e-3), x).check)[0]
+
+
+def test_an_exported_program_is_run():
+    x = torch.randn(4, 2, 3)
+    model = nn.Sequential(nn.GRU(3, 5)).eval()
+    program = torch.export.export(model, (x,))
+    assert compare(program, unroll(program), x).ok and compare(model, program, x).ok
 
 
 def test_several_inputs_are_all_compared():

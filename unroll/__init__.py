@@ -1,5 +1,7 @@
 """Recurrent layers as explicit unrolled operations."""
 
+import sys
+
 from unroll.bench.run import benchmark
 from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
@@ -18,6 +20,7 @@ from unroll.streams.modules import Streaming
 from unroll.streams.stateful import streaming
 from unroll.streams.stream import Stream
 from unroll.targets.checking import check
+from unroll.unrolling import Package as _Package
 from unroll.unrolling import unroll
 
 __all__ = [
@@ -47,3 +50,6 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+sys.modules[__name__].__class__ = _Package

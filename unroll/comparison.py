@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from unroll.core.contents import buffers_restored, copied, not_finite
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import seeded
+from unroll.core.signatures import told
 from unroll.extras import require
 from unroll.reports import Report, Row
 from unroll.roundings import SHAKES, Shaken, distance
@@ -33,9 +36,10 @@ ACROSS_RUNTIMES = TOLERANCES | {torch.float32: 1e-4}
 ROUNDINGS = {torch.float64: 4, torch.float32: 4}
 
 
+@told
 def compare(
-    original: Callable[..., Any] | str | os.PathLike[str],
-    rewritten: Callable[..., Any] | str | os.PathLike[str],
+    original: Callable[..., Any] | ExportedProgram | str | os.PathLike[str],
+    rewritten: Callable[..., Any] | ExportedProgram | str | os.PathLike[str],
     args: Tensor | tuple[Any, ...] | list[tuple[Any, ...]],
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -61,7 +65,7 @@ def compare(
     is four in float32 and float64, else one. An original that is no module, or cannot be copied, has no `change`.
 
     Args:
-        original: a module, any callable, or the path of an ONNX file, which ONNX Runtime runs.
+        original: a module, any callable, an ExportedProgram, or the path of an ONNX file, which ONNX Runtime runs.
         rewritten: what should do the same.
         args: a tuple of positional arguments (or a single tensor), or a list of such tuples for several inputs.
         kwargs: keyword arguments, the same for each input.
@@ -91,11 +95,12 @@ def compare(
         fix = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
         raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", fix))
     first, second = _runnable(original), _runnable(rewritten)
-    if first is not original or second is not rewritten:
+    if any(isinstance(model, (str, os.PathLike)) for model in (original, rewritten)):
         rtol = rtol_of(inputs) if rtol is None else rtol
         if gradients:
             raise UnrollError(Problem("compare(gradients=True)", "was given for a file", "leave gradients out"))
-    exact = _double(first) if reference and isinstance(first, nn.Module) else None
+    # an exported program holds its dtypes as constants
+    exact = _double(original) if reference and isinstance(original, nn.Module) else None
     rows: list[Row] = []
     stateful, kept = False, list[str]()
     for number, given in enumerate(inputs):
@@ -162,6 +167,8 @@ def _keeps_state(original: Any, args: Sequence[Any], kwargs: dict[str, Any], see
 
 
 def _runnable(model: Any) -> Callable[..., Any]:
+    if isinstance(model, ExportedProgram):
+        return model.module()
     if not isinstance(model, (str, os.PathLike)):
         return model
     require("onnxruntime")
@@ -238,6 +245,7 @@ def _results(
             finding = f"its float64 copy cannot run ({type(error).__name__}: {error})"
             fix = "it may hold dtypes as constants, as exported graphs do: compare with reference=False"
             raise UnrollError(Problem("original", finding, fix)) from error
+    result = pytree.tree_map(_fields, result)
     if not gradients:
         return result, {}
     outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
@@ -254,6 +262,14 @@ def _results(
     found = torch.autograd.grad(outputs, list(wanted.values()), directions, allow_unused=True)
     pairs = zip(wanted.items(), found, strict=True)
     return result, {name: torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+
+
+def _fields(value: Any) -> Any:
+    """Return a dataclass that pytree does not know as a dictionary of its fields, whose tensors are compared."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return pytree.tree_map(_fields, fields)
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

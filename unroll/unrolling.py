@@ -1,10 +1,11 @@
-"""The one public function: finds the frontend for what it is given."""
+"""The one public function, which finds the frontend for what it is given."""
 
 from __future__ import annotations
 
 import os
+import types
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import fx, nn
@@ -12,7 +13,8 @@ from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, Problems, UnrollError, UnrollWarning
 from unroll.core.options import Rules, Steps, Where, limited, read_where
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
+from unroll.core.signatures import no_model, told
 from unroll.extras import require
 from unroll.graphs import programs
 from unroll.graphs.forwards import functional_calls
@@ -22,14 +24,44 @@ from unroll.modules.layers import Unrolled
 from unroll.modules.replace import replace
 from unroll.torchscript.rewrite import unroll_script
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
+
+class Options(TypedDict, total=False):
+    """The options of `unroll`, for its types."""
+
+    where: Where
+    rules: Rules | None
+    plan: Plan | Preset | None
+    steps: Steps
+    freeze: bool
+    limit: int | None
+
+
+Model = TypeVar("Model")
+
+
+@overload
+def unroll(model: fx.GraphModule, args: Any = None, **options: Unpack[Options]) -> fx.GraphModule: ...
+@overload
+def unroll(model: torch.jit.ScriptModule, args: Any = None, **options: Unpack[Options]) -> torch.jit.ScriptModule: ...
+@overload
+def unroll(model: nn.Module, args: Any = None, **options: Unpack[Options]) -> nn.Module: ...
+@overload
+def unroll(model: str | os.PathLike[str], args: Any = None, **options: Unpack[Options]) -> ir.Model: ...
+@overload
+def unroll(model: Model, args: Any = None, **options: Unpack[Options]) -> Model: ...
+
+
+@told
 def unroll(
     model: Any,
     args: Any = None,
     *,
     where: Where = None,
     rules: Rules | None = None,
-    plan: Plan | str | None = None,
+    plan: Plan | Preset | None = None,
     steps: Steps = None,
     freeze: bool = False,
     limit: int | None = None,
@@ -120,7 +152,7 @@ def _unrolled(
             _warn_of_the_rest(model, unrolled, rules)
         return unrolled
     kinds = "an nn.Module, a GraphModule, an ExportedProgram, a ScriptModule or an ONNX model"
-    raise UnrollError(Problem("unroll(model)", f"got {type(model).__name__}", f"give {kinds}"))
+    raise UnrollError(no_model("unroll(model)", model, kinds))
 
 
 def _warn_of_the_rest(model: nn.Module, unrolled: nn.Module, rules: Rules | None) -> None:
@@ -138,7 +170,7 @@ def _warn_of_the_rest(model: nn.Module, unrolled: nn.Module, rules: Rules | None
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, UnrollWarning, stacklevel=5)
+    warnings.warn(text, UnrollWarning, stacklevel=6)
 
 
 def _onnx(model: Any, where: Where, plan: Plan | None, steps: Steps) -> Any:
@@ -161,3 +193,10 @@ def _refuse(what: str, **given: Any) -> None:
         if value is not None
     )
     problems.check()
+
+
+class Package(types.ModuleType):
+    """The type of this package, by which `import unroll; unroll(model)` is a call of the function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return unroll(*args, **kwargs)

@@ -1,5 +1,6 @@
 """What torch refuses is refused, in words that name the place, the finding and the fix."""
 
+import inspect
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import unroll as package
 from tests.cases import PROJECTION, Case
-from unroll import Plan, Problem, UnrollError, unroll
+from unroll import Plan, Problem, UnrollError, streaming, unroll
 
 
 def zeros(*shape, **kwargs):
@@ -229,7 +230,31 @@ def test_what_autocast_does_not_cast_is_refused_under_it_too(case, dtype):
         ),
         (
             lambda: unroll(nn.GRU),
-            "unroll(model): got type; give ",
+            "unroll(model): got the class GRU; give a layer or model of it: GRU(...)",
+        ),
+        (
+            lambda: unroll(nn.GRU(6, 5).forward),
+            "unroll(model): got the method forward of a GRU; give the module itself",
+        ),
+        (
+            lambda: unroll(nn.GRU(6, 5).state_dict()),
+            "unroll(model): got a dictionary of tensors; give the model that loads it by load_state_dict",
+        ),
+        (
+            lambda: unroll(nn.GRU(6, 5), wher="x"),
+            "unroll(wher=...): is no argument; did you mean where?",
+        ),
+        (
+            lambda: unroll(nn.GRU(6, 5), where=lambda name: True),
+            "where=...: is a function that does not take two arguments; give a function of name and layer: ",
+        ),
+        (
+            lambda: unroll(nn.GRU(6, 5))(zeros(4, 3, 6).numpy()),
+            "GRU: input: is a NumPy array; give a tensor: torch.from_numpy(array)",
+        ),
+        (
+            lambda: streaming(nn.GRU(6, 5)),
+            "streaming(args): is missing; give example inputs, streaming(model, args), on which a module is run",
         ),
         (
             lambda: unroll(nn.GRU(6, 5), steps=3),
@@ -261,3 +286,12 @@ def test_errors_can_be_sent_between_processes():
     other = pickle.loads(pickle.dumps(error))
     assert (str(other), other.problems) == (str(error), error.problems)
     assert str(error) == "2 problems\na: b; c\nd: e; f"
+
+
+def test_the_package_is_called_as_its_function():
+    assert isinstance(package(nn.GRU(3, 5)), package.Unrolled) and dir(package) == package.__all__
+
+
+def test_the_arguments_of_functions_can_be_read():
+    for name in ("unroll", "export_onnx", "compare", "streaming"):
+        assert len(inspect.signature(getattr(package, name)).parameters) > 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import unroll
 from tests.cases import Case
 from unroll import Plan, UnrollError
-from unroll.core.plan import PRESETS
+from unroll.core.plan import PRESETS, Preset
 from unroll.core.presets import RULES, Rule, Situation
 from unroll.core.recurrence import Recurrence
 
 LAYER = Recurrence("GRU", 3, 4)
+
+
+def test_names_of_presets_are_a_type_too():
+    assert set(get_args(Preset)) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -362,7 +362,7 @@ def test_refusals(tmp_path):
     for options, message in refused:
         with pytest.raises(UnrollError, match=message):
             export_onnx(model, args, path, **options)
-    with pytest.raises(UnrollError, match=r"got OrderedDict; give an nn\.Module"):
+    with pytest.raises(UnrollError, match=r"got a dictionary of tensors; give the model"):
         export_onnx(model.state_dict(), args, path)
     for place in ("", tmp_path):
         with pytest.raises(UnrollError, match="is no name of a file; give the path"):
@@ -597,3 +597,38 @@ def test_one_tensor_for_several_arguments(tmp_path):
     (refused,) = problems(export_onnx, program, None, path)
     assert refused.startswith("x: was exported with the tensor of another argument")
     assert export_onnx(torch.export.export(model, (x, y)), None, path).report.ok
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (nn.LSTM(3, 5), ["output", "h_n", "c_n"]),
+        (unroll(nn.GRU(3, 5)), ["output", "h_n"]),
+        (nn.LSTMCell(3, 5), ["h_1", "c_1"]),
+        (nn.RNNCell(3, 5), ["h_1"]),
+    ],
+    ids=repr,
+)
+def test_results_of_a_layer_are_called_as_in_its_documentation(layer, names, tmp_path):
+    exported = export_onnx(layer.eval(), torch.randn(4, 3), tmp_path / "layer.onnx")
+    assert list(exported.differences) == names
+
+
+def test_weights_that_are_not_there(tmp_path):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.GRU(3, 5)).eval()
+    with pytest.raises(UnrollError, match=r"has no weights, only their shapes \(device meta\); load them first"):
+        export_onnx(model, torch.randn(4, 2, 3), tmp_path / "model.onnx")
+
+
+def test_arguments_in_another_order(tmp_path):
+    with pytest.raises(UnrollError, match="path: is a Tensor; give the arguments before the path"):
+        export_onnx(nn.GRU(3, 5).eval(), tmp_path / "model.onnx", torch.randn(4, 2, 3))
+    with pytest.raises(UnrollError, match=r"dynamic_axes=\.\.\.\): is no argument; did you mean dynamic_shapes"):
+        export_onnx(nn.GRU(3, 5).eval(), torch.randn(4, 2, 3), tmp_path / "model.onnx", dynamic_axes={})
+
+
+def test_files_of_pytorch_are_called_so(tmp_path):
+    torch.save(nn.GRU(3, 5).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UnrollError, match=r"is a file of PyTorch's; read it by torch\.load"):
+        unroll(tmp_path / "model.pt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -145,7 +145,7 @@ def export_command(
                 model,
                 args,
                 target,
-                plan=plan,
+                plan=Plan.of(plan),
                 capture=capture,  # pyright: ignore[reportArgumentType]
                 check=check,
                 limit=limit,
@@ -217,7 +217,7 @@ def _is_factory(model: str) -> bool:
 def _judge(
     context: typer.Context,
     model: str,
-    target: str,
+    target: Any,
     where: list[str] | None,
     plan: str,
     build: bool,

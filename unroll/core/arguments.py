@@ -102,7 +102,13 @@ def check_arguments(
             fix = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
             expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", fix)
     if problems:
-        raise UnrollError(*problems)
+        raise UnrollError(*_arrays(place, checked) or problems)
+
+
+def _arrays(place: str, given: Sequence[tuple[str, Any]]) -> list[Problem]:
+    fix = "give a tensor: torch.from_numpy(array)"
+    names = [name for name, tensor in given if hasattr(tensor, "__array_interface__")]
+    return [Problem(f"{place}: {name}", "is a NumPy array", fix) for name in names]
 
 
 def _check_kind(place: str, input: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.signatures import takes
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 """A choice of layers: name or shell pattern (`encoder.*`), several of them, a predicate of name and layer, or all."""
@@ -26,6 +27,9 @@ def read_where(where: Any) -> Any:
     Raises:
         UnrollError: for anything else; a class could be called like a function, but makes layers.
     """
+    if callable(where) and not isinstance(where, type) and not takes(where, "", None):
+        fix = "give a function of name and layer: lambda name, layer: ..."
+        raise UnrollError(Problem("where=...", "is a function that does not take two arguments", fix))
     if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, type)):
         return where
     names: list[Any] = [where] if isinstance(where, type) or not isinstance(where, Iterable) else list(where)

@@ -17,6 +17,26 @@ Layers = Literal["sequential", "wavefront"]
 
 Products = Literal["matrix", "sums", "linear"]
 
+Preset = Literal[
+    "default",
+    "onnxruntime",
+    "inductor",
+    "tensorrt",
+    "tensorrt_rtx",
+    "npu",
+    "quantize",
+    "openvino",
+    "webgpu",
+    "tract",
+    "mnn",
+    "opencv",
+    "ncnn",
+    "coreml",
+    "webnn",
+    "xnnpack",
+]
+"""The names of `PRESETS`; fields and values, `gates=paired,time=8`, are taken too, and are no type"""
+
 Gradients = Literal["auto", "stepwise", "joined"]
 
 
@@ -229,7 +249,7 @@ CHOSEN_FROM |= {"runtime": tuple(FORMS), "preset": ("", *RULES)}
 
 # Reasons for each row; figures are for one layer, in one or two directions, of benchmarks/results/plans.json, see
 # docs/benchmark.md; findings those of docs/contracts.md.
-PRESETS = {
+PRESETS: dict[str, Plan] = {
     "default": Plan(),
     # ONNX Runtime runs a product and the activation after it as one node, if that is applied to all of the product:
     # 0.89 to 0.97 of the time of `merged`.

@@ -140,6 +140,9 @@ def prepare(
     if model.training:
         finding = "is in training mode, in which an ONNX file cannot run it"
         raise UnrollError(Problem(type(model).__name__, finding, "call model.eval() first"))
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        fix = "load them first: model.to_empty(device='cpu'), then load_state_dict"
+        raise UnrollError(Problem(type(model).__name__, "has no weights, only their shapes (device meta)", fix))
     every = where is None
     model = _apart(model) if rules is None and every else replace(model, None, where, rules)
     if not every and (problems := _left_out(model)):

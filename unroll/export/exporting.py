@@ -14,10 +14,14 @@ from typing import Any, Literal
 from torch import nn
 from torch.export import ExportedProgram
 
-from unroll.core.errors import Problem, UnrollError, UnrollWarning
+from unroll.core.errors import UnrollError, UnrollWarning
 from unroll.core.options import Rules, Where, limited, read_where
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
+from unroll.core.recurrence import read_module
+from unroll.core.signatures import no_model, told
 from unroll.extras import require
+from unroll.modules.find import is_recurrent
+from unroll.modules.layers import Unrolled
 from unroll.reports import Report
 
 
@@ -62,6 +66,7 @@ class Export:
         return "\n".join([head, *(lines or ["  not checked"])])
 
 
+@told
 def export_onnx(
     model: nn.Module | ExportedProgram,
     args: Any,
@@ -72,7 +77,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     opset_version: int | None = None,
-    plan: Plan | str | None = None,
+    plan: Plan | Preset | None = None,
     where: Where = None,
     rules: Rules | None = None,
     capture: Literal["export", "trace", "auto"] = "export",
@@ -97,7 +102,8 @@ def export_onnx(
         kwargs: example keyword arguments.
         dynamic_shapes: as for `torch.export.export`; a string in place of a `Dim` names it.
         input_names: names of the file's inputs, for the first ones at least.
-        output_names: names of its outputs.
+        output_names: names of its outputs. Those of a layer by itself are `output`, `h_n` and `c_n` by default, of a
+            cell `h_1` and `c_1`.
         opset_version: version of the standard's operators, 14 or newer; what torch writes by default. Versions
             before 18 are had by conversion, and refused if that fails.
         plan: how the steps are laid out, `"onnxruntime"` by default. Layers that are frozen keep theirs.
@@ -144,21 +150,21 @@ def export_onnx(
 
     path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
-        fix = "give an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
-        raise UnrollError(Problem("export_onnx(model)", f"got {type(model).__name__}", fix))
+        kinds = "an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
+        raise UnrollError(no_model("export_onnx(model)", model, kinds))
     args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
+    output_names = output_names or _results_of(model)
     wanted = Wanted(args, kwargs, dynamic_shapes, where, rules, input_names, output_names, opset_version)
     with quiet():
         found = captured(model, wanted, capture, clock)
-    written = found.model
+    written, report, compared, refused = found.model, None, 0, 0
     if found.program is not None:
         name_states(model, found.program, written, input_names or (), output_names or ())
     clock("unroll")
     with limited(limit):
         unroll_ir(written, where=None if where is None else from_torch, plan=plan)
     files.sign(written, plan=plan or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
-    report, compared, refused = None, 0, 0
     clock("save")
     # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
@@ -173,8 +179,17 @@ def export_onnx(
                 inputs = checks.Inputs(*found.given, others, found.weights)
                 report, compared, refused = checks.check_values(draft, path, original, inputs, outputs)
     if found.route == "trace":
-        warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=2)
+        warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=3)
     return Export(path, size, checks.operators(written), written.opset_imports[""], report, refused, clock.done())
+
+
+def _results_of(model: Any) -> list[str] | None:
+    """Return the names that PyTorch's documentation gives to the results of a layer, if the model is one itself."""
+    if not (is_recurrent(model) or isinstance(model, Unrolled)):
+        return None
+    recurrence = model.recurrence if isinstance(model, Unrolled) else read_module(model)
+    states = recurrence.cell.states
+    return [f"{s}_1" for s in states] if recurrence.is_cell else ["output", *(f"{s}_n" for s in states)]
 
 
 class _Clock:

@@ -19,14 +19,14 @@ from unroll.export.exporting import export_onnx
 from unroll.export.translate import named_dims, quiet
 from unroll.packed.contexts import packing
 from unroll.targets.checking import Verdict, check
-from unroll.targets.tables import read_target
+from unroll.targets.tables import TargetName, read_target
 from unroll.unrolling import unroll
 
 
 def judge_model(
     model: nn.Module,
     args: Any,
-    target: str,
+    target: TargetName,
     *,
     plan: Plan | str,
     options: Mapping[str, Any] | None = None,
@@ -45,7 +45,7 @@ def judge_model(
     Raises:
         UnrollError: for a model that cannot be unrolled or exported, and as `check`.
     """
-    given = dict(options or {})
+    given, plan = dict(options or {}), Plan.of(plan)
     if read_target(target).kind == "aten":
         return check(_program(model, args, plan, given), target=target, build=build)
     with TemporaryDirectory() as folder:
@@ -65,7 +65,9 @@ TRIED = (
 """Plans that are tried for a target"""
 
 
-def keeping_plans(model: nn.Module, args: Any, target: str, options: Mapping[str, Any] | None = None) -> list[str]:
+def keeping_plans(
+    model: nn.Module, args: Any, target: TargetName, options: Mapping[str, Any] | None = None
+) -> list[str]:
     """Return the plans with which a model keeps to a target, each by the shortest way to ask for it, by trying them.
 
     Args:
@@ -87,7 +89,7 @@ def keeping_plans(model: nn.Module, args: Any, target: str, options: Mapping[str
     return found
 
 
-def _program(model: nn.Module, args: Any, plan: Plan | str, options: dict[str, Any]) -> ExportedProgram:
+def _program(model: nn.Module, args: Any, plan: Plan, options: dict[str, Any]) -> ExportedProgram:
     unrolled = unroll(model, plan=plan, where=options.get("where"), rules=options.get("rules"))
     shapes, kwargs = named_dims(options.get("dynamic_shapes")), dict(options.get("kwargs") or {})
     try:

@@ -16,7 +16,7 @@ from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.options import FIXED, Where, check_written, limited, read_where, unknown_names
 from unroll.core.options import limit as current_limit
 from unroll.core.patching import configured, original, without_gc
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
 from unroll.core.recurrence import LAYERS, read_layer
 from unroll.graphs.calls import graph_parts, tensor_metadata
 from unroll.graphs.rewrite import find_calls, rewrite
@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
 def compile(
     model: Callable[..., Any],
     *,
-    plan: Plan | str | None = None,
+    plan: Plan | Preset | None = None,
     where: Where = None,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,

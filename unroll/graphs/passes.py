@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from unroll.core.options import Rules, Steps, Where, read_where
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
 from unroll.graphs.calls import form_of, graph_parts
 from unroll.graphs.rewrite import unroll_graph
 from unroll.modules.find import is_recurrent
@@ -46,7 +46,7 @@ class UnrollPass(PassBase):
         *,
         where: Where = None,
         rules: Rules | None = None,
-        plan: Plan | str | None = None,
+        plan: Plan | Preset | None = None,
         steps: Steps = None,
     ) -> None:
         super().__init__()

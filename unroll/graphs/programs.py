@@ -19,7 +19,7 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import lay_out
 from unroll.core.options import TOLD, Where, check_written, unknown_names
 from unroll.core.patching import without_gc
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Frame
 from unroll.graphs.calls import form_of, graph_parts, layer_name, tensor_metadata
@@ -110,7 +110,7 @@ def copied_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
     return replace(entry, signature=replace(entry.signature, inputs=inputs, outputs=outputs))
 
 
-def decompositions(plan: Plan | str | None = None) -> dict[Any, Callable[..., Any]]:
+def decompositions(plan: Plan | Preset | None = None) -> dict[Any, Callable[..., Any]]:
     """Return decompositions of the recurrent aten operators, for `ExportedProgram.run_decompositions`.
 
     They keep dropout between layers in training, which torch's own lose. `unroll(program)` gives the

@@ -36,6 +36,9 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         UnrollError: if its directory does not exist, or it is one.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        fix = "give the arguments before the path: export_onnx(model, args, path)"
+        raise UnrollError(Problem("path", f"is a {type(path).__name__}", fix))
     given, path = os.fspath(path), Path(path)
     if not given or path.is_dir():
         raise UnrollError(Problem(repr(given), "is no name of a file", "give the path of the file to write"))

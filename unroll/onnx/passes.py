@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from unroll.core.options import Steps, Where, limited, read_where
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
 from unroll.onnx.rewrite import recurrent_nodes, unroll_ir
 
 
@@ -34,7 +34,7 @@ class UnrollPass(InPlacePass):
         self,
         *,
         where: Where = None,
-        plan: Plan | str | None = None,
+        plan: Plan | Preset | None = None,
         steps: Steps = None,
         limit: int | None = None,
     ) -> None:

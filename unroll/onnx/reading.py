@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -62,8 +63,10 @@ def _loaded(path: str) -> onnx.ModelProto:
         finding = f"cannot be read ({error.strerror or error})"
         raise UnrollError(Problem(path, finding, "give the path of an ONNX file")) from error
     except Exception as error:
-        finding = f"is not an ONNX file, or is cut short ({type(error).__name__})"
-        raise UnrollError(Problem(path, finding, "write it again")) from error
+        finding, fix = f"is not an ONNX file, or is cut short ({type(error).__name__})", "write it again"
+        if zipfile.is_zipfile(path):  # as torch writes its own
+            finding, fix = "is a file of PyTorch's", "read it by torch.load, torch.jit.load or torch.export.load first"
+        raise UnrollError(Problem(path, finding, fix)) from error
 
 
 def _from_proto(proto: onnx.ModelProto, place: str, folder: str) -> ir.Model:

@@ -55,7 +55,7 @@ def check_pieces(subject: Subject, example: tuple[tuple[Any, ...], Mapping[str, 
 def _warn(why: str) -> None:
     """Warn that pieces were not compared with the whole."""
     fix = "compare a sequence in pieces with the whole yourself, and pass check=False"
-    warnings.warn(f"streaming(model): nothing was checked: {why}; {fix}", UnrollWarning, stacklevel=4)
+    warnings.warn(f"streaming(model): nothing was checked: {why}; {fix}", UnrollWarning, stacklevel=5)
 
 
 class _Uncut(Exception):

@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where, read_where
-from unroll.core.plan import Plan
+from unroll.core.plan import Plan, Preset
+from unroll.core.signatures import no_model, takes, told
 from unroll.streams.checking import check_pieces
 from unroll.streams.graphs import initial_state, stream_graph, stream_program
 from unroll.streams.modules import Streaming, stream_module
@@ -20,6 +21,7 @@ from unroll.streams.states import ARGUMENT
 from unroll.streams.subjects import GraphSubject, ModuleSubject
 
 
+@told
 def streaming(
     model: Any,
     args: Any = None,
@@ -27,7 +29,7 @@ def streaming(
     kwargs: Mapping[str, Any] | None = None,
     where: Where = None,
     rules: Rules | None = None,
-    plan: Plan | str | None = None,
+    plan: Plan | Preset | None = None,
     check: bool = True,
 ) -> Any:
     """Make the states of a model's recurrent layers inputs and outputs of the whole model, by name.
@@ -88,8 +90,8 @@ def streaming(
             check_pieces(GraphSubject(streamed, chains, initial_state(streamed)), given)
         return streamed
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        fix = "give an nn.Module, a GraphModule or an ExportedProgram; export_onnx takes the result"
-        raise UnrollError(Problem("streaming(model)", f"got {type(model).__name__}", fix))
+        kinds = "an nn.Module, a GraphModule or an ExportedProgram; export_onnx takes the result"
+        raise UnrollError(no_model("streaming(model)", model, kinds))
     if ARGUMENT in (kwargs or {}):
         fix = "rename it in the model: streaming models take their states by this name"
         raise UnrollError(Problem(f"kwargs[{ARGUMENT!r}]", "is an argument of the model already", fix))
@@ -98,6 +100,9 @@ def streaming(
             Problem("streaming(model)", "has states for inputs already", "give the model that it was made of")
         )
     kwargs = dict(kwargs or {})
+    if not args and not kwargs and not takes(model.forward):
+        fix = "give example inputs, streaming(model, args), on which a module is run"
+        raise UnrollError(Problem("streaming(args)", "is missing", fix))
     make = stream_module(model, args, kwargs, where, rules, None if plan is None else Plan.of(plan))
     if check:
         check_pieces(ModuleSubject(make, type(model).__name__), (args, kwargs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.building import Engine, build_engine, require_bindings
 from unroll.targets.products import read_products
-from unroll.targets.tables import Target, read_target
+from unroll.targets.tables import Target, TargetName, read_target
 from unroll.targets.uses import CONSTANT, INPUT, Row, Use, judged
 
 KINDS = {
@@ -110,7 +110,7 @@ def _places(places: list[str]) -> str:
     return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
 
 
-def check(model: Any, *, target: str, build: bool = False) -> Verdict:
+def check(model: Any, *, target: TargetName | Literal["pt2e"], build: bool = False) -> Verdict:
     """List what a model uses that a target does not offer.
 
     The targets are tables of facts, published or measured, with their sources and versions: see `docs/contracts.md`.

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, get_args
 
 from unroll.core.errors import Problem, UnrollError
 
-NAMES = ("npu", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "webnn", "xnnpack")
+TargetName = Literal["npu", "tensorrt", "tensorrt_rtx", "torch_tensorrt", "webnn", "xnnpack"]
+
+NAMES = get_args(TargetName)
 """The names of all targets."""
 
 
