@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not heavy and not runtimes"
 
 # Runtimes that need no device, in an environment of their own: what pip resolves stands in the group `runtimes` of
 # pyproject.toml, the rest is installed here.
@@ -63,18 +63,19 @@ $(TORCH_TENSORRT)/ready: pyproject.toml Makefile
 test-torch-tensorrt: $(TORCH_TENSORRT)/ready
 	$(TORCH_TENSORRT)/bin/python -m pytest -rs --durations=5 tests/runtimes/test_torch_tensorrt.py
 
-# Quantizers, adapters and private training on unrolled layers, in an environment of their own: the group `heavy`.
+# What `make test` leaves out: whatever is marked heavy, and quantizers, adapters and private training on unrolled layers,
+# in an environment of their own, the group `heavy`.
 HEAVY := .venv-heavy
 
 $(HEAVY)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(HEAVY)
 	$(HEAVY)/bin/pip install -q "pip>=25.1"
 	$(HEAVY)/bin/pip install -q -c constraints.txt torch || { echo $(NO_TORCH); exit 1; }
-	$(HEAVY)/bin/pip install -q -c constraints.txt --group heavy -e ".[cli]"
+	$(HEAVY)/bin/pip install -q -c constraints.txt --group heavy -e ".[bench]"
 	touch $@
 
 test-heavy: $(HEAVY)/ready
-	$(HEAVY)/bin/python -m pytest -rs --durations=5 tests/tools tests/test_examples.py -k "tools or private or quantize"
+	$(HEAVY)/bin/python -m pytest -n 2 --dist loadfile -m heavy -rs --durations=5
 
 # The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
 versions:

@@ -203,8 +203,9 @@ PAGES = [
 ]
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.heavy) for page in PAGES]
+)
 def test_readme(page, tmp_path):
     """The code of the README and of each page runs from top to bottom and prints what stands there, rounding apart."""
     readme = (EXAMPLES.parent / page).read_text()

@@ -56,7 +56,9 @@ def fused(case: Case, layer):
 SORTED_GRID = [case for case in GRID if case.form != "unsorted"]
 
 
-@pytest.mark.parametrize("plan", ALL_PLANS, ids=str)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=() if plan in PLANS else pytest.mark.heavy) for plan in ALL_PLANS], ids=str
+)
 @pytest.mark.parametrize("kind", LAYER_KINDS + CELL_KINDS)
 def test_grid(kind, plan):
     wrong = []

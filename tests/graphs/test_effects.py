@@ -29,6 +29,7 @@ def told(function, count, **kwargs):
     return [effect(node, operand) for operand in operands]
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", range(4))  # in parts, for runs in several processes
 def test_no_operator_returns_memory_that_is_taken_for_new(number):

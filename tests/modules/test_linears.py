@@ -183,7 +183,7 @@ def test_modules_are_exported_traced_and_scripted(case):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.heavy)])
 def test_blocks(kind):
     case = Case(kind, num_layers=2, bidirectional=True)
     layer = case.layer(F64)

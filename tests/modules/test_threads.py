@@ -14,6 +14,8 @@ from unroll import Plan, Stream, export_onnx, streaming, trace, unroll
 
 THREADS, CALLS = 8, 1000
 
+pytestmark = pytest.mark.heavy
+
 
 class Model(nn.Module):
     def __init__(self):

@@ -243,7 +243,7 @@ def test_dropout_between_layers_in_training(rate, form):
     assert_same(list(flat(ours(x, lengths))), list(flat(model(x, lengths))))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_blocks_in_a_program_of_any_length(strict):
     torch.compiler.reset()
 

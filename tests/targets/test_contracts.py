@@ -130,7 +130,7 @@ def test_graphs_of_every_plan(plan):
 
 
 @pytest.mark.parametrize("plan", CHOSEN_PLANS, ids=str)
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.heavy)], ids=str)
 def test_onnx_exports_of_every_plan(case, plan, tmp_path):
     unroll.export_onnx(exported(case), None, tmp_path / "m.onnx", plan=plan, check=False)
     for target in ("tensorrt", "npu"):
