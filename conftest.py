@@ -1,5 +1,7 @@
 """What every test and docstring example takes for granted."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,11 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     # Said once by the original, of the kernel it chooses.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+
+
+def pytest_collection_finish():
+    # What was imported stays, and need not be looked through at each collection.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -60,9 +60,10 @@ def test_a_program_runs_at_any_length(case):
     model, program = exported(case)
     assert len(loops(program)) == model.layer.num_layers * (1 + model.layer.bidirectional)
     run = program.module()
-    for steps, batch in ((1, 4), (2, 1), (3, 4), (4, 2), (6, 4), (7, 4), (20, 4)):
-        args = sized(case, steps, batch)
-        assert_same(list(flat(run(*args))), list(flat(model(*args))))
+    with torch.no_grad():
+        for steps, batch in ((1, 4), (2, 1), (3, 4), (4, 2), (6, 4), (7, 4), (20, 4)):
+            args = sized(case, steps, batch)
+            assert_same(list(flat(run(*args))), list(flat(model(*args))))
 
 
 def test_named_sizes():
@@ -86,9 +87,10 @@ def test_autocast_that_changes_the_state_is_refused():
 def test_strict_programs_too():
     case = Case("LSTM", num_layers=2, bidirectional=True, state=True)
     model, program = exported(case, strict=True)
-    for steps in (1, 8):
-        args = sized(case, steps, 4)
-        assert_same(list(flat(program.module()(*args))), list(flat(model(*args))))
+    with torch.no_grad():
+        for steps in (1, 8):
+            args = sized(case, steps, 4)
+            assert_same(list(flat(program.module()(*args))), list(flat(model(*args))))
 
 
 def test_the_size_of_a_program_depends_on_the_block_alone():

@@ -190,9 +190,9 @@ def test_blocks(kind):
     with torch.no_grad():
         unrolled = unroll(nn.Sequential(layer), plan=Plan(products="linear", time=3))
         program = torch.export.export(unrolled, case.args(F64), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
-    for steps in (2, 3, 8):
-        args = replace(case, steps=steps, batch=2).args(F64)
-        assert_same(program.module()(*args), layer(*args))
+        for steps in (2, 3, 8):
+            args = replace(case, steps=steps, batch=2).args(F64)
+            assert_same(program.module()(*args), layer(*args))
 
 
 def test_the_backend_writes_linear():

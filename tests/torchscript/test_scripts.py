@@ -1,6 +1,7 @@
 """TorchScript both ways: script modules unrolled, and unrolled modules scripted and traced."""
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -74,8 +75,19 @@ def model_of(case: Case, dtype: torch.dtype = F64) -> nn.Module:
     return (Alone, WithState, WithPair)[states](case.layer(dtype))
 
 
-def scripted(case: Case, args: tuple):
+@functools.cache
+def script_of(case: Case) -> torch.jit.ScriptModule:
+    """The model of a case, compiled once for all tests that only read and run it."""
     return torch.jit.script(model_of(case))
+
+
+@functools.cache
+def frozen_script_of(case: Case) -> torch.jit.ScriptModule:
+    return torch.jit.freeze(torch.jit.script(model_of(case).eval()))
+
+
+def scripted(case: Case, args: tuple):
+    return script_of(case)
 
 
 def traced(case: Case, args: tuple):
@@ -83,11 +95,11 @@ def traced(case: Case, args: tuple):
 
 
 def frozen(case: Case, args: tuple):
-    return torch.jit.freeze(torch.jit.script(model_of(case).eval()))
+    return frozen_script_of(case)
 
 
 def loaded(case: Case, args: tuple):
-    return reloaded(torch.jit.script(model_of(case)))
+    return reloaded(script_of(case))
 
 
 def frozen_and_loaded(case: Case, args: tuple):
@@ -140,7 +152,7 @@ def test_result_is_torchs(case, form):
 
 @pytest.mark.parametrize("case", [*CHOSEN, *EMPTY], ids=str)
 def test_any_length_and_batch_size(case):
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     result = unroll(module)
     for steps in (1, 3, 9):
         for batch in (0, 1, 5):
@@ -163,7 +175,7 @@ def test_packed_sequences_of_any_length(case, form):
 @pytest.mark.parametrize("case", [case for case in CHOSEN if not case.is_cell], ids=str)
 def test_explicit_steps_are_free_of_loops_and_hold_for_one_length(case):
     args = case.tensors(F64)
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     by_args, by_number = unroll(module, args), unroll(module, steps=case.steps)
     assert by_args.code == by_number.code
     assert "prim::Loop" in kinds(unroll(module).inlined_graph)
@@ -180,7 +192,7 @@ def test_explicit_steps_are_free_of_loops_and_hold_for_one_length(case):
 @pytest.mark.parametrize("block", [1, 3, 8])
 @pytest.mark.parametrize("case", [case for case in CHOSEN if not case.is_cell], ids=str)
 def test_blocks_of_steps(case, block):
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     result = unroll(module, plan=Plan(time=block))
     loops = list(kinds(result.inlined_graph)).count("prim::Loop")
     assert loops == case.num_layers * (1 + case.bidirectional) * (2 if block > 1 else 1)
@@ -192,7 +204,7 @@ def test_blocks_of_steps(case, block):
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_packed_sequences_take_no_blocks(case):
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     blocks = unroll(module, plan=Plan(time=3))
     for steps in (1, 4, 7):
         args = replace(case, steps=steps).tensors(F64)
@@ -228,7 +240,7 @@ def test_scripting_and_tracing_a_layer_in_blocks(case):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
 def test_every_plan(kind, plan):
     case = Case(kind, state=True)
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     assert_same(unroll(module, plan=plan)(*case.tensors(F64)), module(*case.tensors(F64)))
 
 
@@ -243,7 +255,7 @@ def test_the_readers_agree(case):
     layer = case.layer(F64)
     kind = getattr(nn, case.kind)
     expected = read_cell(layer, CELL_MODES[kind]) if case.is_cell else read_layer(layer)
-    for module in (torch.jit.script(model_of(case)), frozen(case, ())):
+    for module in (script_of(case), frozen(case, ())):
         calls = find_calls(module)
         assert any(call.packed == case.packed for call in calls)
         for call in calls:
@@ -271,7 +283,7 @@ def test_dropout_draws_as_torch_and_follows_train_and_eval(case, steps):
 @pytest.mark.parametrize("steps", [None, 4])
 @pytest.mark.parametrize("case", [c for c in CHOSEN if c.num_layers > 1 or c.state], ids=str)
 def test_gradients_are_torchs(case, steps):
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     result = unroll(module, steps=None if case.is_cell or case.steps != 4 else steps)
     args = case.tensors(F64)
     assert_same(gradients(result, args), gradients(module, args))
@@ -279,7 +291,7 @@ def test_gradients_are_torchs(case, steps):
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_gradients_of_packed_sequences_are_torchs(case):
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     assert_same(gradients(unroll(module), case.tensors(F64)), gradients(module, case.tensors(F64)))
 
 
@@ -538,7 +550,7 @@ def test_all_problems_are_told_at_once():
 
 def test_packed_data_has_no_fixed_length():
     case = PACKED[0]
-    module = torch.jit.script(model_of(case))
+    module = script_of(case)
     for given in ({"args": case.tensors(F64)}, {"steps": 4}):
         assert problems(unroll, module, **given) == (
             "rnn: runs on packed data, whose batch sizes are known when it runs; leave its length open, without args "
