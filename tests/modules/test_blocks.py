@@ -11,12 +11,12 @@ from torch.export import Dim
 from tests.cases import Case, flat
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, compile, decompositions, trace, unroll
+from unroll.core.version import TORCH
 
 # Dynamo's own, where it makes a loop of something that has gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 BLOCK = 3
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 LAYERS = [
     Case("LSTM", num_layers=2, proj_size=2, bidirectional=True, batch_first=True, state=True),
     Case("LSTM"),
@@ -135,7 +135,7 @@ def test_a_known_number_of_steps_leaves_a_rest(steps):
         assert_same(list(flat(ours(*args))), list(flat(model(*args))))
 
 
-@pytest.mark.skipif(TORCH >= (2, 15), reason="Inductor's gradients of torch.scan are right from 2.15 on")
+@pytest.mark.skipif(TORCH >= "2.15", reason="Inductor's gradients of torch.scan are right from 2.15 on")
 def test_compiled_training_in_blocks_is_refused():
     torch.compiler.reset()
     model = nn.Sequential(nn.GRU(3, 5))
@@ -148,7 +148,7 @@ def test_compiled_training_in_blocks_is_refused():
     assert_same(list(found[0]), list(found[1]), rtol=1e-5)
 
 
-@pytest.mark.skipif(TORCH < (2, 13), reason="the gradients of torch.scan are wrong before 2.13")
+@pytest.mark.skipif(TORCH < "2.13", reason="the gradients of torch.scan are wrong before 2.13")
 def test_gradients_of_a_program_in_blocks():
     case = Case("LSTM", bidirectional=True, state=True)
     model = Loop(case)

@@ -15,13 +15,11 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
-from torch.torch_version import TorchVersion
 
 from unroll.core.cells import State
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.scan import Step, mask_state, scan
-
-VERSION = TorchVersion(torch.__version__)
+from unroll.core.version import TORCH
 
 
 def is_captured(rows: Tensor) -> bool:
@@ -58,11 +56,11 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return False
     if is_exporting():
-        if VERSION < "2.13":
-            finding = f"would be exported in blocks with gradients, which are wrong in PyTorch {VERSION}"
+        if TORCH < "2.13":
+            finding = f"would be exported in blocks with gradients, which are wrong in PyTorch {TORCH}"
             raise UnrollError(Problem(place, finding, "export under torch.no_grad() and do not train the program"))
         return False
-    if VERSION >= "2.15":
+    if TORCH >= "2.15":
         return False
     finding = f"{place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong"
     fix = "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"

@@ -15,8 +15,11 @@ from unroll.core.patching import without_warnings
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore torch's notice that TorchScript is deprecated while this lasts: whoever has a ScriptModule knows."""
-    with without_warnings("`torch.jit", category=DeprecationWarning):
+    """Ignore torch's notice that TorchScript is deprecated while this lasts: whoever has a ScriptModule knows.
+
+    It is a `DeprecationWarning` before PyTorch 2.14, and a `FutureWarning` from then on.
+    """
+    with without_warnings("`torch.jit"):
         yield
 
 
