@@ -14,11 +14,12 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: Path | str, *arguments: str, warned: bool = False) -> str:
+def run(script: Path | str, *arguments: str, by: tuple[str, ...] = (), warned: bool = False) -> str:
     """What a script prints, given its path or the name of an example; packages that it needs may warn."""
-    command = [sys.executable, str(script if isinstance(script, Path) else EXAMPLES / f"{script}.py"), *arguments]
+    script = script if isinstance(script, Path) else EXAMPLES / f"{script}.py"
+    command = [sys.executable, *by, str(script), *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    place = script.parent if isinstance(script, Path) else None
+    place = script.parent if script.parent != EXAMPLES else None
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env, cwd=place)
     assert done.returncode == 0, done.stderr
     assert warned or "Warning" not in done.stderr
@@ -42,7 +43,7 @@ def test_no_example_is_left_out():
         "two_layers",
         "speech_encoder",
     }
-    names |= {"ensemble", "private", "quantize"}
+    names |= {"ensemble", "private", "quantize", "train_distributed"}
     names |= {"voice_activity", "tensorrt_from_export", "tensorrt_from_onnx"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
@@ -125,6 +126,23 @@ def test_private():
     right = re.search(r"the nn.GRU, whose parameters were trained: (\d+) of 450 right", printed)
     assert right and int(right[1]) > 90  # a tenth of 450 are right by chance
     assert 0 < float(re.search(r"epsilon (\S+) at", printed)[1]) < 20
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs a PyTorch with torch.distributed")
+def test_train_distributed():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run("train_distributed", "--epochs", "2", by=torchrun, warned=True)
+    lines = re.findall(r"^(.*\S) +(\d+) of 450 right, scores differ by (\S+) from one process$", printed, re.MULTILINE)
+    assert [name for name, *_ in lines] == [
+        "nn.GRU, trained by DDP on 2 processes",
+        "its checkpoint in a sharded unrolled model",
+        "the same, trained on by FSDP2 on 2 processes",
+        "its checkpoint in an nn.GRU",
+    ]
+    assert all(float(difference) < 1e-4 for *_, difference in lines)
+    right = [int(right) for _, right, _ in lines]
+    assert right[0] == right[1] < right[2] == right[3] and right[3] > 150  # 45 are right by chance
 
 
 @pytest.mark.heavy

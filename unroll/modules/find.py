@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -118,6 +119,10 @@ def find(
         for name, module in root.named_modules()
         if is_compiled(module) and _holds_recurrent(module)
     )
+    for name, module in root.named_modules():
+        if is_sharded(module):
+            fix = "unroll the model first, shard the result, and drop the original"
+            problems.add(name or type(module).__name__, "is sharded already, by FSDP, and cannot be copied", fix)
     problems.check()
     for name, value in (*_named_modules(root), *walk_objects(root)):
         if not isinstance(value, nn.Module):
@@ -155,6 +160,12 @@ def _holds_recurrent(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether it is compiled, by `torch.compile(module)` or `module.compile()`."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether FSDP has put shards in the place of its parameters, by `fully_shard` or as a wrapper."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it was used
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
 def _shared_layers(module: nn.Module) -> Iterator[tuple[type, str]]:
