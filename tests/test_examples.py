@@ -43,7 +43,7 @@ def test_no_example_is_left_out():
         "two_layers",
         "speech_encoder",
     }
-    names |= {"ensemble", "private", "quantize", "train_distributed"}
+    names |= {"ensemble", "private", "quantize", "train_distributed", "batch_inference"}
     names |= {"voice_activity", "tensorrt_from_export", "tensorrt_from_onnx"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
@@ -143,6 +143,15 @@ def test_train_distributed():
     assert all(float(difference) < 1e-4 for *_, difference in lines)
     right = [int(right) for _, right, _ in lines]
     assert right[0] == right[1] < right[2] == right[3] and right[3] > 150  # 45 are right by chance
+
+
+@pytest.mark.heavy
+def test_batch_inference():
+    pytest.importorskip("ray", reason="needs ray: make test-heavy")
+    printed = run("batch_inference", "--epochs", "2", warned=True)
+    found = re.search(r"^450 rows from (\d) of 2 workers, (\d+) right$", printed, re.MULTILINE)
+    assert found and int(found[1]) >= 1 and int(found[2]) > 150  # 45 are right by chance
+    assert float(re.search(r"largest difference from nn.GRU: (\S+)", printed)[1]) < 1e-5
 
 
 @pytest.mark.heavy

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
 
 from tests.cases import CHOSEN, DROPOUT, PLANS, Case, flat, replace
 from unroll import Plan, UnrollError, compare, decompositions, unroll
@@ -322,3 +323,18 @@ def test_an_open_number_of_steps_is_refused_with_advice_that_is_taken():
         program = export(unroll(model, plan=Plan(time=16)), (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     longer = torch.randn(40, 2, 3)
     torch.testing.assert_close(program.module()(longer)[0], model(longer)[0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_products_are_found_by_their_source(strict):
+    """As quantizers look for them, in programs that were saved too."""
+    model, x = nn.Sequential(nn.LSTM(3, 4, num_layers=2)), torch.randn(4, 2, 3)
+    program = unroll(torch.export.export(model, (x,), strict=strict), plan="products=linear")
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for each in (program, torch.export.load(file)):
+        parts = get_source_partitions(each.graph, [nn.functional.linear])[nn.functional.linear]
+        products = each.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        assert len(products) == 2 * (1 + 3)  # step 0 has no state
+        assert [part.output_nodes for part in parts] == [[node] for node in products]

@@ -132,6 +132,8 @@ class AtenWriter(GraphWriter):
             node.meta["val"] = self.metadata.of(target, args, kwargs or {})
         elif op == "get_attr":
             node.meta["val"] = self.metadata.like(operator.attrgetter(target)(self.graph.owning_module))
+        if target is aten.linear.default:  # by which quantizers of PT2E find it
+            node.meta["source_fn_stack"] = [*node.meta.get("source_fn_stack", ()), (node.name, functional.linear)]
         return node
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from unroll.graphs.freezing import drop_unread, freeze_calls
 from unroll.graphs.lowering import FunctionLowering, Lowering, ModuleLowering, erase_dead
 from unroll.graphs.packed import PackedFunctionLowering, PackedModuleLowering
 from unroll.graphs.shapes import FakeRun
+from unroll.graphs.tracing import need_no_tracer
+from unroll.modules import linears
 from unroll.modules.layers import Unrolled
 from unroll.modules.replace import replace
 
@@ -60,12 +63,42 @@ def unroll_graph(
     if run.problem and any("unknown" in problem.finding for problem in problems):
         problems.insert(0, run.problem)
     problems.check()
+    layers = _uncalled_layers(copied, [call.call.node for part, calls in found if part is copied for call in calls])
     with without_gc():
         for part, calls in found:
             rewrite(part.graph, calls, asserts=asserts)
             drop_unread(part, frozen.get(part, []))
             part.recompile()
+    for layer in layers:
+        _put_plain_module(copied, layer)
+    need_no_tracer(copied)
     return copied
+
+
+def _uncalled_layers(module: fx.GraphModule, rewritten: list[fx.Node]) -> list[Unrolled]:
+    """Return the layers of which no call will be left, with the weights under the layer's own names."""
+    called: set[int] = set()
+    for node in module.graph.nodes:
+        if node.op in ("call_module", "get_attr") and node not in rewritten:
+            found = operator.attrgetter(str(node.target))(module)
+            called |= set(map(id, found.modules())) if isinstance(found, nn.Module) else set()
+    layers = {node.target: module.get_submodule(str(node.target)) for node in rewritten if node.op == "call_module"}
+    found = [
+        layer for layer in dict.fromkeys(layers.values()) if isinstance(layer, Unrolled) and id(layer) not in called
+    ]
+    for layer in found:
+        if linears.are_held(layer):
+            linears.release(layer)
+    return found
+
+
+def _put_plain_module(module: fx.GraphModule, layer: Unrolled) -> None:
+    """Put an `nn.Module` that holds the weights in the place of a layer: it can be unpickled without `unroll`."""
+    plain = nn.Module()
+    vars(plain).update({name: vars(layer)[name] for name in vars(plain)})
+    names = [name for name, value in module.named_modules(remove_duplicate=False) if value is layer]
+    for name in names:
+        module.set_submodule(name, plain)
 
 
 def _is_unrolled(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -17,6 +17,8 @@ from unroll.core.patching import patched
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 
+PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
+
 
 def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
     """Trace a model symbolically, with recurrent layers and (un)packing of sequences as single nodes.
@@ -40,12 +42,19 @@ def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.G
         with alone(), _packed_by_node(tracer):
             graph = tracer.trace(model, concrete_args)
         for node in graph.nodes:  # torch would declare these by dotted names, on which every later trace stumbles
-            if node.target in (rnn.pack_padded_sequence, rnn.pad_packed_sequence):
+            if node.target in PACKING:
                 node.meta.pop("is_wrapped", None)
     except (TraceError, TypeError) as error:
         fix = "use unroll(module), which needs no trace, or the graph of torch.export"
         raise UnrollError(Problem(type(model).__name__, f"cannot be traced symbolically ({error})", fix)) from error
     return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def need_no_tracer(module: fx.GraphModule) -> None:
+    """Let torch's own tracer read a pickle of a graph that `trace` made, if nothing in it is packed any more."""
+    packs = any(node.target in PACKING for node in module.graph.nodes)
+    if module._tracer_cls is _Tracer and not packs:
+        module._tracer_cls = module.graph._tracer_cls = None
 
 
 def trace_inside(module: nn.Module) -> fx.GraphModule | None:
@@ -79,7 +88,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, *, inside: bool = False) -> None:
         self.inside = inside
-        super().__init__(autowrap_functions=(rnn.pack_padded_sequence, rnn.pad_packed_sequence))
+        super().__init__(autowrap_functions=PACKING)
         self._autowrap_search.append(rnn)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
