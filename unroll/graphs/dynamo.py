@@ -19,6 +19,7 @@ from unroll.core.patching import configured, original, without_gc
 from unroll.core.plan import Plan, Preset
 from unroll.core.recurrence import LAYERS, read_layer
 from unroll.graphs.calls import graph_parts, tensor_metadata
+from unroll.graphs.code import recompile_late
 from unroll.graphs.rewrite import find_calls, rewrite
 from unroll.modules.find import is_recurrent
 from unroll.modules.replace import replace
@@ -71,7 +72,7 @@ def unroll_backend(
             for call in calls:
                 call.writer.compile_for(device)
             rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
-            part.recompile()
+            recompile_late(part)
     following: Any = lookup_backend(given.get("backend", "inductor"))
     if given.get("mode"):
         return following(graph, inputs, config_patches=torch._inductor.list_mode_options(given["mode"]))

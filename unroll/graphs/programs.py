@@ -23,6 +23,7 @@ from unroll.core.plan import Plan, Preset
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Frame
 from unroll.graphs.calls import form_of, graph_parts, layer_name, tensor_metadata
+from unroll.graphs.code import recompile_late
 from unroll.graphs.functions import FUNCTIONS, read_on_tensors
 from unroll.graphs.lowering import Lowering
 from unroll.graphs.rewrite import find_calls, rewrite
@@ -34,8 +35,11 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     Parameters, buffers and constants are those of the original; their names, the dynamic shapes and the
     signature stay.
     """
-    module = copied_graph(program.graph_module)
-    parts = graph_parts(module)
+    signature = copy.deepcopy(program.graph_signature)
+    entries = [copied_entry(entry) for entry in program.module_call_graph]
+    # made before it is rewritten, as making it writes the graph's code
+    made = rebuilt(program, copied_graph(program.graph_module), signature, entries, program.example_inputs)
+    parts = graph_parts(made.graph_module)
     names = [layer_name(node) for part in parts for node in part.graph.nodes if form_of(node)]
     problems = unknown_names(where, names)
     found: list[tuple[fx.GraphModule, list[Lowering]]] = []
@@ -46,21 +50,20 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
         fix = f"it is asked about the name and the fx.Node of each call; the names are: {', '.join(names)}"
         problems.add("where", "picks none of the program's recurrent calls", fix)
     problems.check()
-    signature = copy.deepcopy(program.graph_signature)
-    calls_graph = [copied_entry(entry) for entry in program.module_call_graph]
-    with without_gc():  # making the program writes its code
+    with without_gc():
         for part, calls in found:
             rewrite(part.graph, calls, asserts=False)
-            if part is not module:
-                part.recompile()
+            recompile_late(part)
+            if part is not made.graph_module:
                 continue
             # Signatures name the nodes of results, which are gone by now.
             for old, new in (pair for call in calls for pair in call.replaced.items()):
                 signature.replace_all_uses(old.name, new.name)
-                for entry in calls_graph:
+                for entry in entries:
                     if entry.signature is not None:
                         entry.signature.replace_all_uses_with(old, new)
-        return rebuilt(program, module, signature, calls_graph, program.example_inputs)
+        made.validate()
+    return made
 
 
 def rebuilt(

@@ -16,6 +16,7 @@ from unroll.core.patching import without_gc
 from unroll.core.plan import Plan
 from unroll.graphs.aten import MetadataCache, writer_for
 from unroll.graphs.calls import Metadata, call_of, form_of, graph_parts, layer_name, tensor_metadata
+from unroll.graphs.code import recompile_late
 from unroll.graphs.effects import changes_what_is_given
 from unroll.graphs.freezing import drop_unread, freeze_calls
 from unroll.graphs.lowering import FunctionLowering, Lowering, ModuleLowering, erase_dead
@@ -68,7 +69,7 @@ def unroll_graph(
         for part, calls in found:
             rewrite(part.graph, calls, asserts=asserts)
             drop_unread(part, frozen.get(part, []))
-            part.recompile()
+            recompile_late(part)
     for layer in layers:
         _put_plain_module(copied, layer)
     need_no_tracer(copied)

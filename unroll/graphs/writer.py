@@ -29,7 +29,9 @@ class GraphWriter(Writer):
         self, op: str, target: Any, args: tuple = (), kwargs: dict | None = None, name: str | None = None
     ) -> fx.Node:
         name = name or self.name(target.rpartition(".")[2] if isinstance(target, str) else target.__name__)
-        node = self.graph.create_node(op, target, args, kwargs, name=name.replace(".", "_"))
+        node = self.graph.create_node(op, target, name=name.replace(".", "_"))
+        # given afterwards: `create_node` walks its arguments by pytree, half of the time that a node takes
+        node.args, node.kwargs = args, kwargs or {}
         node.meta.update(self.meta)
         self.made.append(node)
         return node

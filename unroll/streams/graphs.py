@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Where
 from unroll.graphs.calls import FunctionCall, Metadata, tensor_metadata
+from unroll.graphs.code import recompile_late
 from unroll.graphs.programs import copied_entry, copied_graph, rebuilt
 from unroll.streams.chains import Chain, find_chains
 from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zero_states
@@ -62,7 +63,7 @@ def stream_graph(
     output.args = ((output.args[0], finals),)
     output.meta.pop("val", None)
     graph.lint()
-    module.recompile()
+    recompile_late(module)
     return module, chains
 
 
