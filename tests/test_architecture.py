@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports from its own folder, and from what stands left of it.
 LAYOUT = (
     "core|extras reports roundings packed torchscript onnx|comparison modules targets|graphs|streams unrolling|export"
-    "|bench|cli"
+    "|bench|api cli"
 )
 FLOORS = [part.split() for part in LAYOUT.split("|")]
 
@@ -99,7 +99,7 @@ def test_a_name_is_imported_from_the_file_that_defines_it():
             if module.partition(".")[0] != "unroll" or source not in NAMES or f"{source}.{name}".lstrip(".") in NAMES:
                 continue
             assert not name.startswith("_"), f"{name_of(file)} imports the private {module}.{name}"
-            if source:
+            if source != "api" and source:  # the package hands on what that takes
                 home = ROOT.joinpath(*source.split("."))
                 home = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
                 assert name in defined(home), f"{name_of(file)} imports {name} from {module}, which only imports it"
@@ -134,7 +134,7 @@ FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").
 
 
 def test_every_folder_has_a_floor_and_a_line_in_contributing():
-    assert {*FOLDERS, "extras", "reports", "roundings", "comparison", "unrolling"} == {
+    assert {*FOLDERS, "extras", "reports", "roundings", "comparison", "unrolling", "api"} == {
         name for names in FLOORS for name in names
     }
     text = (ROOT.parent / "CONTRIBUTING.md").read_text()
@@ -160,12 +160,36 @@ print(dir(unroll) == unroll.__all__)
     assert (done.returncode, done.stdout) == (0, "GRU(3, 5, unrolled)\n[]\nTrue\n"), done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["nope"], []], ids=str)
+def test_telling_of_itself_needs_no_torch(arguments):
+    pytest.importorskip("typer")
+    code = f"""
+import sys, unroll
+from unroll.cli.main import main
+try:
+    main({arguments})
+finally:
+    print(unroll.__version__, *{{"torch", "numpy"}} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.stdout.splitlines()[-1] == unroll.__version__, done.stderr
+
+
+def test_names_that_the_package_does_not_have():
+    with pytest.raises(AttributeError, match="has no attribute 'require'"):
+        _ = unroll.require
+    assert unroll.__version__ == unroll.core.version.VERSION
+    names = {}
+    exec("from unroll import *", names)
+    assert names.keys() - {"__builtins__"} == set(unroll.__all__)
+
+
 def test_the_package_is_a_table_of_contents():
-    tree = ast.parse((ROOT / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "api.py").read_text())
     taken = [
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     ]
-    assert sorted(taken) == sorted([*unroll.__all__, "__version__", "_Package"])
+    assert sorted(taken) == sorted(unroll.__all__)
     assert unroll.__all__ == sorted(unroll.__all__)
     assert not any(name.startswith("_") for name in unroll.__all__)
 

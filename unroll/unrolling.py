@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import types
 import warnings
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
@@ -193,10 +192,3 @@ def _refuse(what: str, **given: Any) -> None:
         if value is not None
     )
     problems.check()
-
-
-class Package(types.ModuleType):
-    """The type of this package, by which `import unroll; unroll(model)` is a call of the function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return unroll(*args, **kwargs)

@@ -385,6 +385,10 @@ def test_as_a_module():
     assert done.returncode == 0 and "Exit codes" in done.stdout
 
 
+def test_version(run):
+    assert run("--version") == (0, f"unroll {unroll.__version__}\n", "")
+
+
 def test_missing_extra_is_named(monkeypatch):
     code = "import sys; sys.modules['rich'] = None\nimport unroll.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

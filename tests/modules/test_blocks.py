@@ -11,7 +11,7 @@ from torch.export import Dim
 from tests.cases import Case, flat
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, compile, decompositions, trace, unroll
-from unroll.core.version import TORCH
+from unroll.core.torch_version import TORCH
 
 # Dynamo's own, where it makes a loop of something that has gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -1,9 +1,3 @@
-"""The versions of this package and of PyTorch."""
-
-import torch
-from torch.torch_version import TorchVersion
+"""The version of this package."""
 
 VERSION = "0.1.0"
-
-TORCH = TorchVersion(torch.__version__)
-"""Compares with strings, as in `TORCH < "2.13"`"""

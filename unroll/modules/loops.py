@@ -19,7 +19,7 @@ from torch.nn import functional
 from unroll.core.cells import State
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.scan import Step, mask_state, scan
-from unroll.core.version import TORCH
+from unroll.core.torch_version import TORCH
 
 
 def is_captured(rows: Tensor) -> bool:
