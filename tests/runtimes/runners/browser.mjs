@@ -3,32 +3,13 @@
 // answer, {ok: true}, {results: [[type, shape, base64], ...]} or {error: text}.
 
 import { readFile } from "node:fs/promises";
-import { createServer } from "node:http";
-import { createRequire } from "node:module";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
 
+import { open } from "../../../examples/browser/chromium.mjs";
+
 const [modules, build, provider] = process.argv.slice(2);
-const { chromium } = createRequire(join(resolve(modules), "x.js"))("playwright-core");
-const KINDS = { mjs: "text/javascript", wasm: "application/wasm", html: "text/html" };
-
-const server = createServer(async (request, response) => {
-  const name = request.url.slice(1) || "index.html";
-  try {
-    const body = name === "index.html" ? "<!doctype html>" : await readFile(join(modules, "onnxruntime-web", "dist", name));
-    response.writeHead(200, { "content-type": KINDS[name.split(".").pop()] ?? "application/octet-stream" }).end(body);
-  } catch {
-    response.writeHead(404).end();
-  }
-});
-await new Promise((done) => server.listen(0, "127.0.0.1", done));
-
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"],
-});
-const page = await browser.newPage();
-await page.goto(`http://127.0.0.1:${server.address().port}/`);
+const { browser, page, close } = await open(join(modules, "onnxruntime-web", "dist"), modules);
 
 const load = async ([build, provider, bytes]) => {
   const ort = (globalThis.ort ??= await import(`/${build}`));
@@ -65,5 +46,4 @@ for await (const line of createInterface({ input: process.stdin })) {
     console.log(JSON.stringify({ error: String(error.message ?? error) }));
   }
 }
-await browser.close();
-server.close();
+await close();
