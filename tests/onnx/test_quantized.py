@@ -100,6 +100,32 @@ def test_fusions_put_one_bias_into_all_products(exported, tmp_path):
         run_ort(onnx.load(path), {"input": inputs(1)[0]})
 
 
+@pytest.mark.parametrize(
+    ("plan", "format"),
+    [
+        ("gates=merged,runtime=npu", QuantFormat.QOperator),
+        ("default", QuantFormat.QDQ),
+        ("default", QuantFormat.QOperator),
+    ],
+)
+def test_one_bias_of_a_gru_has_the_scale_of_one_step(plan, format, tmp_path):
+    """docs/runtimes.md tells which form and which format keep the scales apart."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.GRU(**LAYER).eval()
+    path, quantized = tmp_path / "model.onnx", tmp_path / "quantized.onnx"
+    export_onnx(model, torch.zeros(STEPS, 2, 16), path, plan=plan)
+    quant_pre_process(path, path, skip_symbolic_shape=True, skip_optimization=True)
+    quantize_static(path, quantized, Calibration(inputs()), quant_format=format, weight_type=QuantType.QInt8)
+    products = [node for node in onnx.load(quantized).graph.node if node.op_type == "QGemm"]
+    shared = len(products) - len({node.input[6] for node in products})
+    (x,) = inputs(1)
+    found, exact = (run_ort(onnx.load(p), {"input": x})[0] for p in (quantized, path))
+    worst = np.abs(found - exact).max()
+    assert shared == (STEPS - 2 if plan == "default" and format == QuantFormat.QOperator else 0)
+    assert worst < 0.025 if not shared else worst > 0.04
+
+
 @pytest.mark.parametrize(("plan", "count"), [("gates=split", SPLIT), ("npu", SPLIT), ("products=linear", MERGED)])
 def test_dynamic_quantization_reaches_every_product(plan, count, exported, tmp_path):
     path, given = tmp_path / "quantized.onnx", exported(plan)

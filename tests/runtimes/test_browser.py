@@ -21,11 +21,12 @@ CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 
 @pytest.mark.skipif(not shutil.which("node") or not CHROMIUM.exists(), reason="node or Chromium is not installed")
 @pytest.mark.skipif(not (MODULES / "playwright-core").exists(), reason="UNROLL_NODE_MODULES has no playwright-core")
-def test_the_page_of_the_example(tmp_path):
+@pytest.mark.parametrize("button", ["run", "listen"])
+def test_the_page_of_the_example(button, tmp_path):
     picture = tmp_path / "page.png"
     make = [sys.executable, EXAMPLE / "make_page.py", tmp_path / "page", "--modules", MODULES]
     subprocess.run(make, check=True, capture_output=True, timeout=300)
-    look = ["node", EXAMPLE / "look.mjs", tmp_path / "page", MODULES, picture]
+    look = ["node", EXAMPLE / "look.mjs", tmp_path / "page", MODULES, picture, button]
     done = subprocess.run(look, check=True, capture_output=True, text=True, timeout=300)
     rows = json.loads(done.stdout)["rows"]
     files = ("native.onnx", "unrolled.onnx")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from tests.runtimes.runners import (
     browser,
     coreml,
+    executorch,
+    iree,
+    litert,
     mnn,
     ncnn,
+    nncf,
     onnxruntime,
     onnxsim,
     onnxslim,
@@ -33,10 +37,14 @@ RUNTIMES: dict[str, Runtime] = {
     "onnxsim": onnxsim.RUNTIME,
     "static": quantizers.STATIC,
     "dynamic": quantizers.DYNAMIC,
+    "nncf": nncf.RUNTIME,
     "wasm": browser.WASM,
     "webgpu": browser.WEBGPU,
     "jsep": browser.JSEP,
     "tvm": tvm.RUNTIME,
+    "iree": iree.RUNTIME,
+    "executorch": executorch.RUNTIME,
+    "litert": litert.RUNTIME,
     "tinygrad": tinygrad.RUNTIME,
 }
 """By the name of the file"""

@@ -72,7 +72,8 @@ JSEP = _runtime(
     plans=("default",),
     missing={
         "open length": Missing(
-            "an operator in the body of a `Scan` is refused", "`ort.webgpu`, or a file for each length"
+            "the first sum in the body of a `Scan` is refused, as a `Gemm` or as an `Add`, and so in a `Loop`",
+            "`ort.webgpu`, or a file for each length",
         )
     },
 )
