@@ -348,17 +348,19 @@ def test_the_state_is_as_the_layer_gave_it_in_onnx(tmp_path):
     assert_same(stream.state["layer.h"], whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["module", "graph", "file"])
+@pytest.mark.parametrize("kind", ["module", "graph", "unrolled graph", "program", "file"])
 def test_streams_are_copied_and_pickled_with_their_state(kind, tmp_path):
     x, model = torch.randn(6, 2, 3), nn.Sequential(nn.LSTM(3, 5)).eval()
     if kind == "file":
         export_onnx(streaming(model, x[:2]), x[:2], made := tmp_path / "model.onnx")
     else:
-        made = streaming(model, x) if kind == "module" else streaming(trace(model), x)
+        source = {"module": model, "program": torch.export.export(model, (x[:2],))}.get(kind, trace(model))
+        made = streaming(source, None if kind == "program" else x[:2])
+        made = unroll(made, (x[:2],)) if kind == "unrolled graph" else made
     stream = Stream(made, 2)
     stream(x[:2])
-    # torch traces the code of a pickled graph anew, in which the states' number is asked for
-    copies = [copy.deepcopy(stream), *([] if kind == "graph" else [pickle.loads(pickle.dumps(stream))])]
+    # torch pickles no exported program so that it can be read again
+    copies = [copy.deepcopy(stream), *([] if kind == "program" else [pickle.loads(pickle.dumps(stream))])]
     expected = stream(x[2:4])[0]
     for other in copies:
         assert torch.equal(other(x[2:4])[0], expected)

@@ -54,8 +54,9 @@ def stream_graph(
     with graph.inserting_before(state.next):
         for name in example:
             inputs[name] = graph.create_node("call_function", operator.getitem, (state, name), name=_identifier(name))
-        # each name is asked for, so that no other fits into as many
-        fits = graph.call_function(operator.eq, (graph.call_function(len, (state,)), len(example)))
+        # by methods: whoever unpickles the graph traces it anew, and len of a proxy cannot be traced
+        others = graph.call_function(operator.sub, (graph.call_method("keys", (state,)), list(example)))
+        fits = graph.call_method("isdisjoint", (others, others))  # there are none
         message = f"state: has a name which is no state; the states are: {', '.join(example)}"
         graph.call_function(torch._assert, (fits, message))
     finals = _rewire(chains, inputs)
@@ -123,7 +124,7 @@ def example_state(model: Any) -> State | None:
         state = (model.example_inputs or ((), {}))[1].get(ARGUMENT)
         return state if isinstance(state, dict) else None
     if isinstance(model, fx.GraphModule):
-        return _told(model).get("states")
+        return state_metadata(model).get("states")
     return None
 
 
@@ -135,7 +136,7 @@ def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = N
         batch: rows of the states, as for `zero_states`; of a program with fixed sizes, those that it has.
     """
     if isinstance(model, fx.GraphModule):
-        told = _told(model)
+        told = state_metadata(model)
         return zero_states(told["states"], batch, told["unbatched"])
     example = example_state(model)
     assert example is not None
@@ -150,9 +151,9 @@ def initial_state(model: fx.GraphModule | ExportedProgram, batch: int | None = N
     return found
 
 
-def _told(module: fx.GraphModule) -> dict[str, Any]:
+def state_metadata(module: fx.GraphModule) -> dict[str, Any]:
     """Return the metadata of the argument for the states: zeros by name, and the names of those without rows."""
-    metadata = [node.meta for node in module.graph.find_nodes(op="placeholder") if "states" in node.meta]
+    metadata = [node.meta for node in module.graph.find_nodes(op="placeholder") if node.target == ARGUMENT]
     return metadata[0] if metadata else {}
 
 

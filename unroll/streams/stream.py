@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, UnrollError
-from unroll.streams.graphs import example_state, initial_state
+from unroll.streams.graphs import example_state, initial_state, state_metadata
 from unroll.streams.modules import Streaming
 from unroll.streams.states import check_state_names
 
@@ -19,8 +20,8 @@ class Stream:
     """Feeds pieces to a streaming model and carries the state from each to the next, in torch or in ONNX Runtime.
 
     Runs without gradients. A stream can be copied and pickled with its state, for actors and workers; one over a file
-    if it was made of the path, and one of a graph module is copied alone. For training, call the model itself with
-    `state=`.
+    if it was made of the path, and one of an exported program is copied alone, as `pickle` takes no program. For
+    training, call the model itself with `state=`.
 
     Args:
         model: what `unroll.streaming` returned, what `unroll.unroll` made of that, or the path of a file (or an
@@ -54,10 +55,16 @@ class Stream:
         if type(self._model).__name__ == "InferenceSession":
             finding = "runs an InferenceSession, which cannot be copied or pickled"
             raise UnrollError(Problem("Stream", finding, "make it of the path of the file: Stream(path)"))
-        return {key: value for key, value in vars(self).items() if key not in ("_run", "_initial")}
+        kept = {key: value for key, value in vars(self).items() if key not in ("_run", "_initial")}
+        if isinstance(self._model, fx.GraphModule):
+            told = state_metadata(self._model)  # which a pickle of the graph has not
+            kept["_told"] = {key: told[key] for key in ("states", "unbatched")}
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if isinstance(self._model, fx.GraphModule):
+            state_metadata(self._model).update(self.__dict__.pop("_told"))
         self._run, self._initial = _runner(self._model)
 
     def initial_state(self, batch: int | None = None) -> Any:
