@@ -506,7 +506,9 @@ def mistaken_lstm(x, state, weights, label):
     return torch.mul(o, torch.tanh(c)), c
 
 
-def test_failed_check_leaves_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("many", [10_000, 0])
+def test_failed_check_leaves_nothing_behind(tmp_path, monkeypatch, many):
+    monkeypatch.setattr("unroll.onnx.runtime.MANY", many)
     case = Case("LSTM")
     model, args, path = case.model().eval(), case.tensors(), tmp_path / "m.onnx"
     path.write_bytes(b"older")
@@ -540,8 +542,34 @@ def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
         assert_same(run(export.path, *args), model(*args), rtol=1e-5)
 
 
+def levels(monkeypatch):
+    """The levels of optimization at which sessions are made from now on."""
+    found, made = [], ort.InferenceSession
+
+    def note(path, options, **others):
+        found.append(options.graph_optimization_level)
+        return made(path, options, **others)
+
+    monkeypatch.setattr(ort, "InferenceSession", note)
+    return found
+
+
+def test_many_nodes_are_checked_as_they_are_written(tmp_path, monkeypatch):
+    found, level = levels(monkeypatch), ort.GraphOptimizationLevel
+    case = Case("LSTM")
+    model, args = case.model().eval(), case.tensors()
+    count = sum(export_onnx(model, args, tmp_path / "m.onnx").operators.values())
+    monkeypatch.setattr("unroll.onnx.runtime.MANY", count)
+    export_onnx(model, args, tmp_path / "m.onnx")
+    monkeypatch.setattr("unroll.onnx.runtime.MANY", count - 1)
+    assert export_onnx(model, args, tmp_path / "m.onnx").report.ok
+    assert found == [level.ORT_ENABLE_ALL, level.ORT_ENABLE_ALL, level.ORT_DISABLE_ALL]
+
+
+@pytest.mark.parametrize("many", [10_000, 0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision(dtype, tmp_path):
+def test_low_precision(dtype, many, tmp_path, monkeypatch):
+    monkeypatch.setattr("unroll.onnx.runtime.MANY", many)
     case = Case("LSTM", state=True)
     model, args = case.model(dtype).eval(), case.tensors(dtype)
     if dtype is torch.float16:

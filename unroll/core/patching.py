@@ -263,7 +263,9 @@ _collects = True
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Hold back the garbage collector while a graph grows: nothing is garbage, and looking is a fifth of the time."""
+    """Hold back the garbage collector while a graph is read, grows or is saved: there is no garbage, and looking for it
+    is a fifth of the time, or half.
+    """
     global _growing, _collects
     with _LOCK:
         _growing += 1

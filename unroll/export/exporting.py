@@ -90,7 +90,8 @@ def export_onnx(
     The recurrent layers pass torch's exporter as single nodes, so that its cost does not grow with the steps.
     A dynamic number of steps becomes a `Scan`. The check runs `onnx.checker`, looks at every operator, and
     compares ONNX Runtime with the original on the given and on fresh random inputs, of other sizes too where
-    they are dynamic. A file appears under `path` only if all of it succeeds.
+    they are dynamic; beyond 10,000 nodes it runs them as they are written, without its fusions. A file
+    appears under `path` only if all of it succeeds.
 
     Args:
         model: a module in evaluation mode, a `GraphModule` or an `ExportedProgram`. It need not be traceable
@@ -139,7 +140,7 @@ def export_onnx(
     """
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
     from unroll.core.arguments import as_args
-    from unroll.core.patching import seeded
+    from unroll.core.patching import seeded, without_gc
     from unroll.export import verify as checks
     from unroll.export.inputs import in_order
     from unroll.export.routes import Wanted, captured
@@ -162,9 +163,10 @@ def export_onnx(
     if found.program is not None:
         name_states(model, found.program, written, input_names or (), output_names or ())
     clock("unroll")
-    with limited(limit):
+    with limited(limit), without_gc():
         unroll_ir(written, where=None if where is None else from_torch, plan=plan)
     files.sign(written, plan=plan or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
+    counted = checks.operators(written)
     clock("save")
     # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
@@ -177,10 +179,10 @@ def export_onnx(
             with quiet(), seeded(), found.explaining():
                 others, outputs = found.others(), [str(value.name) for value in written.graph.outputs]
                 inputs = checks.Inputs(*found.given, others, found.weights)
-                report, compared, refused = checks.check_values(draft, path, original, inputs, outputs)
+                report, compared, refused = checks.check_values(draft, path, original, inputs, outputs, counted.total())
     if found.route == "trace":
         warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=3)
-    return Export(path, size, checks.operators(written), written.opset_imports[""], report, refused, clock.done())
+    return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
 
 
 def _results_of(model: Any) -> list[str] | None:

@@ -36,19 +36,17 @@ def check_operators(model: ir.Model, *, recurrent: bool = False) -> None:
     Raises:
         UnrollError: naming each.
     """
-    problems: dict[str, Problem] = {}
+    problems = Problems()
     local = {(domain, name) for domain, name, _ in model.functions}
-    for node in all_nodes(model):
+    for (domain, name), node in {(node.domain, node.op_type): node for node in all_nodes(model)}.items():
         if is_recurrent(node) and not recurrent:
-            problems[node.op_type] = Problem(node.name or node.op_type, "is still recurrent", "report this model")
-        version = model.opset_imports.get(node.domain, 1)
-        if (node.domain, node.op_type) not in local and not onnx.defs.has(
-            node.op_type, max_inclusive_version=version, domain=node.domain
-        ):
-            finding = f"{node.domain or 'ai.onnx'}::{node.op_type} is not in version {version} of the standard"
+            problems.add(node.name or name, "is still recurrent", "report this model")
+        version = model.opset_imports.get(domain, 1)
+        if (domain, name) not in local and not onnx.defs.has(name, max_inclusive_version=version, domain=domain):
+            finding = f"{domain or 'ai.onnx'}::{name} is not in version {version} of the standard"
             fix = "register a translation to standard operators, or pass check=False"
-            problems[node.op_type] = Problem(node.name or node.op_type, finding, fix)
-    Problems(problems.values()).check()
+            problems.add(node.name or name, finding, fix)
+    problems.check()
 
 
 def check_file(
@@ -129,6 +127,7 @@ def check_values(
     original: Callable[..., Any],
     given: Inputs,
     output_names: Sequence[str],
+    nodes: int = 0,
 ) -> tuple[Report, int, int]:
     """Compare ONNX Runtime with the original, on the given inputs and on others.
 
@@ -140,6 +139,7 @@ def check_values(
         original: what the file must agree with.
         given: what both are run on.
         output_names: of the file.
+        nodes: how many the file has, as for `session`.
 
     Returns:
         A report with the outputs' names for places, how many inputs were compared, and how many of the others the
@@ -148,7 +148,7 @@ def check_values(
     Raises:
         UnrollError: naming what differs.
     """
-    runner = session(path, name)
+    runner = session(path, name, nodes=nodes)
     names = [value.name for value in runner.get_inputs()]
     inputs, refused = [(given.args, given.kwargs)], 0
     for fresh in given.others:

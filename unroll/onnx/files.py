@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from unroll.core.errors import Problem, UnrollError, refusing
+from unroll.core.patching import without_gc
 from unroll.core.version import VERSION
 
 LARGEST = 1_800_000_000
@@ -27,7 +28,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, largest: int = LARGES
     if any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors):  # from a file that lies elsewhere
         with refusing(os.fspath(path), "its weights cannot be read", "give the model with its data whole"):
             model = ir.external_data.load_to_model(model)
-    ir.save(model, path)
+    with without_gc():
+        ir.save(model, path)
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:

@@ -52,7 +52,8 @@ def unroll_model(model: Any, *, where: Where = None, plan: Plan | str | None = N
     Returns:
         A model of the same kind; for a path an `onnx_ir.Model`.
     """
-    unrolled = unroll_ir(read_model(model), where=where, plan=plan, steps=steps)
+    with without_gc():
+        unrolled = unroll_ir(read_model(model), where=where, plan=plan, steps=steps)
     return ir.to_proto(unrolled) if isinstance(model, onnx.ModelProto) else unrolled
 
 

@@ -10,13 +10,21 @@ import torch
 
 from unroll.core.errors import Problem, UnrollError
 
+MANY = 10_000
+"""Nodes beyond which a file to be compared is loaded without fusions, which take half of the time of loading it"""
 
-def session(path: str | os.PathLike[str], name: str | os.PathLike[str]) -> Any:
-    """Load a file into ONNX Runtime, on the CPU and for one thread; messages call it `name`."""
+
+def session(path: str | os.PathLike[str], name: str | os.PathLike[str], *, nodes: int = 0) -> Any:
+    """Load a file into ONNX Runtime, on the CPU and for one thread; messages call it `name`.
+
+    Of a file with more than `MANY` nodes, of which the caller tells, the operators run as they are written.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
+    if nodes > MANY:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         # ONNX Runtime 1.31 crashes in that optimization, of convolutions, where a float16 file has an open batch.
         return onnxruntime.InferenceSession(
