@@ -24,6 +24,8 @@ from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 from unroll.reports import Report
 
+KINDS = "an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
+
 
 @dataclass(frozen=True)
 class Export:
@@ -151,22 +153,21 @@ def export_onnx(
 
     path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
-        kinds = "an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
-        raise UnrollError(no_model("export_onnx(model)", model, kinds))
+        raise UnrollError(no_model("export_onnx(model)", model, KINDS))
     args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
     clock = _Clock(progress)
-    output_names = output_names or _results_of(model)
-    wanted = Wanted(args, kwargs, dynamic_shapes, where, rules, input_names, output_names, opset_version)
+    names = input_names, output_names or _results_of(model)
+    wanted = Wanted(args, kwargs, dynamic_shapes, where, rules, *names, opset_version)
     with quiet():
         found = captured(model, wanted, capture, clock)
     written, report, compared, refused = found.model, None, 0, 0
     if found.program is not None:
-        name_states(model, found.program, written, input_names or (), output_names or ())
+        name_states(model, found.program, written, *(given or () for given in names))
     clock("unroll")
     with limited(limit), without_gc():
         unroll_ir(written, where=None if where is None else from_torch, plan=plan)
+        counted = checks.operators(written)
     files.sign(written, plan=plan or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
-    counted = checks.operators(written)
     clock("save")
     # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
@@ -177,8 +178,8 @@ def export_onnx(
             checks.check_file(draft, path)
             original = model.module() if isinstance(model, ExportedProgram) else model
             with quiet(), seeded(), found.explaining():
-                others, outputs = found.others(), [str(value.name) for value in written.graph.outputs]
-                inputs = checks.Inputs(*found.given, others, found.weights)
+                outputs = [str(value.name) for value in written.graph.outputs]
+                inputs = checks.Inputs(*found.given, found.others(), found.weights)
                 report, compared, refused = checks.check_values(draft, path, original, inputs, outputs, counted.total())
     if found.route == "trace":
         warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=3)
