@@ -5,7 +5,6 @@ from __future__ import annotations
 from tests.runtimes.runners import (
     browser,
     coreml,
-    executorch,
     iree,
     litert,
     mnn,
@@ -43,7 +42,6 @@ RUNTIMES: dict[str, Runtime] = {
     "jsep": browser.JSEP,
     "tvm": tvm.RUNTIME,
     "iree": iree.RUNTIME,
-    "executorch": executorch.RUNTIME,
     "litert": litert.RUNTIME,
     "tinygrad": tinygrad.RUNTIME,
 }
