@@ -72,7 +72,7 @@ JSEP = _runtime(
     plans=("default",),
     missing={
         "open length": Missing(
-            "the first sum in the body of a `Scan` is refused, as a `Gemm` and as an `Add`; as an `Add` in a `Loop` too",
+            "the first sum in the body of a `Scan` is refused, by `Gemm` and by `Add`; by `Add` in a `Loop` too",
             "`ort.webgpu`, or a file for each length",
         )
     },
