@@ -67,3 +67,8 @@ def test_launches_and_kernels(name):
     form, per_step, kernels = FORMS[name]
     assert each_step(form, 16, 64) == per_step
     assert counted(**form, steps=64)["kernels"] == kernels
+
+
+@pytest.mark.parametrize(("steps", "kernels"), [(8, 11), (256, 13)])
+def test_a_few_kernels_do_for_any_number_of_steps(steps, kernels):
+    assert counted(kind="LSTM", steps=steps)["kernels"] == kernels
