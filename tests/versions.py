@@ -103,9 +103,9 @@ def page(results: dict) -> str:
     head = [
         "# Versions",
         "",
-        "The whole suite, `make test`, on the versions that `pyproject.toml` takes. `make versions` builds each",
-        "environment, runs it and writes this page from [versions.json](../benchmarks/results/versions.json), where",
-        "all versions, each reason to skip and the machine stand. Environments without a row were not run.",
+        "All tests on the versions that `pyproject.toml` takes, or only those named in a row. `make versions` builds",
+        "each environment, runs it and writes this page from [versions.json](../benchmarks/results/versions.json),",
+        "where all versions, each reason to skip and the machine stand. Environments without a row were not run.",
         "",
         "| Python | torch | onnx | onnxscript | ONNX Runtime | passed | failed | skipped | minutes | date |",
         "|---|---|---|---|---|---|---|---|---|---|",
