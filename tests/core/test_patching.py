@@ -1,11 +1,14 @@
 """Nothing is changed for others: what all threads share is afterwards as it was, and meanwhile they compute right."""
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -271,8 +274,7 @@ def export_it_in_packing(model, folder):
         torch.export.export(unroll(model), (X, LENGTHS))
 
 
-@pytest.mark.parametrize("work", [trace_it, export_it, export_it_in_packing], ids=lambda work: work.__name__)
-def test_in_the_middle_of_a_trace_other_threads_compute_and_compile_nothing(work, tmp_path):
+def run_others_in_the_middle(work, folder):
     torch._dynamo.reset()
     compiled, found = [], []
     with torch.no_grad():
@@ -291,10 +293,19 @@ def test_in_the_middle_of_a_trace_other_threads_compute_and_compile_nothing(work
 
     IN_THE_MIDDLE.append(use)
     try:
-        work(Holding().eval(), tmp_path)
+        work(Holding().eval(), folder)
     finally:
         IN_THE_MIDDLE.pop()
     assert found and not any(found) and len(compiled) == graphs
+
+
+@pytest.mark.parametrize("work", [trace_it, export_it, export_it_in_packing], ids=lambda work: work.__name__)
+def test_in_the_middle_of_a_trace_other_threads_compute_and_compile_nothing(work, tmp_path):
+    """In a process of its own, where nothing that other tests leave behind makes Dynamo compile anew."""
+    code = f"from tests.core.test_patching import *; run_others_in_the_middle({work.__name__}, Path({str(tmp_path)!r}))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.heavy
