@@ -28,4 +28,5 @@ def test_each_preset_is_right_for_nine_models(name):
     assert set(files) == {"native", runtime.preset, *runtime.plans} and set(files.values()) == {len(MODELS)}
     cells = {row["model"]: cell(row, runtime) for row in rows if row["file"] == runtime.preset}
     failing = {model for model, told in cells.items() if told not in ("right", "converts")}
-    assert failing == set(runtime.missing) and len(failing) <= 2
+    assert failing == set(runtime.missing)
+    assert runtime.preset == "default" or len(failing) <= 2  # a preset is named for its runtime
