@@ -86,7 +86,7 @@ def _words(error: Exception) -> str:
     lines = [
         line for line in (text.decode(errors="replace") or f"{type(error).__name__}: {error}").splitlines() if line
     ]
-    return lines[-1 if text else 0][:200].replace(str(ROOT), "")
+    return lines[-1 if text else 0][:200].replace(str(ROOT), "").replace(f"{sys.prefix}/", "")
 
 
 def work(name: str, files: list[str]) -> None:
