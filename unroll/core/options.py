@@ -27,11 +27,13 @@ def read_where(where: Any) -> Any:
     Raises:
         UnrollError: for anything else; a class could be called like a function, but makes layers.
     """
-    if callable(where) and not isinstance(where, type) and not takes(where, "", None):
+    if where is None or isinstance(where, str):
+        return where
+    if callable(where) and not isinstance(where, type):
+        if takes(where, "", None):
+            return where
         fix = "give a function of name and layer: lambda name, layer: ..."
         raise UnrollError(Problem("where=...", "is a function that does not take two arguments", fix))
-    if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, type)):
-        return where
     names: list[Any] = [where] if isinstance(where, type) or not isinstance(where, Iterable) else list(where)
     problems = Problems()
     for name in names:
