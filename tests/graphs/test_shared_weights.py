@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from tests.checks import gradients
 from unroll import compile as unroll_compile
 from unroll import trace, unroll
 
@@ -42,24 +45,17 @@ class Lists(BurnIn):
         return self.rnn(x, h)[0].detach() * 1
 
 
-class Autocast(BurnIn):
-    def forward(self, before, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            h = self.rnn(before)[1]
-        return self.rnn(x, h.float())[0]
-
-
 ARGS = torch.randn(3, 2, 3), torch.randn(4, 2, 3)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", [BurnIn, Target, Lists, Autocast])
+@pytest.mark.parametrize("kind", [BurnIn, Target, Lists])
 def test_calls_are_as_two_of_the_original(kind, backend):
     torch._dynamo.reset()
     first, second = kind(), kind()
     second.load_state_dict(first.state_dict())
     theirs, ours = first(*ARGS), unroll_compile(second, backend=backend)(*ARGS)
-    torch.testing.assert_close(ours, theirs, atol=2e-2 if kind is Autocast else 1e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(b, a)
     if theirs.requires_grad:
@@ -67,7 +63,35 @@ def test_calls_are_as_two_of_the_original(kind, backend):
         ours.sum().backward()
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             assert a.grad is not None
-            torch.testing.assert_close(b.grad, a.grad, atol=2e-2 if kind is Autocast else 1e-5, rtol=1e-2)
+            torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-2)
+
+
+class Halves(BurnIn):
+    """The first call is in bfloat16 under autocast, which leaves numbers of float64 as they are."""
+
+    def forward(self, before, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.rnn(before)[1]
+        return self.rnn(x, h.to(x.dtype))[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_calls_of_two_types_are_near_the_exact_ones(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    args, layer = (torch.randn(3, 2, 3), torch.randn(4, 2, 3)), Halves()
+    original, compiled, exact = (copy.deepcopy(layer) for _ in range(3))
+
+    def values(model, *args):
+        found = {"output": model(*args)} | gradients(model, args)
+        return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+
+    theirs, ours = values(original, *args), values(unroll_compile(compiled, backend=backend), *args)
+    for name, value in values(exact.double(), *(a.double() for a in args)).items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        for found in (ours, theirs):  # over 150 seeds, 3.4 roundings at most of ours, 2.9 of torch's
+            error = (found[name].double() - value).abs().max() / value.abs().max()
+            assert error <= 4 * torch.finfo(torch.bfloat16).eps, name
 
 
 def test_weights_moved_in_a_program():
