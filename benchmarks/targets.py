@@ -28,8 +28,9 @@ from torch import nn
 from unroll import trace, unroll
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import Entry, Method, measure
+from unroll.bench.options import LAYER
 from unroll.bench.results import Measurements, Row
-from unroll.bench.subjects import LAYER, Subject
+from unroll.bench.subjects import Subject
 from unroll.bench.worker import largest_memory
 from unroll.core.plan import Plan
 

@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, Problems, UnrollError, UnrollWarning
-from unroll.core.options import Rules, Steps, Where, limited, read_where
+from unroll.core.limits import limited
+from unroll.core.options import Rules, Steps, Where, read_where
 from unroll.core.plan import Plan, Preset
 from unroll.core.signatures import no_model, told
 from unroll.extras import require

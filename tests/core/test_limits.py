@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import unroll
 from tests.onnx import standard
 from unroll import UnrollError
-from unroll.core import options
+from unroll.core import limits
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
@@ -124,7 +124,7 @@ def test_the_limit_is_an_argument():
     with pytest.raises(UnrollError, match="limit of 3"):
         unroll.unroll(file(4), limit=3)
     assert unroll.unroll(file(4), limit=4).graph.node
-    assert options.limit() == options.STEPS == 20_000
+    assert limits.limit() == limits.STEPS == 20_000
     for wrong in (0, -1, True, 2.0, "9"):
         with pytest.raises(UnrollError, match="is no number of steps"):
             unroll.unroll(graph, steps=5, limit=wrong)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from unroll.bench.contenders import CONTENDERS, first_line, obstacle
+from unroll.bench.options import DTYPES
 from unroll.bench.processes import Failed, Late, Process
 from unroll.bench.results import Row
-from unroll.bench.subjects import DTYPES, Subject, Task, tensors
+from unroll.bench.subjects import Subject, Task, tensors
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unroll.bench.contenders import FUSED
+from unroll.bench.options import SWEPT
 from unroll.bench.results import Measurements, Row, by_subject, ratio
-from unroll.bench.subjects import SWEPT, Subject
+from unroll.bench.subjects import Subject
 from unroll.core.errors import Problem, UnrollError
 from unroll.extras import require
 

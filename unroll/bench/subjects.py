@@ -13,28 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from unroll.bench.options import DTYPES, LAYER, SWEPT
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.export.factories import load_factory
-
-LAYER: dict[str, Any] = {
-    "input_size": 64,
-    "hidden_size": 128,
-    "num_layers": 1,
-    "bidirectional": False,
-    "bias": True,
-    "proj_size": 0,
-    "nonlinearity": "tanh",
-    "steps": 32,
-    "batch": 1,
-    "dtype": "float32",
-}
-"""The options of a layer and of its input, with the values of those that are not given"""
-
-SWEPT = ("steps", "batch", "hidden_size")
-"""Options that may be several values: every combination is then measured."""
-
-DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""Floating types, the finest first"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from unroll.cli.path import import_from_here
 from unroll.cli.printing import console, plain, print_json, print_layers, show_parts, stdout_for
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import STEPS, limited
+from unroll.core.limits import STEPS, limited
 from unroll.core.plan import PRESETS, Plan
 from unroll.export.exporting import export_onnx
 from unroll.export.factories import load_factory, options_of

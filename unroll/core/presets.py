@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from unroll.core.recurrence import Recurrence
+if TYPE_CHECKING:  # a command line that only tells of itself does not wait for torch
+    from unroll.core.recurrence import Recurrence
 
 ANY = (0, inf)
 """Limits of any size"""

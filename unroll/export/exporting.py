@@ -15,7 +15,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from unroll.core.errors import UnrollError, UnrollWarning
-from unroll.core.options import Rules, Where, limited, read_where
+from unroll.core.limits import limited
+from unroll.core.options import Rules, Where, read_where
 from unroll.core.plan import Plan, Preset
 from unroll.core.recurrence import read_module
 from unroll.core.signatures import no_model, told

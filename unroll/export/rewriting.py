@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import Steps, Where, limited
+from unroll.core.limits import limited
+from unroll.core.options import Steps, Where
 from unroll.core.plan import Plan
 from unroll.export import verify
 from unroll.onnx import files

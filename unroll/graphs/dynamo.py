@@ -13,8 +13,9 @@ from torch import fx, nn
 
 from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
-from unroll.core.options import FIXED, Where, check_written, limited, read_where, unknown_names
-from unroll.core.options import limit as current_limit
+from unroll.core.limits import check_written, limited
+from unroll.core.limits import limit as current_limit
+from unroll.core.options import FIXED, Where, read_where, unknown_names
 from unroll.core.patching import configured, original, without_gc
 from unroll.core.plan import Plan, Preset
 from unroll.core.recurrence import LAYERS, read_layer

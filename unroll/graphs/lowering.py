@@ -17,7 +17,8 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
-from unroll.core.options import FIXED, TOLD, check_written, choose_steps
+from unroll.core.limits import check_written
+from unroll.core.options import FIXED, TOLD, choose_steps
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence

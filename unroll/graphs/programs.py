@@ -17,7 +17,8 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import lay_out
-from unroll.core.options import TOLD, Where, check_written, unknown_names
+from unroll.core.limits import check_written
+from unroll.core.options import TOLD, Where, unknown_names
 from unroll.core.patching import without_gc
 from unroll.core.plan import Plan, Preset
 from unroll.core.presets import Situation

@@ -16,7 +16,7 @@ from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Frozen
-from unroll.core.options import STEPS
+from unroll.core.limits import STEPS
 from unroll.core.patching import Local
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_cell, read_layer

@@ -15,7 +15,7 @@ from unroll.core import schedule
 from unroll.core.arguments import AUTOCAST, as_result, autocast_dtype, check_arguments
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.layout import Frozen, Layout, lay_out
-from unroll.core.options import check_written
+from unroll.core.limits import check_written
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from unroll.core.options import Steps, Where, limited, read_where
+from unroll.core.limits import limited
+from unroll.core.options import Steps, Where, read_where
 from unroll.core.plan import Plan, Preset
 from unroll.onnx.rewrite import recurrent_nodes, unroll_ir
 

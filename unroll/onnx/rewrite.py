@@ -15,7 +15,8 @@ from onnx_ir.passes import common
 from unroll.core.errors import Problem, Problems, UnrollError, refusing
 from unroll.core.forms import FORMS
 from unroll.core.layout import Layout
-from unroll.core.options import Steps, Where, check_written, chooses, limit, unknown_names, unknown_steps
+from unroll.core.limits import check_written, limit
+from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import without_gc
 from unroll.core.plan import PRESETS, Plan
 from unroll.onnx.batches import Batches

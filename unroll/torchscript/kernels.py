@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core.arguments import as_result, as_states, check_arguments
 from unroll.core.errors import Problems
-from unroll.core.options import check_written
+from unroll.core.limits import check_written
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Frame, Recurrence

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from unroll.core.arguments import as_args
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import Steps, Where, check_written, chooses, unknown_names, unknown_steps
+from unroll.core.limits import check_written
+from unroll.core.options import Steps, Where, chooses, unknown_names, unknown_steps
 from unroll.core.patching import seeded, without_gc
 from unroll.core.plan import Plan
 from unroll.core.presets import Situation
