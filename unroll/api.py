@@ -1,10 +1,12 @@
 """The public names of the package."""
 
+from unroll.bench.results import Measurements
 from unroll.bench.run import benchmark
 from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.export.exporting import Export, export_onnx
+from unroll.export.inspection import Inspection, inspect
 from unroll.graphs.dynamo import compile
 from unroll.graphs.passes import UnrollPass
 from unroll.graphs.programs import decompositions
@@ -16,11 +18,13 @@ from unroll.reports import Report
 from unroll.streams.modules import Streaming
 from unroll.streams.stateful import streaming
 from unroll.streams.stream import Stream
-from unroll.targets.checking import check
+from unroll.targets.checking import Verdict, check
 from unroll.unrolling import unroll
 
 __all__ = [
     "Export",
+    "Inspection",
+    "Measurements",
     "Plan",
     "Problem",
     "Report",
@@ -30,12 +34,14 @@ __all__ = [
     "UnrollPass",
     "UnrollWarning",
     "Unrolled",
+    "Verdict",
     "benchmark",
     "check",
     "compare",
     "compile",
     "decompositions",
     "export_onnx",
+    "inspect",
     "packing",
     "record",
     "streaming",

@@ -21,6 +21,7 @@ from tests.onnx import standard
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("typer")
+from unroll import UnrollWarning  # noqa: E402
 from unroll.cli.main import main  # noqa: E402
 
 CASE = Case("LSTM", num_layers=2, bidirectional=True)
@@ -243,9 +244,9 @@ def test_inspect(run, source):
 
     code, out, _ = run("inspect", f"{__name__}:make")
     assert code == 0
-    header, row = out.splitlines()[:2]
-    assert header.split() == ["layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB"]
-    assert row.split()[:8] == ["rnn", "LSTM", "6", "→", "5", "2", "2", "4"]
+    header, row = out.splitlines()
+    assert header.split()[:6] == ["layer", "kind", "sizes", "layers", "directions", "steps"]
+    assert header.endswith("added kB") and row.split()[:8] == ["rnn", "LSTM", "6", "→", "5", "2", "2", "4"]
 
     (layer,) = json.loads(run("inspect", source, "--json")[1])["layers"]
     assert (layer["name"], layer["kind"], layer["steps"], layer["parameters"]) == ("rnn", "GRU", None, 45)
@@ -265,19 +266,19 @@ def test_inspect_says_what_stands_in_the_way(run, source):
     code, out, _ = run("inspect", "odd.onnx", "--json")
     (problem,) = json.loads(out)["problems"]
     assert code == 1 and problem["place"] == "rnn" and "'Swish' is unknown" in problem["finding"]
-    code, out, _ = run("inspect", "odd.onnx")
-    assert code == 1 and "in the way: rnn: the activation 'Swish' is unknown" in out.replace("\n", " ")
+    code, out, err = run("inspect", "odd.onnx")
+    assert code == 1 and out.split()[-8] == "rnn" and "error: rnn: the activation 'Swish' is unknown" in err
     source.write_bytes(source.read_bytes()[:100])
     assert run("inspect", source)[0] == 1
 
 
 def test_inspection_of_what_cannot_be_exported(run):
-    code, out, _ = run("inspect", f"{__name__}:make_choosing")
-    assert code == 1 and out.splitlines()[1].split()[:2] == ["rnn", "GRU"] and "in the way: " in out
-    code, out, _ = run("inspect", f"{__name__}:make", "--steps", "9")
-    assert code == 1 and "--steps 9: was given for a PyTorch model" in out
-    code, out, _ = run("inspect", f"{__name__}:make_named", "--where", "rnn")
-    assert code == 1 and "gives where, and so does the command line" in out
+    code, out, err = run("inspect", f"{__name__}:make_choosing")
+    assert code == 1 and out.splitlines()[1].split()[:2] == ["rnn", "GRU"] and "error: Chooses: cannot be " in err
+    code, out, err = run("inspect", f"{__name__}:make", "--steps", "9")
+    assert (code, out) == (1, "") and "steps=9: was given for a PyTorch model" in err
+    code, out, err = run("inspect", f"{__name__}:make_named", "--where", "rnn")
+    assert (code, out) == (1, "") and "gives where, and so does the command line" in err
 
 
 def test_inspection_for_a_target(run, source):
@@ -374,8 +375,8 @@ def test_names_are_printed_in_full(run, source, monkeypatch):
     onnx.save(model, source)
     lines = run("inspect", source)[1].splitlines()
     assert [line.split()[0] for line in lines] == ["layer", *names] and lines[1].split()[1:4] == ["GRU", "2", "→"]
-    code, out, _ = run("inspect", "fac:boom:")
-    assert code == 1 and "fac:boom:: cannot be found" in out
+    code, _, err = run("inspect", "fac:boom:")
+    assert code == 1 and "fac:boom:: is not the name of a function" in err
     code, out, _ = run("onnx", source, ":boom:.onnx")
     assert code == 0 and out.startswith(":boom:.onnx: ")
 
@@ -456,6 +457,103 @@ def test_what_lies_beside_a_file_is_not_run(tmp_path, command, name):
             [sys.executable, *command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert (done.returncode, "RAN" in done.stdout + done.stderr) == (0, False), done.stderr
+
+
+FILE = """
+import torch
+from parts_beside import SIZE
+
+def make():
+    return torch.nn.GRU(SIZE, 3).eval(), torch.zeros(4, 2, SIZE)
+
+def fails():
+    raise ValueError("no weights")
+"""
+
+
+def test_a_factory_may_be_in_a_file(run, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/parts_beside.py").write_text("SIZE = 2\n")
+    (tmp_path / "models/json.py").write_text(FILE)  # whatever else has its name
+    code, out, _ = run("inspect", "models/json.py:make")
+    assert code == 0 and "2 → 3" in out and sys.modules["json"] is json
+    assert run("export", tmp_path / "models/json.py:make", "out.onnx", "--no-check")[0] == 0
+    code, _, err = run("inspect", "models/json.py:fails")
+    assert code == 1 and f"(ValueError: no weights, in {tmp_path}/models/json.py:9)" in err and "Traceback" not in err
+    code, _, err = run("inspect", "models/json.py:fails", "--debug")
+    assert code == 1 and "Traceback" in err and "return function()" in err
+    code, _, err = run("inspect", "models/nothing.py:make")
+    assert code == 1 and "there is no file models/nothing.py" in err
+
+
+def dims(path):
+    return [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in onnx.load(path).graph.input]
+
+
+def make_with_state():
+    return nn.GRU(6, 5).eval(), (torch.zeros(4, 3, 6), torch.zeros(1, 3, 5))
+
+
+def test_open_sizes_and_names(run):
+    code, _, err = run("export", f"{__name__}:make_pair", "out.onnx", "--dynamic", ",batch", "--no-check")
+    assert code == 0 and dims("out.onnx") == [[4, "batch", 6]], err
+    names = ("--dynamic", "time,batch", "--dynamic", ",batch", "--input-names", "x, h", "--output-names", "y,h_n")
+    code, _, err = run("export", f"{__name__}:make_with_state", "out.onnx", *names)
+    assert code == 0 and dims("out.onnx") == [["time", "batch", 6], [1, "batch", 5]], err
+    graph = onnx.load("out.onnx").graph
+    assert [v.name for v in (*graph.input, *graph.output)] == ["x", "h", "y", "h_n"]
+    (layer,) = json.loads(run("inspect", f"{__name__}:make_with_state", "--dynamic", "time", "--json")[1])["layers"]
+    assert layer["steps"] is None
+    for names, words in {
+        ("a,b,c,d",): "names 4 sizes of a tensor with 3",
+        ("a", "b", "c"): "was given 3 times for 2 tensors",
+    }.items():
+        asked = [part for name in names for part in ("--dynamic", name)]
+        code, _, err = run("export", f"{__name__}:make_with_state", "no.onnx", *asked)
+        assert code == 1 and words in err
+    code, _, err = run("export", f"{__name__}:make_dynamic", "no.onnx", "--dynamic", "time")
+    assert code == 1 and "gives dynamic_shapes, and so does the command line" in err
+
+
+def make_without_layer():
+    return nn.Linear(3, 4), torch.zeros(2, 3)
+
+
+def test_as_much_is_told_as_asked(run, source):
+    code, out, err = run("onnx", source, "out.onnx")
+    assert code == 0 and err == ""
+    code, again, err = run("onnx", source, "out.onnx", "-v")
+    assert (code, again) == (0, out) and [line.split()[2] for line in err.splitlines()] == [
+        "read",
+        "unroll",
+        "save",
+        "check",
+    ]
+    code, _, err = run("export", f"{__name__}:make_choosing", "out.onnx", "--capture", "trace", "--quiet")
+    assert (code, err) == (0, "")
+    with pytest.warns(UnrollWarning, match="was traced"):
+        code, _, err = run("export", f"{__name__}:make_choosing", "out.onnx", "--capture", "trace")
+    assert code == 0
+
+
+def test_a_warning_has_the_form_of_an_error(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nclass M(torch.nn.Module):\n    def forward(self, x):\n        return x if x.sum() > 0 else -x\n"
+        "def make():\n    return M().eval(), torch.ones(2)\n"
+    )
+    command = [sys.executable, "-m", "unroll", "export", "mine.py:make", "m.onnx", "--capture", "trace"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(unroll.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.partition(" ")[0]) == (0, "warning:"), done.stderr
+
+
+@pytest.mark.parametrize("command", ["onnx", "export", "inspect", "bench"])
+def test_help_does_not_wait_for_torch(command):
+    code = f"import sys; sys.argv[1:] = ['{command}', '--help']\nfrom unroll.cli.main import main\n"
+    code += "try:\n    main()\nexcept SystemExit as done:\n    print(done.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    assert f"Example: unroll {command} " in done.stdout
 
 
 def test_a_factory_of_the_current_folder_comes_last(run, tmp_path):

@@ -87,7 +87,7 @@ def test_programs_and_traces():
     program = torch.export.export(LAYER, (torch.zeros(7, 1, 1),))
     with refused("7 steps written out, more than the limit of 6"):
         unroll.unroll(program, limit=6)
-    with refused("7 steps written out"), options.limited(6):
+    with refused("7 steps written out"), limits.limited(6):
         program.run_decompositions(unroll.decompositions())
     with refused("steps written out"):
         torch.jit.trace(unroll.unroll(LAYER), (torch.zeros(MANY, 1, 1),))

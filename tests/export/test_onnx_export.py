@@ -20,7 +20,7 @@ from unroll.core import cells
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
-from unroll.export.inspection import inspect_module  # noqa: E402
+from unroll.export.counting import inspect_module  # noqa: E402
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
 

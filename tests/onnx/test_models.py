@@ -18,7 +18,7 @@ from onnx.reference.ops import op_scan
 from tests.onnx import standard
 from unroll import Plan, UnrollError, unroll
 from unroll.core import cells
-from unroll.export.inspection import inspect_model
+from unroll.export.counting import inspect_model
 from unroll.onnx import files
 from unroll.onnx import standard as reader
 from unroll.onnx.rewrite import unroll_model

@@ -806,6 +806,12 @@ def test_a_file_of_an_open_batch_begins_with_as_many_rows_as_the_first_piece(tmp
     assert "fails in ONNX Runtime" in problems(stream, x)[0]
 
 
+def test_a_file_of_any_length_with_a_fixed_batch_tells_it(tmp_path):
+    model, x, path = Last().eval(), torch.randn(6, 2, 3), tmp_path / "model.onnx"
+    export_onnx(streaming(model, x), x, path, dynamic_shapes=({0: "steps"},))
+    assert_same(Stream(path)(x), Stream(streaming(model, x), batch=2)(x), rtol=1e-5)
+
+
 def test_a_file_whose_states_have_more_rows_than_its_input(tmp_path):
     def run(layers, x):
         return layers[1](torch.cat([layers[0](x)[0], x], 1))[0]

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Unpack
 
 from unroll.bench.contenders import CONTENDERS
 from unroll.bench.machine import command, machine
 from unroll.bench.measuring import BUILD, Entry, Method, measure
+from unroll.bench.options import Form, LayerOptions
+from unroll.bench.progress import Progress, shown
 from unroll.bench.results import Measurements, Row
 from unroll.bench.subjects import Subject, subjects
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.plan import Plan
 
-Progress = Callable[[int, int, str], None]
-"""Called with the steps done, the number of all steps, and what is being done."""
-
 
 def benchmark(
     model: str = "LSTM",
     *,
-    contenders: Sequence[str] | None = None,
+    contenders: Sequence[Form] | None = None,
     plans: Sequence[str | Plan] | None = None,
     device: str = "cpu",
     threads: int = 1,
@@ -36,7 +35,7 @@ def benchmark(
     jobs: int = 1,
     save: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    **layer: Any,
+    **layer: Unpack[LayerOptions],
 ) -> Measurements:
     """Measure a layer, or a model of your own, in every form side by side, and say which to use.
 
@@ -47,7 +46,7 @@ def benchmark(
     Args:
         model: `"LSTM"`, `"GRU"` or `"RNN"`, or `"package.module:name"` of a function without arguments that returns
             a model and a tuple of its arguments.
-        contenders: names of forms, all of `unroll.bench.CONTENDERS` by default.
+        contenders: names of forms, all by default.
         plans: how unrolled forms are laid out: plans, their names, or fields and values such as `"gates=paired"`;
             by default those that each form is known for.
         device: `"cpu"` or `"cuda"`.
@@ -58,7 +57,8 @@ def benchmark(
         limit: seconds for a build, and for a turn; what takes longer is stopped, and reported so.
         jobs: builds at a time, also for several shapes at once; with more than one the times of building mean little.
         save: a JSON file, written anew whenever a shape is done.
-        progress: called at every step with the number of steps done, of all, and what is being done.
+        progress: called at every step with the number of steps done, of all, and what is being done. By default a
+            bar with the time that is left, on a terminal where `rich` is installed.
         layer: `input_size` (64), `hidden_size` (128), `num_layers`, `bidirectional`, `bias`, `proj_size`,
             `nonlinearity`, and of its input `steps` (32), `batch` (1) and `dtype` (`"float32"`). `steps`, `batch` and
             `hidden_size` may be lists: every combination is measured.
@@ -80,7 +80,6 @@ def benchmark(
     chosen = subjects(model, device=device, threads=threads, backward=backward, **layer)
     entries = _entries(contenders, plans)
     _check(method, save)
-    step = _Steps(progress, len(chosen) * len(entries) * (BUILD + rounds))
     rows: list[Row] = []
     late: dict[tuple[Subject, Entry], int] = {}  # steps with which an entry was late, by its subject without steps
 
@@ -93,29 +92,30 @@ def benchmark(
 
     found = Measurements((), machine(), command())
     together = max(1, jobs // len(entries))  # subjects, so that all jobs have something to build
-    for start in range(0, len(chosen), together):
-        work = dict.fromkeys(chosen[start : start + together], entries)
-        made, slow = measure(work, method, skip=longer, progress=step)
-        rows += made
-        late |= {(replace(subject, steps=None), entry): subject.steps or 0 for subject, entry in slow}
-        found = replace(found, rows=tuple(rows))
-        if save is not None:
-            found.save(save)
+    with shown(progress) as told:
+        step = _Steps(told, len(chosen) * len(entries) * (BUILD + rounds))
+        for start in range(0, len(chosen), together):
+            work = dict.fromkeys(chosen[start : start + together], entries)
+            made, slow = measure(work, method, skip=longer, progress=step)
+            rows += made
+            late |= {(replace(subject, steps=None), entry): subject.steps or 0 for subject, entry in slow}
+            found = replace(found, rows=tuple(rows))
+            if save is not None:
+                found.save(save)
     return found
 
 
 class _Steps:
     """A counter of steps for whoever shows them; several builds may report at once."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
         self.lock = Lock()
 
     def __call__(self, what: str, steps: int) -> None:
         with self.lock:
             self.done += steps
-            if self.progress:
-                self.progress(self.done, self.total, what)
+            self.progress(self.done, self.total, what)
 
 
 def _entries(contenders: Sequence[str] | None, plans: Sequence[str | Plan] | None) -> list[Entry]:

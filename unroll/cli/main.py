@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any
@@ -11,14 +14,15 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from unroll.cli.printing import console
-from unroll.core.errors import UnrollError
+from unroll.cli.verbosity import SHOWN, with_verbosity
+from unroll.core.errors import UnrollError, UnrollWarning
 from unroll.core.version import VERSION
 
 COMMANDS = {
     "bench": ("unroll.cli.bench", "Measure a layer or a model in every form."),
     "onnx": ("unroll.cli.files", "Unroll an ONNX file."),
     "export": ("unroll.cli.files", "Write a PyTorch model as an unrolled ONNX file."),
-    "inspect": ("unroll.cli.files", "Show the recurrent layers of a model."),
+    "inspect": ("unroll.cli.inspecting", "Show the recurrent layers of a model."),
 }
 """For each command the module with its function, such as `bench_command`, and a short help"""
 
@@ -31,7 +35,8 @@ class Commands(TyperGroup):
         if name in COMMANDS:
             module, help = COMMANDS[name]
             alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-            alone.command(name, short_help=help)(getattr(import_module(module), f"{name}_command"))
+            function = with_verbosity(getattr(import_module(module), f"{name}_command"))
+            alone.command(name, short_help=help)(function)
             self.commands[name] = typer.main.get_command(alone)
         return super().resolve_command(ctx, args)
 
@@ -39,7 +44,6 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     help="Replace recurrent layers by explicit unrolled operations.",
     epilog="Exit codes: 0 done, 1 refused or failed with the reason, 2 used wrongly.",
@@ -66,11 +70,26 @@ def _group(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors are printed with their fix and end it with exit code 1."""
-    try:
-        app(arguments)
-    except UnrollError as error:
-        errors = console(stderr=True, soft_wrap=True)
-        for place, finding, fix in error.problems:
-            errors.print(f"[red]error:[/red] {escape(f'{place}: {finding}')}")
-            errors.print(f"       {fix}", markup=False)
-        raise SystemExit(1) from None
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app(arguments)
+        except UnrollError as error:
+            _tell("red", "error", *(f"{place}: {finding}\n       {fix}" for place, finding, fix in error.problems))
+            if SHOWN.traceback:
+                traceback.print_exc()
+            raise SystemExit(1) from None
+
+
+def _tell(color: str, kind: str, *texts: str) -> None:
+    errors = console(stderr=True, soft_wrap=True)
+    for text in texts:
+        errors.print(f"[{color}]{kind}:[/{color}] {escape(text)}")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Show the library's own as errors are shown, and others as Python does."""
+    if issubclass(category, UnrollWarning):
+        _tell("yellow", "warning", str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

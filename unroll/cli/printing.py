@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from unroll.cli.verbosity import SHOWN
 
 if TYPE_CHECKING:
     from unroll.export.exporting import Export
@@ -39,28 +40,6 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_layers(found: Any) -> None:
-    out = console()
-    if found.layers:
-        names = ("layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "kB")
-        columns = [Column(name, no_wrap=True) for name in names]
-        table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for layer in found.layers:
-            values = asdict(layer)
-            sizes = f"{layer.input_size} → {layer.hidden_size}"
-            steps = "any" if layer.steps is None else str(layer.steps)
-            counts = ["?" if values[key] is None else f"{values[key]:,}" for key in ("parameters", "nodes")]
-            size = "?" if layer.size is None else f"{layer.size / 1000:,.1f}"
-            table.add_row(
-                escape(layer.name), layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *counts, size
-            )
-        print_whole(out, table)
-    elif not found.problems:
-        out.print("no recurrent layers")
-    for place, finding, fix in found.problems:
-        out.print(f"[red]in the way:[/red] {escape(f'{place}: {finding}; {fix}')}", soft_wrap=True)
-
-
 def plain(export: Export) -> dict[str, Any]:
     return {
         "path": str(export.path),
@@ -74,13 +53,26 @@ def plain(export: Export) -> dict[str, Any]:
 
 
 @contextmanager
-def show_parts() -> Iterator[Callable[[str], None]]:
-    """Show on a terminal, while this lasts, the part of the work being done and its time; yield what sets the part."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+def show_parts(*parts: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal, while this lasts, which of these parts of the work is being done and for how long.
+
+    Yields:
+        A function that is told the part that begins; one that is none of them is shown in the place of the next.
+    """
+    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     errors = console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda part: progress.update(task, description=part)
+    began = time.perf_counter()
+    with Progress(
+        *columns, console=errors, transient=True, disable=not (errors.is_terminal and SHOWN.progress)
+    ) as shown:
+        task = shown.add_task("", total=len(parts))
+
+        def begin(part: str) -> None:
+            if SHOWN.parts:
+                errors.print(f"{time.perf_counter() - began:7.1f} s  {part}", markup=False)
+            shown.update(task, description=part, completed=parts.index(part) + 1 if part in parts else None)
+
+        yield begin
 
 
 def stdout_for(as_json: bool) -> Any:

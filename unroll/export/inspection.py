@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import onnx_ir as ir
 from torch import nn
 from torch.export import ExportedProgram
 
-from unroll.core.cells import ONNX_CELLS
 from unroll.core.errors import Problem, UnrollError
-from unroll.core.options import Rules, Steps, Where
-from unroll.core.plan import Plan
-from unroll.core.recurrence import Recurrence, read_module
-from unroll.export.capture import capture
-from unroll.export.translate import named_dims, quiet, translate
-from unroll.modules.find import find
-from unroll.onnx.calls import Call
-from unroll.onnx.rewrite import PLAN, from_torch, read_calls, write_calls
+from unroll.core.limits import limited
+from unroll.core.options import Rules, Steps, Where, read_where
+from unroll.core.plan import Plan, Preset
+from unroll.core.signatures import no_model, told
+from unroll.extras import require
+from unroll.reports import align
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The recurrent layers of a model, and what stands in the way of unrolling it."""
+    """The recurrent layers of a model, and what stands in the way of unrolling it; printing it shows a table."""
 
     layers: tuple[Layer, ...]
     problems: tuple[Problem, ...] = ()
+
+    def table(self) -> str:
+        """Return the layers as a table, with sums if they are several."""
+        names = ("layer", "kind", "sizes", "layers", "directions", "steps", "parameters", "nodes", "added kB")
+        lines = [names, *map(_cells, self.layers)]
+        if len(self.layers) > 1:
+            lines.append(("all", *[""] * 5, *_amounts(*map(_sum, zip(*map(_counts, self.layers), strict=True)))))
+        return "\n".join(align(lines)) if self.layers else "no recurrent layers"
+
+    def __str__(self) -> str:
+        told = [self.table()] if self.layers or not self.problems else []
+        return "\n".join([*told, *(f"in the way: {problem}" for problem in self.problems)])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -62,96 +70,87 @@ class Inspection:
         }
 
 
-def inspect_model(
-    model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None
-) -> Inspection:
-    """Unroll a copy of the model, and count; where something stands in the way, tell what the nodes tell."""
-    plan = PLAN if plan is None else Plan.of(plan)
-    copy = model.clone()
-    try:
-        calls, problems = read_calls(copy, where, steps)
-        layers = [_read(call) for call in calls]
-        if not problems:
-            write_calls(copy, calls, plan)
-            nodes = list(copy.graph.all_nodes())
-            layers = [_counted(layer, nodes, [other.name for other in layers]) for layer in layers]
-    except UnrollError as error:
-        return Inspection((), error.problems)
-    return Inspection(tuple(layers), tuple(problems))
+def _counts(layer: Layer) -> tuple[int | None, int | None, int | None]:
+    return layer.parameters, layer.nodes, layer.size
 
 
-def inspect_module(
-    model: nn.Module | ExportedProgram,
-    args: Any,
-    options: Mapping[str, Any] | None = None,
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Return the sum of all, if all are known."""
+    found = list(counts)
+    return None if None in found else sum(count or 0 for count in found)
+
+
+def _amounts(parameters: int | None, nodes: int | None, size: int | None) -> tuple[str, str, str]:
+    kilobytes = "?" if size is None else f"{size / 1000:,.1f}"
+    return "?" if parameters is None else f"{parameters:,}", "?" if nodes is None else f"{nodes:,}", kilobytes
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    """Return a line of the table."""
+    steps = "any" if layer.steps is None else str(layer.steps)
+    sizes = f"{layer.input_size} → {layer.hidden_size}"
+    return layer.name, layer.kind, sizes, str(layer.layers), str(layer.directions), steps, *_amounts(*_counts(layer))
+
+
+INSPECTED = ("kwargs", "dynamic_shapes", "where", "rules")
+"""The keyword arguments of `export_onnx` that `inspect` takes too"""
+
+
+@told
+def inspect(
+    model: Any,
+    args: Any = None,
     *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     where: Where = None,
-    plan: Plan | str | None = None,
+    rules: Rules | None = None,
+    plan: Plan | Preset | None = None,
+    steps: Steps = None,
+    limit: int | None = None,
 ) -> Inspection:
-    """Return the layers of a PyTorch model, as they would go to ONNX; without arguments, only what the modules tell.
+    """Tell the recurrent layers of a model, what unrolling makes of each in an ONNX file, and what stands in the way.
 
     Args:
-        options: keyword arguments of `export_onnx`: `kwargs`, `dynamic_shapes` and `rules` are read.
+        model: a module in evaluation mode, an `ExportedProgram`, or an ONNX model: an `onnx.ModelProto`, an
+            `onnx_ir.Model`, or the path of a file.
+        args: for a module, example inputs; without them only what the modules tell of themselves is known.
+        kwargs: for a module, example keyword arguments.
+        dynamic_shapes: for a module, as for `export_onnx`.
+        where: which layers, as for `unroll`.
+        rules: for a module, as for `unroll`.
+        plan: how the steps are laid out, `"onnxruntime"` by default.
+        steps: for an ONNX model, the number of time steps where it leaves it open.
+        limit: the most steps of a layer that are written out, as for `unroll`.
+
+    Returns:
+        The layers, one for each call of a cell (`cell`, `cell_2`), and the problems; `print(found)` shows a table.
+
+    Raises:
+        UnrollError: for what is no such model, cannot be read, or an argument that means nothing for it.
+
+    Example:
+        >>> print(inspect(nn.Sequential(nn.GRU(3, 5)).eval(), torch.zeros(2, 1, 3)))
+        layer  kind  sizes  layers  directions  steps  parameters  nodes  added kB
+        0      GRU   3 → 5  1       1           2      150         25     1.7
     """
-    given = dict(options or {})
-    rules = given.get("rules")
-    if args is None and isinstance(model, nn.Module):
-        return Inspection(_told(model, where, rules))
-    try:
-        with quiet():
-            shapes = named_dims(given.get("dynamic_shapes"))
-            program = capture(model, args, given.get("kwargs"), dynamic_shapes=shapes, where=where, rules=rules)
-            written = translate(program, None, None, None, None)
-    except UnrollError as error:
-        return Inspection(_told(model, where, rules), error.problems)
-    return inspect_model(written, where=None if where is None else from_torch, plan=plan)
+    require("onnx", "onnx_ir", "onnxscript")
+    from unroll.export.counting import inspect_model, inspect_module
+    from unroll.onnx.reading import read_model
 
-
-def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
-    """Return what the modules tell of themselves, if they can be unrolled; a program has none."""
-    try:
-        found = find(model, where, rules) if isinstance(model, nn.Module) else []
-    except UnrollError:
-        return ()
-    layers = []
-    for entry in found:
-        parameters = sum(p.numel() for p in entry.layer.parameters())
-        layers.append(_described(read_module(entry.layer), entry.names[0], None, parameters))
-    return tuple(layers)
-
-
-def _described(recurrence: Recurrence, name: str, steps: int | None, parameters: int | None) -> Layer:
-    kind = "GRU" if recurrence.mode in ONNX_CELLS else recurrence.mode
-    return Layer(
-        name,
-        f"{kind} cell" if recurrence.is_cell else kind,
-        recurrence.input_size,
-        recurrence.hidden_size,
-        recurrence.num_layers,
-        len(recurrence.directions),
-        1 if recurrence.is_cell else steps,
-        parameters,
-    )
-
-
-def _read(call: Call) -> Layer:
-    """Return what a node tells of its layer."""
-    shapes = [call.shape(value) for value in call.parameters if value is not None]
-    known = [math.prod(n for n in shape if n is not None) for shape in shapes if shape and None not in shape]
-    parameters = sum(known) if len(known) == len(shapes) else None
-    return _described(call.recurrence, call.name, call.steps, parameters)
-
-
-def _counted(layer: Layer, nodes: Iterable[ir.Node], names: Sequence[str]) -> Layer:
-    """Return the layer with the count and bytes of those nodes that took its place; `rnn.1` is none of `rnn`."""
-    others = tuple(f"{name}." for name in names if name.startswith(f"{layer.name}."))
-    found = [node for node in nodes if (node.name or "").startswith(f"{layer.name}.")]
-    made = [node for node in found if not (node.name or "").startswith(others)]
-    return replace(layer, nodes=len(made), size=sum(map(_bytes, made)))
-
-
-def _bytes(node: ir.Node) -> int:
-    """Return the bytes of a node in a file, without those of nodes inside it, which are counted themselves."""
-    held = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-    inside = sum(ir.to_proto(inner).ByteSize() for a in held for inner in a.as_graph())
-    return ir.to_proto(node).ByteSize() - inside
+    where, plan = read_where(where), None if plan is None else Plan.of(plan)
+    with limited(limit):
+        if isinstance(model, (nn.Module, ExportedProgram)):
+            if steps is not None:
+                fix = "leave it out: the example arguments tell"
+                raise UnrollError(Problem(f"steps={steps}", "was given for a PyTorch model", fix))
+            options = {"kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "rules": rules}
+            return inspect_module(model, args, options, where=where, plan=plan)
+        kind = type(model).__module__.partition(".")[0]
+        if not (isinstance(model, (str, os.PathLike)) or kind in ("onnx", "onnx_ir")):
+            raise UnrollError(no_model("inspect(model)", model, "an nn.Module, an ExportedProgram or an ONNX model"))
+        given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "rules": rules}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            finding = "was given for an ONNX model"
+            raise UnrollError(*(Problem(f"inspect({name}=...)", finding, "leave it out") for name in wrong))
+        return inspect_model(read_model(model, "inspect(model)"), where=where, plan=plan, steps=steps)

@@ -155,12 +155,21 @@ def translate(
     assert translated is not None
     model: ir.Model = translated.model
     name_back(model)
+    _fix_sizes(model)
     problems = check_given(model, input_names, output_names)
     if opset_version is not None and model.opset_imports.get("") != opset_version:
         finding = f"torch's exporter wrote {model.opset_imports.get('')}, and could not convert it"
         problems.add(f"opset_version={opset_version}", finding, "ask for 18 or newer")
     problems.check()
     return model
+
+
+def _fix_sizes(model: ir.Model) -> None:
+    """Write sizes that were to be open, and that `torch.export` found to be fixed, as numbers: torch names them "2"."""
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape([int(n) if isinstance(n, str) and n.isdecimal() else n for n in sizes])
 
 
 def _refuse_twice(names: Sequence[str | None]) -> None:

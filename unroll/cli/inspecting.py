@@ -1,0 +1,145 @@
+"""`unroll inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unroll.cli.options import FACTORY, DynamicOption, Json, LimitOption, PlanOption, StepsOption, Where
+from unroll.cli.path import import_from_here
+from unroll.cli.printing import console, print_json, show_parts, stdout_for
+from unroll.cli.verbosity import VERBOSITY
+from unroll.core.errors import Problem, UnrollError
+from unroll.core.plan import PRESETS
+from unroll.extras import require
+from unroll.targets.tables import NAMES, read_target
+
+TARGET = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program as it
+is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there is one
+and --plan does not say."""
+
+TargetOption = Annotated[str | None, typer.Option(metavar="NAME", help=TARGET)]
+
+BuildOption = Annotated[
+    bool, typer.Option("--build", help="With --target tensorrt_rtx: build an engine too, which needs no GPU.")
+]
+
+JUDGING = ("model", "target", "build", "as_json", *VERBOSITY)
+"""What goes with --target"""
+
+UNROLLING = ("where", "plan", "dynamic")
+"""What else goes with it if the model is to be unrolled"""
+
+
+def inspect_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
+    where: Where = None,
+    steps: StepsOption = None,
+    plan: PlanOption = "onnxruntime",
+    dynamic: DynamicOption = None,
+    limit: LimitOption = None,
+    target: TargetOption = None,
+    build: BuildOption = False,
+    as_json: Json = False,
+) -> None:
+    """Show the recurrent layers of a model, what unrolling makes of each, and what stands in the way.
+
+    Ends with exit code 1 if something does, or if the model uses what a --target does not offer.
+
+    Example: unroll inspect model.onnx --target webnn
+    """
+    require("onnx", "onnx_ir", "onnxscript")
+    if target is not None:
+        _judge(context, model, target, where, plan, dynamic, build, as_json)
+        return
+    if build:
+        raise UnrollError(Problem("--build", "was given without a target", "give --target tensorrt_rtx"))
+    from unroll.export.factories import asked_options
+    from unroll.export.inspection import INSPECTED, Inspection, inspect
+
+    with stdout_for(as_json), show_parts("read", "unroll") as part:
+        part("read")
+        made, args, given = _read(model)
+        try:
+            options = asked_options(model, args, given, dynamic, where=where)
+            part("unroll")
+            options = {name: value for name, value in options.items() if name in INSPECTED}
+            found = inspect(made, args, steps=steps, plan=plan, limit=limit, **options)  # pyright: ignore[reportArgumentType]
+        except UnrollError as error:
+            found = Inspection((), error.problems)
+    if as_json:
+        print_json(found.as_dict())
+    elif found.layers or not found.problems:
+        console(soft_wrap=True).print(found.table(), markup=False)
+    if found.problems and as_json:
+        raise typer.Exit(1)
+    if found.problems:
+        raise UnrollError(*found.problems)
+
+
+def _read(model: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what a factory gives, or the path of a file by itself."""
+    if ":" not in model or Path(model).exists():
+        return model, None, {}
+    from unroll.export.factories import load_factory
+
+    import_from_here()
+    return load_factory(model)
+
+
+def _judge(
+    context: typer.Context,
+    model: str,
+    target: Any,
+    where: list[str] | None,
+    plan: str,
+    dynamic: list[str] | None,
+    build: bool,
+    as_json: bool,
+) -> None:
+    """Show what a target has against a model."""
+    from torch import fx, nn
+    from torch.export import ExportedProgram
+
+    from unroll.export.factories import asked_options, without_example
+    from unroll.targets.checking import check
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    read_target(target)  # an unknown name is told first
+    keeping: list[str] | None = None
+    with stdout_for(as_json), show_parts("read", "unroll, export and check", "try plans") as part:
+        part("read")
+        made, args, options = _read(model)
+        if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
+            raise UnrollError(without_example(model))
+        as_it_is = args is None or isinstance(made, ExportedProgram)
+        if wrong := given.difference(JUDGING, () if as_it_is else UNROLLING):
+            finding = "was given with --target"
+            fix = "leave it out" + (": the model is judged as it is" if as_it_is else "")
+            raise UnrollError(*(Problem(f"--{name}", finding, fix) for name in sorted(wrong)))
+        part(("check" if as_it_is else "unroll, export and check") + " and build" * build)
+        if as_it_is:
+            verdict = check(made, target=target, build=build)
+        else:
+            from unroll.export.judging import judge_model, keeping_plans
+
+            layout = target if target in PRESETS and "plan" not in given else plan
+            options = asked_options(model, args, options, dynamic, where=where)
+            assert isinstance(made, nn.Module)
+            verdict = judge_model(made, args, target, plan=layout, options=options, build=build)
+            if not verdict.ok:
+                part("try plans")
+                keeping = keeping_plans(made, args, target, options)
+    if as_json:
+        print_json(verdict.as_dict() | ({} if keeping is None else {"plans": keeping}))
+    else:
+        console(soft_wrap=True).print(str(verdict), markup=False)
+        if keeping is not None:
+            told = " or ".join(f"--plan {name}" for name in keeping) or "none of the plans that were tried"
+            console(soft_wrap=True).print(f"What keeps to {target}: {told}", markup=False)
+    if not verdict.ok:
+        raise typer.Exit(1)
