@@ -6,7 +6,8 @@ from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.export.exporting import Export, export_onnx
-from unroll.export.inspection import Inspection, inspect
+from unroll.export.inspecting import inspect
+from unroll.export.inspection import Inspection
 from unroll.graphs.dynamo import compile
 from unroll.graphs.passes import UnrollPass
 from unroll.graphs.programs import decompositions

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import unroll
 from unroll import Plan, UnrollError
+from unroll.bench import options
 from unroll.bench.contenders import CONTENDERS, engine_type, obstacle, onnxruntime_run
 from unroll.bench.measuring import Expected, _expected, error_of
 from unroll.bench.processes import Process
@@ -506,6 +508,11 @@ def test_tables_leave_nobody_out():
     assert lines[4] == "compile: has no gradients" and lines[5] == advice([EAGER, other("onnx", 2e-4)])
 
 
+def test_names_of_options_are_those_that_there_are():
+    assert tuple(CONTENDERS) == options.FORMS
+    assert options.LayerOptions.__annotations__.keys() == options.LAYER.keys()
+
+
 def png_size(path):
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -535,6 +542,20 @@ def test_plots(axis, tmp_path):
     for file in files:
         width, height = png_size(file)
         assert 800 < width < 2500 and 300 < height < 1500
+
+
+def test_one_shape_and_models_of_ones_own_have_bars(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    from matplotlib.colors import to_rgb
+
+    from unroll.bench.plots import draw
+
+    mine = Subject("package.module:make")
+    for subject in (mine, SUBJECT):
+        rows = [replace(row, subject=subject) for row in (EAGER, other("compile", 2e-3), other("onnx", 1e-3))]
+        latency = image.imread(draw(Measurements(tuple(rows)), tmp_path)[0])[..., :3]
+        first, second = (np.isclose(latency, to_rgb(colour), atol=0.01).all(-1).sum() for colour in ("C0", "C1"))
+        assert first > 1000 and abs(first / second - 2) < 0.05
 
 
 def test_plots_of_nothing(tmp_path):

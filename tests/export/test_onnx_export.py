@@ -20,6 +20,7 @@ from unroll.core import cells
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+onnx_ir = pytest.importorskip("onnx_ir")
 from unroll.export.counting import inspect_module  # noqa: E402
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
@@ -277,6 +278,33 @@ def test_inspection_takes_a_single_argument_and_named_dimensions():
     model, x = nn.GRU(FEATURES, HIDDEN).eval(), torch.randn(4, 3, FEATURES)
     (layer,) = inspect_module(model, x, {"dynamic_shapes": {"input": {0: "T"}}}).layers
     assert (layer.kind, layer.steps) == ("GRU", None)
+
+
+def test_inspection_of_any_kind_of_model(tmp_path):
+    model, x = nn.Sequential(nn.GRU(FEATURES, HIDDEN)).eval(), torch.randn(4, 3, FEATURES)
+    export_onnx(model, x, tmp_path / "m.onnx", where=[])
+    read = onnx.load(tmp_path / "m.onnx")
+    ways = [
+        (model, x),
+        (torch.export.export(model, (x,)),),
+        (tmp_path / "m.onnx",),
+        (read,),
+        (onnx_ir.from_proto(read),),
+    ]
+    found = [unroll.inspect(*way).layers[0] for way in ways]
+    told = [replace(layer, name="", size=None) for layer in found]  # names differ, and take bytes
+    assert told == told[:1] * len(ways)
+    assert unroll.inspect(model, x, plan="gates=split").layers[0].nodes > found[0].nodes
+    assert str(unroll.inspect(model, x, where=[])) == "no recurrent layers"
+    twice = unroll.inspect(nn.ModuleList([model, nn.GRU(3, 3)]))
+    assert str(twice).splitlines()[-1].split() == ["all", f"{found[0].parameters + 72:,}", "?", "?"]
+    for arguments, words in {
+        (nn.GRU,): "got the class GRU; give a layer",
+        (3,): "got int; give an nn.Module",
+        (tmp_path / "m.onnx", x): "args=...",
+    }.items():
+        assert words in problems(unroll.inspect, *arguments)[0]
+    assert "was given for a PyTorch model" in problems(unroll.inspect, model, x, steps=3)[0]
 
 
 def test_inspection_shows_layers_beside_what_stands_in_the_way():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def draw(files: Sequence[str | os.PathLike[str]] | Measurements, folder: str | o
     """Draw latency, building time and the ratio to the fused layer as PNG files.
 
     Each shape of layer has a panel and each form a line. They run over the number of time steps; over the batch or
-    the hidden size where only those were swept.
+    the hidden size where only those were swept. Where nothing was, and for models of your own, forms have bars.
 
     Args:
         files: JSON files of `unroll bench --save`, or measurements.
@@ -85,41 +85,71 @@ def panels(rows: Sequence[Row], axis: str) -> dict[Subject, dict[str, list[tuple
 def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis, groups = axis_of(rows), by_subject(rows)
     found = panels(rows, axis)
+    swept = len({getattr(row.subject, axis) for row in rows}) > 1
     # The fused layer comes first. A form has the same style in every panel, by its place among all names.
     names = sorted({name for lines in found.values() for name in lines}, key=lambda name: (name != FUSED, name))
-    columns = min(3, len(found))
+    columns = min(3 if swept else 1, len(found))
     lines_of_panels = -(-len(found) // columns)
-    figure = Figure(figsize=(4.6 * columns + 3.4, 3.6 * lines_of_panels), layout="constrained")
+    size = (4.6 * columns + 3.4, 3.6 * lines_of_panels) if swept else (8, (0.3 * len(names) + 1.1) * lines_of_panels)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
     for part, (subject, lines) in zip(parts, found.items(), strict=False):
-        for name, points in lines.items():
-            values = [(x, picture.figure(row, groups[row.subject])) for x, row in sorted(points, key=lambda p: p[0])]
-            shown: list[tuple[Any, Any]] = [(x, y) for x, y in values if y is not None]
-            if shown:
-                part.plot(*zip(*shown, strict=True), **_style(names.index(name)), label=name)
-        part.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=picture.label)
-        part.set_title(str(subject), fontsize=8)
-        ticks = sorted({x for points in lines.values() for x, _ in points})
-        part.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        part.set_xticks([], minor=True)
-        part.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        part.yaxis.set_minor_locator(NullLocator())
-        part.grid(alpha=0.3)
+        shown: dict[str, list[tuple[float, float]]] = {}
+        for name in (name for name in names if name in lines):
+            points = [(x, picture.figure(row, groups[row.subject])) for x, row in lines[name]]
+            shown[name] = sorted((x, y) for x, y in points if y is not None)
+        shown = {name: points for name, points in shown.items() if points}
+        styles = {name: _style(names.index(name)) for name in shown}
+        if swept:
+            _lines(part, shown, styles)
+            part.set(xlabel=AXES[axis], ylabel=picture.label)
+        else:
+            _bars(part, {name: points[0][1] for name, points in shown.items()}, styles)
+            part.set(xlabel=picture.label)
+        part.set_title(str(subject if swept else next(iter(lines.values()))[0][1].subject), fontsize=8)
     for part in parts[len(found) :]:
         part.set_axis_off()
     # One legend for all panels, as a form may be absent from some.
     known = {label: handle for part in parts for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
     order = [name for name in names if name in known]
-    figure.legend([known[name] for name in order], order, loc="outside right upper", fontsize=7)
+    if swept:
+        figure.legend([known[name] for name in order], order, loc="outside right upper", fontsize=7)
     path = folder / picture.file
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
+
+
+def _lines(part: Any, shown: Mapping[str, list[tuple[float, float]]], styles: Mapping[str, dict[str, Any]]) -> None:
+    """Draw a line for each form over what was swept."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for name, points in shown.items():
+        part.plot(*zip(*points, strict=True), **styles[name], label=name)
+    part.set(xscale="log", yscale="log")
+    ticks = sorted({x for points in shown.values() for x, _ in points})
+    part.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    part.set_xticks([], minor=True)
+    part.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    part.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    part.yaxis.set_minor_locator(NullLocator())
+    part.grid(alpha=0.3)
+
+
+def _bars(part: Any, values: Mapping[str, float], styles: Mapping[str, dict[str, Any]]) -> None:
+    """Draw a bar for each form, with its figure, the first one on top."""
+    names = list(values)
+    bars = part.barh(
+        names, [values[name] for name in names], color=[styles[name]["color"] for name in names], height=0.6
+    )
+    part.bar_label(bars, [f"{values[name]:.3g}" for name in names], padding=3, fontsize=8)
+    part.margins(x=0.12)
+    part.invert_yaxis()
+    part.tick_params(axis="y", labelsize=8)
+    part.grid(axis="x", alpha=0.3)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def inspect_command(
     if build:
         raise UnrollError(Problem("--build", "was given without a target", "give --target tensorrt_rtx"))
     from unroll.export.factories import asked_options
-    from unroll.export.inspection import INSPECTED, Inspection, inspect
+    from unroll.export.inspecting import INSPECTED, inspect
+    from unroll.export.inspection import Inspection
 
     with stdout_for(as_json), show_parts("read", "unroll") as part:
         part("read")
