@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports from its own folder, and from what stands left of it.
 LAYOUT = (
     "core|extras reports roundings packed torchscript onnx|comparison modules targets|graphs|streams unrolling|export"
-    "|bench|api cli"
+    "|bench drawing|api cli"
 )
 FLOORS = [part.split() for part in LAYOUT.split("|")]
 

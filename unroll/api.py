@@ -5,6 +5,7 @@ from unroll.bench.run import benchmark
 from unroll.comparison import compare
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
+from unroll.drawing.pictures import draw
 from unroll.export.exporting import Export, export_onnx
 from unroll.export.inspecting import inspect
 from unroll.export.inspection import Inspection
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "compile",
     "decompositions",
+    "draw",
     "export_onnx",
     "inspect",
     "packing",
