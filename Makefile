@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy matrix versions gpu bench plots format clean
+.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy docs matrix versions gpu bench plots format clean
 
 setup: .venv/ready
 
@@ -77,6 +77,18 @@ $(HEAVY)/ready: pyproject.toml constraints.txt
 test-heavy: $(HEAVY)/ready
 	$(HEAVY)/bin/python -m pytest -n 2 --dist loadfile -m heavy -rs --durations=5
 
+# The site, into build/site: every link and anchor is to lead somewhere. Needs no PyTorch.
+DOCS := .venv-docs
+
+$(DOCS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q "pip>=25.1"
+	$(DOCS)/bin/pip install -q -c constraints.txt --group docs
+	touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=true $(DOCS)/bin/mkdocs build --strict
+
 # The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
 versions:
 	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
@@ -133,4 +145,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(RUNTIMES) $(TORCH_TENSORRT) $(HEAVY) $(MATRIX) .versions
+	rm -rf .venv $(RUNTIMES) $(TORCH_TENSORRT) $(HEAVY) $(DOCS) $(MATRIX) .versions
