@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,11 @@ def test_public_names_are_documented(name):
         assert ">>>" in doc, f"{name} has no example"
         documented = set(doc.split("Args:")[1].split()) if "Args:" in doc else set()
         assert {f"{p}:" for p in inspect.signature(thing).parameters} <= documented, f"{name} leaves arguments unsaid"
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT.parent / "docs/reference.md").read_text()
+    assert sorted(re.findall(r"^::: unroll\.api\.(\w+)$", text, re.MULTILINE)) == sorted(unroll.__all__)
 
 
 GATES = {"sigmoid", "tanh", "addmm", "relu"}
