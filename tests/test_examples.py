@@ -44,7 +44,7 @@ def test_no_example_is_left_out():
         "speech_encoder",
     }
     names |= {"ensemble", "private", "quantize", "train_distributed", "batch_inference"}
-    names |= {"voice_activity", "tensorrt_from_export", "tensorrt_from_onnx"}
+    names |= {"keyword_spotter", "voice_activity", "tensorrt_from_export", "tensorrt_from_onnx"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == names
 
 
@@ -194,6 +194,22 @@ def test_voice_activity():
         difference, error, offline, factor = map(float, figures)
         assert difference < 1e-4 and error <= 2 * offline + 1e-6
         assert 0 < factor < 1, "slower than the audio"
+
+
+@pytest.mark.heavy
+def test_keyword_spotter():
+    printed = run("keyword_spotter")
+    told, there, wrong, others = map(
+        int,
+        re.search(
+            r"^(\d+) of (\d+) frames after the word are told, and (\d+) of (\d+) others$", printed, re.M
+        ).groups(),
+    )
+    assert told > 0.6 * there > 0 and wrong < 0.05 * others
+    assert "states in the file: border, lstm.h, lstm.c\n" in printed
+    rows = re.findall(r"^ *(\d+) pieces, (torch|ONNX Runtime) +largest difference (\S+)$", printed, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(n, way) for n in ("60", "240", "4") for way in ("torch", "ONNX Runtime")]
+    assert all(float(difference) < 1e-5 for *_, difference in rows)
 
 
 @pytest.mark.heavy
