@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy docs matrix versions gpu bench plots format clean
+.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy docs test-dist matrix versions gpu bench plots format clean
 
 setup: .venv/ready
 
@@ -89,6 +89,17 @@ $(DOCS)/ready: pyproject.toml constraints.txt
 docs: $(DOCS)/ready
 	NO_MKDOCS_2_WARNING=true $(DOCS)/bin/mkdocs build --strict
 
+# Wheel and sdist, each in a fresh environment without the checkout. PyTorch is as constraints.txt has it.
+DIST := .venv-dist
+
+$(DIST)/ready: Makefile
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install -q build
+	touch $@
+
+test-dist: $(DIST)/ready
+	$(DIST)/bin/python tests/dist.py
+
 # The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
 versions:
 	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
@@ -145,4 +156,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(RUNTIMES) $(TORCH_TENSORRT) $(HEAVY) $(DOCS) $(MATRIX) .versions
+	rm -rf .venv $(RUNTIMES) $(TORCH_TENSORRT) $(HEAVY) $(DOCS) $(DIST) $(MATRIX) .versions

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
-from memory_cell import INPUT, PUBLISHED, VALUES
+from published.memory_cell import INPUT, PUBLISHED, VALUES
 from torch import nn
 
 from unroll import record, unroll
