@@ -49,7 +49,7 @@ class Spotter(Word):
         return torch.sigmoid(self.word(self.lstm(features)[0])).squeeze(-1), border
 
 
-def train(model: Spotter, generator: torch.Generator, rounds: int = 80) -> None:
+def train(model: Spotter, generator: torch.Generator, rounds: int = 120) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(rounds):
         frames, said = sounds(16, 120, generator)

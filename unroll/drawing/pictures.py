@@ -16,8 +16,8 @@ from unroll.drawing.subjects import Subject, read_subjects
 from unroll.drawing.turns import Step, stacked, steps_of
 from unroll.extras import require
 
-MOST = 12
-"""The most steps of a layer that a picture has room for"""
+FIRST, LAST = 6, 5
+"""Steps of a long sequence that are drawn, at its beginning and at its end"""
 
 WIDTH, HEIGHT, PITCH, RISE = 1.0, 0.74, 1.36, 1.12
 """Of a box, and from one box to the next, in inches"""
@@ -56,15 +56,15 @@ def draw(
         path: where the picture goes; None to write no file.
         plan: as for `unroll`; layers that are unrolled are drawn with the plan that they have.
         where: which layers, as for `unroll`.
-        steps: how many steps are drawn, at most twelve. A file with a number of steps has that, and others three if
-            nothing is said.
+        steps: the number of time steps, where the model leaves them open; three if nothing is said. Of more than
+            twelve the first and the last are drawn.
 
     Returns:
         The text of the SVG file.
 
     Raises:
-        UnrollError: for a model without recurrent layers, a plan for layers that have one, more than twelve steps, or a
-            path that cannot be written.
+        UnrollError: for a model without recurrent layers, a plan for layers that have one, steps other than those
+            of a file, or a path that cannot be written.
 
     Example:
         >>> model = nn.Sequential(nn.LSTM(3, 5, num_layers=2))
@@ -76,10 +76,6 @@ def draw(
     import matplotlib as mpl
 
     subjects = read_subjects(model, where, None if plan is None else Plan.of(plan), steps)
-    for subject in subjects:
-        if subject.steps > MOST:
-            fix = "leave it out by where=" if not subject.is_open else f"give steps={MOST} or fewer"
-            raise UnrollError(Problem(subject.name or "draw(model)", f"has {subject.steps} steps to draw", fix))
     with mpl.rc_context(DRAWING):
         text = _svg(subjects)
     if path is not None:
@@ -95,7 +91,7 @@ def _svg(subjects: Sequence[Subject]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    width = max(LEFT + PITCH * subject.steps for subject in subjects) + 0.2
+    width = max(LEFT + PITCH * (1 + max(_columns(subject.steps).values())) for subject in subjects) + 0.2
     heights = [ABOVE + RISE * subject.recurrence.passes + BELOW for subject in subjects]
     figure = Figure(figsize=(max(width, 5.6), sum(heights)), facecolor="white")
     FigureCanvasSVG(figure)
@@ -111,11 +107,18 @@ def _svg(subjects: Sequence[Subject]) -> str:
     return file.getvalue()
 
 
+def _columns(steps: int) -> dict[int, int]:
+    """Return the column of each step that is drawn; a long sequence has an empty one after its first steps."""
+    if steps <= FIRST + LAST + 1:
+        return {time: time for time in range(steps)}
+    return {t: t for t in range(FIRST)} | {steps - LAST + k: FIRST + 1 + k for k in range(LAST)}
+
+
 def _place(step: Step, subject: Subject) -> tuple[float, float]:
     """Return the lower left corner of a step's box: layers upwards, and the forward direction over the reverse."""
     directions = len(subject.recurrence.directions)
     row = step.layer * directions + (directions - 1 - step.direction)
-    return LEFT + PITCH * step.time, BELOW + RISE * row
+    return LEFT + PITCH * _columns(subject.steps)[step.time], BELOW + RISE * row
 
 
 def _draw_layer(panel: Any, subject: Subject, height: float) -> None:
@@ -123,12 +126,15 @@ def _draw_layer(panel: Any, subject: Subject, height: float) -> None:
     from matplotlib.patches import Rectangle
 
     recurrence, plan = subject.recurrence, subject.plan
+    columns = _columns(subject.steps)
+    width = PITCH * (1 + max(columns.values())) - (PITCH - WIDTH)
     steps = steps_of(recurrence, plan, subject.steps)
     title = f"{subject.name}: " if subject.name else ""
     kind = "Cell" if recurrence.is_cell else ""
     title += f"{recurrence.mode.replace('_', ' ')}{kind} {recurrence.input_size} → {recurrence.hidden_size}"
     turns = 1 + max(step.turn for step in steps)
-    note = f"{turns} turn{'s' * (turns > 1)} for {len(steps)} step{'s' * (len(steps) > 1)}"
+    note = "any number of steps; drawn: " if subject.is_open else ""
+    note += f"{turns} turn{'s' * (turns > 1)} for {len(steps)} step{'s' * (len(steps) > 1)}"
     if at_once := stacked(recurrence, plan):
         note += f"; {at_once} with thick borders and one number share a product"
     elif plan.block is not None and not recurrence.is_cell:
@@ -140,17 +146,18 @@ def _draw_layer(panel: Any, subject: Subject, height: float) -> None:
     if recurrence.bidirectional:  # the next layer reads both directions
         for layer in range(recurrence.num_layers):
             corner = (LEFT - 0.16, BELOW + RISE * 2 * layer - 0.13)
-            size = (PITCH * subject.steps - (PITCH - WIDTH) + 0.32, RISE + HEIGHT + 0.26)
+            size = (width + 0.32, RISE + HEIGHT + 0.26)
             panel.add_patch(Rectangle(corner, *size, facecolor="#f1f3f5", edgecolor="none", zorder=0))
-    for time in range(subject.steps):
-        middle = LEFT + PITCH * time + WIDTH / 2
+    for time, column in columns.items():
+        middle = LEFT + PITCH * column + WIDTH / 2
         name = "" if recurrence.is_cell else f"$_{{{time}}}$"
         _arrow(panel, (middle, 0.36), (middle, BELOW - 0.02))
         panel.text(middle, 0.14, f"x{name}", ha="center", fontsize=10, color=INK)
         above = BELOW + RISE * recurrence.passes - (RISE - HEIGHT)
         _arrow(panel, (middle, above + 0.02), (middle, above + 0.28))
         panel.text(middle + 0.1, above + 0.16, f"h{name}", fontsize=10, color=INK)
-    for step in steps:
+    drawn = [step for step in steps if step.time in columns]
+    for step in drawn:
         x, y = _place(step, subject)
         backwards = recurrence.directions[step.direction] == "reverse"
         _draw_step(panel, subject, step, turns)
@@ -163,7 +170,9 @@ def _draw_layer(panel: Any, subject: Subject, height: float) -> None:
             row = f"layer {step.layer}\n" if recurrence.num_layers > 1 else ""
             row += "cell" if recurrence.is_cell else "← reverse" if backwards else "→ forward"
             panel.text(0.15, y + HEIGHT / 2, row, va="center", fontsize=9, color=INK)
-    _draw_blocks(panel, subject, steps)
+            if len(columns) < subject.steps:
+                panel.text(LEFT + PITCH * FIRST + WIDTH / 2, y + HEIGHT / 2, "· · ·", ha="center", va="center")
+    _draw_blocks(panel, subject, drawn)
 
 
 def _draw_step(panel: Any, subject: Subject, step: Step, turns: int) -> None:

@@ -44,7 +44,7 @@ def read_subjects(model: Any, where: Where, plan: Plan | None, steps: int | None
         raise UnrollError(Problem(f"draw(steps={steps!r})", "is no number of steps", "give a whole number above zero"))
     if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         found = list(_of_module(model, where, plan, steps))
-    elif isinstance(model, (str, os.PathLike)) or type(model).__name__ in ("ModelProto", "Model"):
+    elif isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
         found = list(_of_file(model, where, plan, steps))
     else:
         raise UnrollError(no_model("draw(model)", model, "an nn.Module, an ONNX model or the path of one"))
