@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -129,6 +130,7 @@ def main() -> None:
     saved = json.loads(RESULTS.read_text())
     saved["machine"] = f"{platform.machine()}, Python {platform.python_version()}, files by torch {version('torch')}"
     for name in options.names:
+        began = time.perf_counter()
         runtime = RUNTIMES[name]
         plans = (NATIVE, runtime.preset, *runtime.plans)
         write(plans, runtime.suffix)
@@ -142,6 +144,7 @@ def main() -> None:
             f"from tests.runtimes.runners import RUNTIMES; r = RUNTIMES[{name!r}]; print(r.installed(r.distribution))"
         )
         saved["versions"][name] = subprocess.check_output([options.python, "-c", command], text=True, cwd=ROOT).strip()
+        saved.setdefault("seconds", {})[name] = round(time.perf_counter() - began)
         RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
     draw()
 
