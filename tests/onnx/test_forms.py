@@ -130,3 +130,13 @@ def test_a_frozen_layer_takes_the_form_that_is_asked_for(tmp_path):
     assert export.operators["Gather"] == 2 * 9
     refused = problems(export_onnx, frozen, x, tmp_path / "n.onnx", plan="runtime=webgpu")
     assert "was frozen with 'gates=paired'" in refused[0]
+
+
+@pytest.mark.parametrize("runtime", ["webgpu", "tract"])
+@pytest.mark.parametrize("time", [2, 4, 9])
+def test_rows_of_an_open_size_are_not_split(runtime, time):
+    inputs = standard.draw("LSTM", {}, optional=("B",), steps=9)
+    result = unrolled(standard.model("LSTM", {}, inputs, dynamic=OPEN), plan=f"time={time},runtime={runtime}")
+    splits = [node for node in nodes(result.graph) if node.op_type == "Split"]
+    assert splits and all(a.i for node in splits for a in node.attribute if a.name == "axis")
+    assert_close(run_ort(result, inputs), standard.evaluate("LSTM", {}, inputs))

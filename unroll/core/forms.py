@@ -12,7 +12,7 @@ class Form:
 
     Attributes:
         rows: how rows of all steps become those of each: one `Split`, or a `Gather` for each step of `[T, B, n]`.
-        most: the most values that a `Split` puts out and a `Concat` takes; more are a tree of such nodes. None for any.
+        most: the most values that a `Concat` takes; more are a tree of such nodes. None for any.
         addend: what a product is added to: `inside`, as the third input of a `Gemm`, or `outside`, by an `Add`.
         loop: the operator that runs blocks of steps.
     """
@@ -32,7 +32,7 @@ FORMS = {
     "ncnn": Form(addend="outside"),
     # A Gemm adds one dimension at most, by the table of operators: no file was run.
     "webnn": Form(addend="outside"),
-    # A shader has eight buffers, seven beside the one that a Split reads or a Concat writes.
+    # A shader has eight buffers, seven beside the one that a Concat writes; JSEP splits an open size wrong.
     "webgpu": Form(rows="gather", most=7),
     # A Split of [T * B, n] with an open B is refused.
     "tract": Form(rows="gather"),

@@ -183,8 +183,7 @@ class OnnxWriter(Writer):
 
     def chunk(self, value: OnnxValue, count: int, dim: int = 0) -> list[Any]:
         """Return as many equal pieces, in the form that the file's runtime wants."""
-        few = self.form.most is not None and count <= self.form.most
-        if dim or count == 1 or few or self.form.rows == "split" or (value.rank != 2 and value.count is None):
+        if dim or count == 1 or self.form.rows == "split" or (value.rank != 2 and value.count is None):
             return self.split(value, count, dim)
         if value.rank == 2:  # [T, B, n], so that B may stay open
             whole = self._stacked_rows(value, count)

@@ -73,11 +73,12 @@ RUNTIME = Runtime(
     plans=("default", "npu", "products=linear"),
     missing={
         "packed": Missing(
-            "pnnx leaves comparisons of the lengths, `torch.gt`, which ncnn does not know",
+            "pnnx leaves what ncnn has no layers for: comparisons, such as `torch.gt`, and `torch.where`",
             "the padded batch without lengths, whose valid steps are the same in layers that run forwards",
         ),
         "open length": Missing(
-            "pnnx does not read a `Scan` that takes weights from the graph around it", "a file for each length"
+            "pnnx reads no loop whose body takes weights from the graph around it, neither a `Scan` nor a `Loop`",
+            "a file for each length",
         ),
     },
 )

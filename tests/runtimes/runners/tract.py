@@ -23,8 +23,8 @@ RUNTIME = Runtime(
     plans=("default",),
     missing={
         "packed": Missing(
-            "its Python package loses a symbol of its own, of a size that is open",
-            "the padded batch without lengths, whose valid steps are the same in layers that run forwards",
+            "of a `Slice` up to the longest length its Python package loses the symbol of the size",
+            "`pad_packed_sequence(..., total_length=steps)`, which was right, or a `Gather` of a `Range`, too",
         )
     },
 )
