@@ -17,6 +17,9 @@ PAGE = ROOT / "docs" / "runtimes.md"
 BEGIN, END = "<!-- drawn by benchmarks/runtimes_table.py -->\n", "<!-- end -->\n"
 STAGES = {"export": "no file", "convert": "refused", "load": "refused", "run": "fails"}
 
+OF_PRESETS = "Where the file of the preset, in bold, is not right:"
+OF_OTHERS = "Why other files are not right; the preset is what to use instead:"
+
 Row = dict[str, Any]
 
 
@@ -35,9 +38,13 @@ def table(saved: dict[str, Any]) -> list[str]:
         for file in dict.fromkeys(row["file"] for row in mine):
             cells = {row["model"]: cell(row, runtime) for row in mine if row["file"] == file}
             title = f"{runtime.name} {saved['versions'][name]}" if file == "native" else ""
-            told = f"**`{file}`**" if file == runtime.preset else f"`{file}`" if file != "native" else file
+            told = f"**{_told(file)}**" if file == runtime.preset else _told(file)
             lines.append(f"| {title} | {told} | {' | '.join(cells[model] for model in models)} |")
     return lines
+
+
+def _told(file: str) -> str:
+    return file if file == "native" else f"`{file}`"
 
 
 def products(saved: dict[str, Any]) -> list[str]:
@@ -63,11 +70,40 @@ def notes(saved: dict[str, Any]) -> list[str]:
     return lines
 
 
+def others(saved: dict[str, Any]) -> list[str]:
+    """Return a line for each other file that is not right for all models; one without a reason is an error."""
+    lines = []
+    for name, file in dict.fromkeys((row["runtime"], row["file"]) for row in saved["rows"]):
+        runtime, wrong = RUNTIMES[name], {row["model"] for row in saved["rows"] if _fails(row, name, file)}
+        if file != runtime.preset and wrong - {*runtime.missing}:
+            lines.append(f"- {runtime.name}, {_told(file)}: {runtime.others[file]}.")
+    return lines
+
+
+def _fails(row: Row, name: str, file: str) -> bool:
+    """Tell whether a row is of this file, and not right where there is a file."""
+    told = cell(row, RUNTIMES[name])
+    return (row["runtime"], row["file"]) == (name, file) and told not in ("right", "converts", STAGES["export"])
+
+
+def summary(saved: dict[str, Any]) -> list[str]:
+    """Return a line for each runtime: how many models are right, native and by its preset, and the seconds it took."""
+    lines = ["| runtime | native | preset | right | s |", "|---" * 5 + "|"]
+    for name, runtime in RUNTIMES.items():
+        mine = [row for row in saved["rows"] if row["runtime"] == name]
+        told = [[cell(row, runtime) for row in mine if row["file"] == file] for file in ("native", runtime.preset)]
+        native, preset = (sum(c in ("right", "converts") for c in cells) for cells in told)
+        seconds = saved.get("seconds", {}).get(name, "")
+        lines.append(f"| {runtime.name} | {native} | `{runtime.preset}` | {preset} of {len(told[1])} | {seconds} |")
+    return lines
+
+
 def page(text: str, saved: dict[str, Any]) -> str:
     """Return the page with its tables drawn anew."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return before + BEGIN + "\n".join([*table(saved), "", *notes(saved), "", *products(saved), ""]) + END + after
+    parts = [summary(saved), table(saved), [OF_PRESETS], notes(saved), [OF_OTHERS], others(saved), products(saved)]
+    return before + BEGIN + "".join("\n".join([*part, "", ""]) for part in parts)[:-1] + END + after
 
 
 def draw() -> None:

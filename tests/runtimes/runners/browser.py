@@ -63,5 +63,22 @@ def _runtime(name: str, build: str, provider: str, **options: Any) -> Runtime:
 
 
 WASM = _runtime("wasm", "ort.wasm.min.mjs", "wasm")
-WEBGPU = _runtime("WebGPU", "ort.webgpu.min.mjs", "webgpu", preset="webgpu", plans=("default",))
-JSEP = _runtime("WebGPU by JSEP", "ort.all.min.mjs", "webgpu", preset="webgpu", plans=("default",))
+WEBGPU = _runtime(
+    "WebGPU",
+    "ort.webgpu.min.mjs",
+    "webgpu",
+    preset="webgpu",
+    plans=("default",),
+    others={"default": "a shader has eight buffers, and a `Split` or `Concat` of all steps wants more"},
+)
+JSEP = _runtime(
+    "WebGPU by JSEP",
+    "ort.all.min.mjs",
+    "webgpu",
+    preset="webgpu",
+    plans=("default",),
+    others={
+        "native": "a second `LSTM` is wrong",
+        "default": "the same, wrong without a word, as is a `Split` of an open size",
+    },
+)

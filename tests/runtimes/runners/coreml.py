@@ -46,6 +46,7 @@ RUNTIME = Runtime(
     count,
     suffix=".pt2",
     preset="coreml",
+    others={"native": "no recurrent operator of programs is known"},
     missing={
         "open length": Missing(
             "it knows no `scan` of programs, and in the `prim::Loop` of TorchScript no `chunk`",

@@ -67,7 +67,6 @@ RUNTIME = Runtime(
     count,
     suffix=".pt2",
     preset="xnnpack",
-    plans=("default",),
     missing={
         "open length": Missing(
             "`torch.export` takes no open length of the layer as it is", "a program for each length"

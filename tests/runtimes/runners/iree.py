@@ -44,5 +44,6 @@ RUNTIME = Runtime(
     convert,
     count=None,
     missing={"open length": Missing("`iree-compile` ends in a fault at a `Scan`", "a file for each length")},
+    others={"native": "`sequence_lens` is ignored, and a `GRU` of both directions refused"},
     apart=True,
 )

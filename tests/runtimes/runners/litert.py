@@ -54,9 +54,7 @@ RUNTIME = Runtime(
             "it has no assertions, here those of lengths, and no size that a value decides, here the longest length",
             "the padded batch without lengths, whose valid steps are the same in layers that run forwards",
         ),
-        "open length": Missing(
-            "`torch.export` takes no open length of the layer as it is", "a program for each length"
-        ),
+        "open length": Missing("it fails at `scan`, the loop of programs", "a program for each length"),
         "open batch": Missing("it computes a wrong size for a `view` with -1", "a program for each size"),
     },
     apart=True,

@@ -40,4 +40,17 @@ def _kind(mnn: Any, value: np.ndarray) -> Any:
     return {"f": mnn.expr.float, "i": mnn.expr.int, "b": mnn.expr.int}[value.dtype.kind]
 
 
-RUNTIME = Runtime("MNN", "MNN", "MNN", load, convert, count=None, preset="mnn", plans=("default",))
+RUNTIME = Runtime(
+    "MNN",
+    "MNN",
+    "MNN",
+    load,
+    convert,
+    count=None,
+    preset="mnn",
+    plans=("default",),
+    others={
+        "native": "`sequence_lens` is ignored, and of an open length no results come",
+        "default": "there is no `Scan`",
+    },
+)

@@ -71,6 +71,10 @@ RUNTIME = Runtime(
     count,
     preset="ncnn",
     plans=("default", "npu", "products=linear"),
+    others={
+        "native": "of the rows of a batch one alone is put out; lengths and an open batch are refused",
+        "default": "a `Gemm` that adds what is computed is not loaded",
+    },
     missing={
         "packed": Missing(
             "pnnx leaves what ncnn has no layers for: comparisons, such as `torch.gt`, and `torch.where`",

@@ -24,4 +24,15 @@ def load(path: Path) -> Run:
     return run
 
 
-RUNTIME = Runtime("OpenCV", "cv2", "opencv-python-headless", load, preset="opencv", plans=("default",))
+RUNTIME = Runtime(
+    "OpenCV",
+    "cv2",
+    "opencv-python-headless",
+    load,
+    preset="opencv",
+    plans=("default",),
+    others={
+        "native": "`sequence_lens` is ignored, and an input of `RNN` not found",
+        "default": "there is no `Scan`",
+    },
+)

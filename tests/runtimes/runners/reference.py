@@ -15,4 +15,4 @@ def load(path: Path) -> Run:
     return partial(ReferenceEvaluator(onnx.load(path)).run, None)
 
 
-RUNTIME = Runtime("onnx, reference evaluator", "onnx", "onnx", load)
+RUNTIME = Runtime("onnx, reference evaluator", "onnx", "onnx", load, others={"native": "`sequence_lens` is ignored"})

@@ -72,6 +72,8 @@ class Runtime:
     """Other plans that are tried"""
     missing: dict[str, Missing] = field(default_factory=dict)
     """By the name of the model; each must fail still"""
+    others: dict[str, str] = field(default_factory=dict)
+    """By the file, native or of another plan: why it is not right for models that the preset's is right for"""
     apart: bool = False
     """Wants an environment of its own, in which `make matrix` alone runs it"""
     installed: Callable[[str], str] = version

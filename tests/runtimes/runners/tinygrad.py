@@ -31,5 +31,6 @@ RUNTIME = Runtime(
         "open length": Missing("there is no `Scan`", "a file for each length"),
         "open batch": Missing("an open size is that of the first run from then on", "loading the file for each size"),
     },
+    others={"native": "no recurrent operator is known"},
     apart=True,
 )

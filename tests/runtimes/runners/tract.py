@@ -21,6 +21,10 @@ RUNTIME = Runtime(
     load,
     preset="tract",
     plans=("default",),
+    others={
+        "native": "`sequence_lens` and open sizes are refused, and the first LSTM fails when it runs",
+        "default": "a `Split` of `[T * B, n]` with an open batch is refused",
+    },
     missing={
         "packed": Missing(
             "of a `Slice` up to the longest length its Python package loses the symbol of the size",

@@ -31,5 +31,6 @@ RUNTIME = Runtime(
     "apache-tvm",
     load,
     missing={"open length": Missing("there is no `Scan`", "a file for each length")},
+    others={"native": "no recurrent operator is known"},
     apart=True,
 )
