@@ -17,8 +17,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # What was imported stays, and need not be looked through at each collection.
+    # What was imported stays, and need not be looked through at each collection, of which graphs cause thousands.
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

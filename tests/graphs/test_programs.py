@@ -141,8 +141,10 @@ class Tagger(nn.Module):
         return {"tags": first + second * self.scale, "last": encoded[:, -1], "forward": encoded[..., :5], "top": h[-1]}
 
 
-@pytest.fixture(params=[True, False], ids=["strict", "non_strict"])
+@pytest.fixture(scope="module", params=[True, False], ids=["strict", "non_strict"])
 def tagger(request):
+    """A model and its program, which no test changes."""
+    torch.manual_seed(0)
     model = Tagger().double()
     tokens = torch.randint(0, 11, (2, 6))
     return model, export(model, (tokens,), dynamic_shapes=({0: Dim("batch")},), strict=request.param)
@@ -169,6 +171,12 @@ def test_signature_names_and_metadata_survive(tagger):
         assert node.op == "output" or "val" in node.meta, node
 
 
+ONE_IS_HEAVY = pytest.mark.parametrize(
+    "tagger", [pytest.param(True, marks=pytest.mark.heavy), False], ids=["strict", "non_strict"], indirect=True
+)
+
+
+@ONE_IS_HEAVY
 def test_every_road_out_of_a_program_agrees(tagger):
     _, program = tagger
     unrolled = unroll(program)
@@ -285,6 +293,7 @@ def test_the_table_of_decompositions(case):
     compare(model, decomposed.module(), args).check()
 
 
+@ONE_IS_HEAVY
 def test_the_program_can_be_copied_and_traced_again(tagger):
     _, program = tagger
     unrolled = unroll(program)
