@@ -249,6 +249,14 @@ def test_several_inputs_are_all_compared():
     assert [row.place for row in report.rows if row.finding] == ["input 1: output[0]"]
 
 
+def test_of_each_input_the_worst_is_told_and_how_many_more():
+    report = compare(LAYER, Changed(LAYER, lambda y, h: (y * 1.1, h * 2)), [(INPUT,), (INPUT[:2],)])
+    with pytest.raises(UnrollError) as caught:
+        report.check()
+    assert sorted(problem.place for problem in caught.value.problems) == ["input 0: output[1]", "input 1: output[1]"]
+    assert all(problem.finding.endswith("; 1 more on this input") for problem in caught.value.problems)
+
+
 def test_keyword_arguments():
     hx = torch.ones(1, 3, 5)
     assert compare(LAYER, unroll(LAYER), (INPUT,), {"hx": hx}, gradients=True).ok

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,18 +50,14 @@ class Report:
     @property
     def worst(self) -> Row:
         """The row that failed, or came closest to its limit."""
-
-        def badness(row: Row) -> tuple[bool, float]:
-            measured = row.difference if row.error is None else row.error
-            return bool(row.finding), measured / row.limit if row.limit else 0.0
-
-        return max(self.rows, key=badness)
+        return max(self.rows, key=_badness)
 
     def check(self) -> Report:
         """Return the report if everything agrees.
 
         Raises:
-            UnrollError: naming the worst place first, then every other one.
+            UnrollError: naming the worst place first, then every other one; of several inputs the worst place of each,
+                and how many more differ there.
         """
         bad = [row for row in self.rows if row.finding]
         if bad:
@@ -69,7 +66,7 @@ class Report:
             if self.stateful:
                 held = f" in {', '.join(self.kept)}" if self.kept else ""
                 fix = f"the original keeps state between calls{held}: make it an argument and a result, or a buffer"
-            raise UnrollError(*(Problem(row.place, row.finding, fix) for row in bad))
+            raise UnrollError(*(Problem(row.place, finding, fix) for row, finding in _by_input(bad)))
         return self
 
     def __str__(self) -> str:
@@ -79,6 +76,23 @@ class Report:
             shape = "x".join(map(str, row.shape)) if row.dtype else ""
             lines.append((row.place, shape, row.dtype, f"{row.difference:.1e}", *errors, row.finding or "ok"))
         return "\n".join(align(lines))
+
+
+def _by_input(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """Yield each row with what to say of it; of those of one input among several, the worst."""
+    inputs: dict[str, list[Row]] = {}
+    for row in rows:
+        of_input = re.match(r"input \d+: ", row.place)
+        inputs.setdefault(of_input[0] if of_input else row.place, []).append(row)
+    for of_one in inputs.values():
+        row = max(of_one, key=_badness)
+        more = f"; {len(of_one) - 1} more on this input" if len(of_one) > 1 else ""
+        yield row, row.finding + more
+
+
+def _badness(row: Row) -> tuple[bool, float]:
+    measured = row.difference if row.error is None else row.error
+    return bool(row.finding), measured / row.limit if row.limit else 0.0
 
 
 def align(lines: Sequence[Sequence[str]]) -> list[str]:

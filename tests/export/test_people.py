@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -522,3 +523,50 @@ def test_exports_in_several_threads_print_nothing(tmp_path, capfd):
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(export, range(3)))
     assert capfd.readouterr().out == ""
+
+
+class Picks(nn.Module):
+    """Takes of each sequence the step that an index of its own says, and some features of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, batch_first=True)
+
+    def forward(self, x, at):
+        y = self.gru(x)[0]
+        return y[torch.arange(y.shape[0]), at], y[:, None][..., at, [0, -1]]
+
+
+@pytest.mark.parametrize("capture", ["export", "trace"])
+def test_negative_indices_count_from_the_end(tmp_path, capture):
+    model, x, path = Picks().eval(), torch.randn(2, 5, 3), tmp_path / "m.onnx"
+    shapes = {"x": {1: "time"}, "at": None}
+    with nullcontext() if capture == "export" else pytest.warns(UnrollWarning, match="was traced"):
+        export_onnx(model, (x, torch.tensor([1, 3])), path, dynamic_shapes=shapes, capture=capture)
+    run = function_of(path)
+    for steps, at in ((5, [-1, 2]), (8, [-8, -3])):
+        args = torch.randn(2, steps, 3), torch.tensor(at)
+        compare(model, lambda *args: tuple(run(*args).values()), args, reference=False, rtol=1e-5).check()
+
+
+class Bounded(nn.Module):
+    """Takes from three steps to seven, and twice as many of the second input."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.gru, self.seen = nn.GRU(3, 4), seen
+
+    def forward(self, x, twice):
+        self.seen.append((x.shape[0], twice.shape[0]))
+        return self.gru(x)[0] + twice.unflatten(0, (-1, 2)).sum(1)[..., None]
+
+
+def test_a_trace_is_checked_within_the_bounds_of_its_sizes(tmp_path):
+    time, seen = torch.export.Dim("time", min=3, max=7), []
+    model, path = Bounded(seen).eval(), tmp_path / "m.onnx"
+    shapes, options = ({0: time}, {0: 2 * time}), {"capture": "trace"}
+    with pytest.warns(UnrollWarning, match="was traced"):
+        export_onnx(model, (torch.randn(5, 2, 3), torch.randn(10, 2)), path, dynamic_shapes=shapes, **options)
+    assert {steps for steps, _ in seen} == {3, 4, 5, 7} and all(two == 2 * steps for steps, two in seen)
+    with pytest.raises(UnrollError, match=r"dynamic_shapes: x: does not fit .*time.*for 9.*; give an example within"):
+        export_onnx(model, (torch.randn(9, 2, 3), torch.randn(18, 2)), path, dynamic_shapes=shapes, **options)

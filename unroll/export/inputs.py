@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.modules.find import walk_all
@@ -60,6 +62,8 @@ class Leaf(NamedTuple):
     tensor: Tensor
     open: dict[int, str]
     """The names of its open sizes, by axis"""
+    dims: dict[str, Any]
+    """What they were given as, by name: a `Dim` has bounds, or is computed from another"""
 
 
 def tensor_leaves(
@@ -96,7 +100,11 @@ def tensor_leaves(
 def _leaves(name: str, value: Any, shape: Any) -> Iterator[Leaf]:
     if isinstance(value, Tensor):
         sizes = _by_axis(name, value.dim(), shape or {})
-        yield Leaf(name, value, {axis: text for axis, dim in sizes if (text := _dim_name(dim, value.shape[axis]))})
+        opened = {axis: (text, dim) for axis, dim in sizes if (text := _dim_name(dim, value.shape[axis]))}
+        for axis, (_, dim) in opened.items():
+            if _within(value.shape[axis], _limits(dim)) != value.shape[axis]:
+                raise _unfit(f"dynamic_shapes: {name}", f"{dim} for {value.shape[axis]}", "give an example within it")
+        yield Leaf(name, value, {axis: text for axis, (text, _) in opened.items()}, dict(opened.values()))
     elif pytree.tree_is_leaf(value):
         if hides_tensors(value):
             fix = "give its tensors as arguments, or register the class by torch.export.register_dataclass"
@@ -149,12 +157,19 @@ def _dim_name(dim: Any, size: int) -> str | None:
     raise _unfit("dynamic_shapes", dim, "give a name or a Dim")
 
 
+def _limits(dim: Any) -> ValueRanges:
+    """Return the bounds of an open size by its entry in `dynamic_shapes`; a name alone has none."""
+    lower, upper = getattr(dim, "min", None), getattr(dim, "max", None)
+    return ValueRanges(lower or 0, int_oo if upper is None else upper)
+
+
 def varied_inputs(
     leaves: Sequence[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield inputs on which what a trace has frozen shows: other values, signs and masks flipped, other open sizes.
 
-    Whole numbers of one axis, which may be lengths, come as they are drawn and sorted falling.
+    Whole numbers of one axis, which may be lengths, come as they are drawn and sorted falling. Open sizes keep to the
+    bounds of their `Dim`; those computed from another follow it.
     """
     flat, spec = pytree.tree_flatten((args, kwargs))
     generator = torch.Generator().manual_seed(0)
@@ -171,6 +186,13 @@ def varied_inputs(
 
     yield made(_flipped(leaf.tensor) for leaf in leaves)
     sizes = {name: leaf.tensor.shape[axis] for leaf in leaves for axis, name in leaf.open.items()}
+    dims = {name: dim for leaf in leaves for name, dim in leaf.dims.items()}
+
+    def changed(change: Callable[[int, int], int]) -> dict[str, int]:
+        found = {name: _within(change(n, k), _limits(dims[name])) for k, (name, n) in enumerate(sizes.items())}
+        roots = {name: getattr(getattr(dim, "root", None), "__name__", None) for name, dim in dims.items()}
+        return found | {name: dims[name].fn(found[root]) for name, root in roots.items() if root in found}
+
     changes = [lambda n, k: n]
     if sizes:
         changes += [lambda n, k: n + 2 + k, lambda n, k: max(n - 1 - k, 1), lambda n, k: 1]
@@ -178,7 +200,7 @@ def varied_inputs(
         changes *= 2
     for change in changes:
         for falling in (False, True):
-            yield made(drawn({name: change(n, k) for k, (name, n) in enumerate(sizes.items())}, falling=falling))
+            yield made(drawn(changed(change), falling=falling))
 
 
 def _with_others(like: Tensor) -> Tensor:

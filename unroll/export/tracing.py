@@ -24,6 +24,7 @@ from unroll.core.errors import Problem, UnrollError, innermost
 from unroll.core.options import Rules, Where
 from unroll.core.patching import collected_warnings, seeded
 from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare, refuse_changed
+from unroll.export.indices import CountedIndices
 from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves, varied_inputs
 from unroll.export.translate import check_asked, check_given, quiet
 from unroll.onnx.layers import LAYER, is_layer
@@ -127,7 +128,8 @@ class _Flat(nn.Module):
         given = iter(tensors)
         flat = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.flat]
         args, kwargs = pytree.tree_unflatten(flat, self.spec)
-        return self.results(args, kwargs)
+        with CountedIndices():
+            return self.results(args, kwargs)
 
     def results(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         results = pytree.tree_leaves(self.model(*args, **kwargs))
