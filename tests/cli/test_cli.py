@@ -23,6 +23,7 @@ from tests.onnx import standard
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("typer")
 from unroll.cli.main import main  # noqa: E402
+from unroll.export import judging  # noqa: E402
 
 CASE = Case("LSTM", num_layers=2, bidirectional=True)
 
@@ -291,6 +292,13 @@ def test_inspection_for_a_target(run, source):
     assert code == 1 and "aten.lstm.input" in [row["operator"] for row in json.loads(out)["rows"]]
 
 
+@pytest.fixture
+def few_plans(monkeypatch):
+    """Fewer plans are tried; the example of `keeping_plans` tries all."""
+    monkeypatch.setattr(judging, "TRIED", ("npu", "quantize", "gates=split"))
+
+
+@pytest.mark.usefixtures("few_plans")
 @pytest.mark.parametrize("target", ["npu", "tensorrt", "torch_tensorrt", "webnn", "xnnpack"])
 def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
     code, out, _ = run("inspect", f"{__name__}:make", "--target", target, "--json")
@@ -309,6 +317,7 @@ def test_a_model_and_its_arguments_are_unrolled_for_a_target(run, target):
         assert "none of the plans that were tried" in run("inspect", f"{__name__}:make", "--target", target)[1]
 
 
+@pytest.mark.usefixtures("few_plans")
 def test_what_is_unrolled_for_a_target_can_be_told(run):
     def nodes(*options):
         return json.loads(run("inspect", f"{__name__}:make", "--target", "npu", "--json", *options)[1])["nodes"]
@@ -449,10 +458,10 @@ def test_the_limit_of_steps(run):
 
 
 @pytest.mark.parametrize("command", [["-m", "unroll"], ["-c", "from unroll.cli.main import main; main()"]])
-@pytest.mark.parametrize("name", ["onnx_ir", "onnx", "google", "onnxruntime"])
-def test_what_lies_beside_a_file_is_not_run(tmp_path, command, name):
+def test_what_lies_beside_a_file_is_not_run(tmp_path, command):
     rnn_file(tmp_path / "m.onnx")
-    (tmp_path / f"{name}.py").write_text("print('RAN')\nraise SystemExit(9)\n")
+    for name in ("onnx_ir", "onnx", "google", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text(f"print('RAN {name}')\nraise SystemExit(9)\n")
     environment = {**os.environ, "PYTHONPATH": str(Path(unroll.__file__).parents[1])}
     if command[0] == "-c":
         environment["PYTHONSAFEPATH"] = "1"  # as a script that was installed: the folder of a -c is the current one
