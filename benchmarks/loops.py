@@ -1,16 +1,21 @@
 """Which loops of PyTorch work in which of its versions: results, gradients and seconds to compile.
 
-    python benchmarks/loops.py      # a few minutes, for the PyTorch that is installed
+    python benchmarks/loops.py            # a few minutes, for the PyTorch that is installed
+    python benchmarks/loops.py --calls    # only what calls of a program in blocks cost, half a minute
 
 `scan` is tried as the library uses it, in blocks of four steps of a bidirectional LSTM, at lengths that four does not
-divide; `while_loop` and `nested_compile_region` with a plain tanh recurrence in blocks. Adds what it finds to
-benchmarks/results/loops.json, under the version.
+divide; `while_loop` and `nested_compile_region` with a plain tanh recurrence in blocks. Then come the CPU seconds of a
+call of an exported program, with gradients and without. Adds what it finds to benchmarks/results/loops.json, under the
+version.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import logging
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +27,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from unroll import Plan, unroll
-from unroll.bench.machine import machine
+from unroll.bench.machine import command, machine
 from unroll.modules import loops
 
 RESULTS = Path(__file__).parent / "results" / "loops.json"
@@ -154,11 +159,66 @@ def trials() -> dict[str, Callable[[], str]]:
     }
 
 
+def calls(block: int, rounds: int = 7) -> dict[str, float]:
+    """Median CPU seconds of a call of a program of `nn.GRU(8, 16)` in blocks, over 50 steps, by the way to call it."""
+    x = torch.randn(50, 2, 8)
+
+    def program(model: nn.Module, *, freeze: bool = False) -> nn.Module:
+        blocks = unroll(model, plan=Plan(time=block), freeze=freeze)
+        return torch.export.export(blocks, (x,), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
+
+    layer = nn.GRU(8, 16)
+    run, frozen = program(layer), program(layer, freeze=True)
+    fixed = program(copy.deepcopy(layer).requires_grad_(False))
+
+    def backward() -> None:
+        run(x)[0].sum().backward()
+
+    def inference() -> None:
+        with torch.no_grad():
+            run(x)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "with gradients": lambda: run(x),
+        "with gradients, and backward": backward,
+        "under no_grad": inference,
+        "of freeze=True": lambda: frozen(x),
+        "of requires_grad_(False)": lambda: fixed(x),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begin = time.process_time()
+            way()
+            taken[name].append(time.process_time() - begin)
+    return {name: round(statistics.median(each[1:]), 5) for name, each in taken.items()}
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Write down what was found with the PyTorch that is installed, beside what is known of it."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results.setdefault(torch.__version__.partition("+")[0], {}).update(found)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", action="store_true", help="only what calls cost")
+    only_calls = parser.parse_args().calls
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if not only_calls:
+        try_loops()
+    found = {}
+    for block in (1, 4, 8):
+        found[f"time={block}"] = calls(block)
+        print(f"time={block}", found[f"time={block}"], flush=True)
+    keep({"calls": {"command": command(), "machine": machine(), "cpu_seconds": found}})
+
+
+def try_loops() -> None:
     loops.is_trained = lambda place, tensors: False  # what PyTorch makes of it, where the library refuses
     found = {}
     for name, trial in trials().items():
@@ -169,9 +229,7 @@ def main() -> None:
             result = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
         found[name] = {"result": result, "seconds": round(time.perf_counter() - begin, 1)}
         print(f"{name:40} {result}", flush=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results[torch.__version__.partition("+")[0]] = {"machine": machine(), "trials": found}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        keep({"machine": machine(), "trials": found})
 
 
 if __name__ == "__main__":

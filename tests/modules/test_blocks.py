@@ -165,6 +165,40 @@ def test_gradients_of_a_program_in_blocks():
         assert_same(list(found[0]), list(found[1]))
 
 
+@pytest.fixture
+def backward_passes(monkeypatch):
+    """The times that PyTorch traced the backward pass of a loop."""
+    from torch._higher_order_ops.partitioner import HopGraphMinCutPartitioner
+
+    trace_backward, found = HopGraphMinCutPartitioner.create_partitioned_graph, []
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return trace_backward(*args, **kwargs)
+
+    monkeypatch.setattr(HopGraphMinCutPartitioner, "create_partitioned_graph", counted)
+    return found
+
+
+@pytest.mark.skipif(TORCH < "2.13", reason="the gradients of torch.scan are wrong before 2.13")
+def test_a_frozen_program_traces_a_backward_pass_only_for_its_input(backward_passes):
+    layer = nn.GRU(3, 5, dtype=torch.float64)
+    x = torch.randn(8, 2, 3, dtype=torch.float64)
+
+    def exported(model):
+        return torch.export.export(model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
+
+    run, frozen = (exported(unroll(layer, plan=Plan(time=BLOCK), freeze=freeze)) for freeze in (False, True))
+    backward_passes.clear()
+    assert_same(list(flat(frozen(x))), list(flat(layer(x))))
+    assert not backward_passes
+    run(x)
+    assert len(backward_passes) == 1
+    x.requires_grad_()
+    gradients = [torch.autograd.grad(function(x)[0].sin().sum(), x) for function in (frozen, layer)]
+    assert_same(list(gradients[0]), list(gradients[1]))
+
+
 @pytest.mark.heavy
 def test_inductor_compiles_a_block_once_for_all_lengths():
     torch.compiler.reset()
