@@ -77,11 +77,13 @@ class Value:
         """Write the node, if it is not there yet."""
         if self._node is None and self._write is not None:
             self._node = self._write(name)
+            self._write = None  # which held on to everything that was read
         return self
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _first(args).writer.call(func, args, kwargs or {})
+        value = args[0] if isinstance(args[0], Value) else _first(args)
+        return value.writer.call(func, args, kwargs or {})
 
     def to(self, dtype: torch.dtype) -> Value:
         return self.writer.call(torch.Tensor.to, (self, dtype), {})

@@ -49,12 +49,15 @@ FOLDED: dict[str, Callable[[int, int], int]] = {
 
 def folded(kind: str, inputs: Sequence[Any]) -> list[int] | None:
     """Return what an operator makes of integers that are known; None if not all are."""
-    given = [v.known if isinstance(v, OnnxValue) else v if isinstance(v, list) else None for v in inputs]
-    if not all(given):
-        return None
+    given = []
+    for value in inputs:
+        numbers = value.known if isinstance(value, OnnxValue) else value
+        if not isinstance(numbers, list) or not numbers:
+            return None
+        given.append(numbers)
     if kind == "Concat":
-        return [number for numbers in given for number in numbers or ()]
-    first, second = (numbers or [] for numbers in given)
+        return [number for numbers in given for number in numbers]
+    first, second = given
     most = max(len(first), len(second))
     pairs = zip(*(numbers * most if len(numbers) == 1 else numbers for numbers in (first, second)), strict=True)
     return [FOLDED[kind](a, b) for a, b in pairs]

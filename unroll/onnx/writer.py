@@ -29,6 +29,8 @@ SAME_NAME = {
 }
 """Functions that take the arguments of an ONNX operator, in its order."""
 
+TENSORS = (OnnxValue, torch.Tensor)
+
 
 class OnnxWriter(Writer):
     """Writes nodes of one layer for an ONNX graph, to be inserted where they belong when all are made.
@@ -50,6 +52,7 @@ class OnnxWriter(Writer):
         self.opset = opset
         self.taken = taken
         self.made: list[ir.Node] = []
+        self.unnamed: list[ir.Value] = []  # outputs that get a name when they are read
         self.tensor_names: dict[int, tuple[torch.Tensor, str]] = {}
         self.transposes: dict[OnnxValue, OnnxValue] = {}
         self.numbers: dict[str, int] = {}
@@ -100,14 +103,17 @@ class OnnxWriter(Writer):
         if kind in FOLDED and (numbers := folded(kind, inputs)) is not None:
             return self.numbers_of(numbers)
         # Numbers among the operands get the type of this one.
-        values = [v for v in inputs if isinstance(v, OnnxValue)]
-        like = next((v for v in values if v.dtype is not torch.bool), values[0])
+        like = inputs[0]
+        if not isinstance(like, OnnxValue) or like.dtype is torch.bool:
+            values = [v for v in inputs if isinstance(v, OnnxValue)]
+            like = next((v for v in values if v.dtype is not torch.bool), values[0])
+        of = like.dtype
 
         def write(name: str | None) -> ir.Value:
-            operands = [self.operand(v, like.dtype) for v in inputs]
+            operands = [v.node if isinstance(v, OnnxValue) else self.operand(v, of) for v in inputs]
             return self.node(kind, operands, [name or self.name(kind.lower())], attributes)[0]
 
-        return OnnxValue(self, write, dtype=dtype or like.dtype, rank=like.rank if rank is None else rank)
+        return OnnxValue(self, write, dtype=dtype or of, rank=like.rank if rank is None else rank)
 
     def numbers_of(self, numbers: list[int]) -> Any:
         """Return a stand-in for integers that are known, `[n]`; no node is written for what is computed of them."""
@@ -124,6 +130,8 @@ class OnnxWriter(Writer):
     ) -> Sequence[ir.Value]:
         """Write a node and return its outputs. One called None gets its name later."""
         outputs = [ir.Value(name=None if name is None else self.unique(name)) for name in names]
+        if None in names:
+            self.unnamed += [output for output in outputs if output.name is None]
         name = outputs[0].name or self.unique(self.name(kind.lower()))
         converted = ir.convenience.convert_attributes(attributes) if attributes else ()
         self.made.append(ir.Node("", kind, inputs, converted, outputs=outputs, name=name))
@@ -137,13 +145,16 @@ class OnnxWriter(Writer):
             return value.node
         if isinstance(value, torch.Tensor):
             # Known by its id, which no other object gets while the tensor is kept.
-            _, name = self.tensor_names.get(id(value)) or (None, self.name("constant"))
-            return self.constants.get(id(value), lambda: self.stored(value, name), keep=value)
+            return self.constants.get(id(value), lambda: self.stored(value, self._name_of(value)), keep=value)
         tensor = torch.tensor(value, dtype=torch.int64 if isinstance(value, (list, tuple)) else dtype)
         text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         short = text if len(text) < 40 else f"{tensor.numel()}_numbers"
         name = f"{self.layer}.{str(tensor.dtype).removeprefix('torch.')}.{short or 'empty'}"
         return self.constants.get((tensor.dtype, text, tensor.dim()), lambda: self.stored(tensor, name))
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        _, name = self.tensor_names.get(id(tensor)) or (None, self.name("constant"))
+        return name
 
     def stored(self, tensor: torch.Tensor, name: str) -> Any:
         """Return what the file holds of a tensor."""
@@ -151,9 +162,10 @@ class OnnxWriter(Writer):
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         writer = self._innermost(args)
-        if func in SAME_NAME:
-            rank = max(arg.rank if isinstance(arg, OnnxValue) else arg.dim() for arg in args if _has_rank(arg))
-            return writer.op(SAME_NAME[func], *args, rank=rank)
+        kind = SAME_NAME.get(func)
+        if kind is not None:
+            ranks = [arg.rank if isinstance(arg, OnnxValue) else arg.dim() for arg in args if isinstance(arg, TENSORS)]
+            return writer.op(kind, *args, rank=max(ranks))
         return CALLS[func](writer, *args, **kwargs)
 
     def _innermost(self, args: Sequence[Any]) -> OnnxWriter:
@@ -177,7 +189,7 @@ class OnnxWriter(Writer):
             if weight not in written:
                 written[weight] = _transpose(weight.writer, weight, 0, 1)
             return written[weight]
-        _, name = self.tensor_names.get(id(weight)) or (None, self.name("constant"))
+        name = self._name_of(weight)
         stored = self.constants.get(("transposed", id(weight)), lambda: self.stored(weight.T, name), keep=weight)
         return self.value(stored, weight.dtype, 2)
 
@@ -217,10 +229,6 @@ class OnnxWriter(Writer):
         return [
             OnnxValue(self, lambda name, k=k: write(k, name), dtype=value.dtype, rank=value.rank) for k in range(count)
         ]
-
-
-def _has_rank(arg: Any) -> bool:
-    return isinstance(arg, (OnnxValue, torch.Tensor))
 
 
 def _cast(writer: OnnxWriter, value: OnnxValue, dtype: torch.dtype) -> OnnxValue:
