@@ -84,7 +84,7 @@ def main() -> None:
             began = time.monotonic()
             with tempfile.TemporaryDirectory() as place:
                 use(file, Path(place))
-            print(f"{file.name}: installed and used in {time.monotonic() - began:.0f} s")
+            print(f"{file.name}: installed and used in {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
