@@ -63,6 +63,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     "packed GRU": ({"kind": "GRU", "packed": True}, {"addmm": 1, "triton": 1}, 16),
     "packed RNN": ({"kind": "RNN", "packed": True}, FUSED, 17),
     "stacked": ({"kind": "LSTM", "bidirectional": True, "plan": "directions=stacked"}, {"bmm": 1, "triton": 1}, 17),
+    "wavefront": ({"kind": "LSTM", "num_layers": 3, "plan": "layers=wavefront"}, {"bmm": 2, "triton": 1}, 23),
     "linear": ({"kind": "LSTM", "plan": "quantize"}, {"addmm": 1, "triton": 1}, 11),
     "paired": ({"kind": "LSTM", "plan": "onnxruntime"}, {"mm": 2, "triton": 1}, 14),
     "split": ({"kind": "LSTM", "plan": "npu"}, {"mm": 4, "triton": 1}, 12),
