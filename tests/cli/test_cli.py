@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import unroll
 from tests.cases import Case
@@ -331,6 +332,25 @@ def test_what_is_unrolled_for_a_target_can_be_told(run):
     assert code == 1 and "gives where, and so does the command line" in err
     code, _, err = run("inspect", f"{__name__}:make_choosing", "--target", "xnnpack")
     assert code == 1 and "Chooses: cannot be exported" in err
+
+
+def make_products():
+    return make_fx(lambda x, w: x @ w)(torch.randn(2, 3), torch.randn(3, 4)), (torch.randn(2, 3), torch.randn(3, 4))
+
+
+def make_products_alone():
+    return make_products()[0]
+
+
+def test_products_that_a_quantizer_left_are_told(run, source):
+    for factory in ("make_products", "make_products_alone"):
+        code, out, _ = run("inspect", f"{__name__}:{factory}", "--target", "pt2e")
+        assert code == 1 and "pt2e: 1 of 1 products are float" in out
+    for model in (source, f"{__name__}:make", f"{__name__}:make_alone"):
+        code, _, err = run("inspect", model, "--target", "pt2e")
+        assert code == 1 and "give an ExportedProgram or a GraphModule" in " ".join(err.split()), err
+    code, _, err = run("inspect", f"{__name__}:make_products", "--target", "pt2e", "--plan", "npu")
+    assert code == 1 and "--plan: was given with --target" in err
 
 
 def test_what_cannot_be_inspected_for_a_target(run, source):

@@ -18,7 +18,7 @@ from unroll.targets.tables import NAMES, read_target
 
 TARGET = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program as it
 is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there is one
-and --plan does not say."""
+and --plan does not say. pt2e: the products that are float in what a factory has from convert_pt2e."""
 
 TargetOption = Annotated[str | None, typer.Option(metavar="NAME", help=TARGET)]
 
@@ -106,18 +106,20 @@ def _judge(
     from torch.export import ExportedProgram
 
     from unroll.export.factories import asked_options, without_example
-    from unroll.targets.checking import check
+    from unroll.targets.checking import PT2E, check
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-    read_target(target)  # an unknown name is told first
+    converted = target == PT2E
+    if not converted:
+        read_target(target)  # an unknown name is told first
     keeping: list[str] | None = None
     with stdout_for(as_json), show_parts("read", "unroll, export and check", "try plans") as part:
         part("read")
         made, args, options = _read(model)
-        if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None:
+        if isinstance(made, nn.Module) and not isinstance(made, fx.GraphModule) and args is None and not converted:
             raise UnrollError(without_example(model))
-        as_it_is = args is None or isinstance(made, ExportedProgram)
+        as_it_is = args is None or isinstance(made, ExportedProgram) or converted
         if wrong := given.difference(JUDGING, () if as_it_is else UNROLLING):
             finding = "was given with --target"
             fix = "leave it out" + (": the model is judged as it is" if as_it_is else "")
