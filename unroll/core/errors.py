@@ -6,10 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
-from unroll.core.torch_version import TELLS_ARGUMENTS
-
 
 class Problem(NamedTuple):
     """One reason why something cannot be unrolled or run."""
@@ -36,6 +32,10 @@ class UnrollError(RuntimeError):
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems  # all that Dynamo can follow; it tells the arguments of what is raised while it traces
+        import torch  # not before something is refused
+
+        from unroll.core.torch_version import TELLS_ARGUMENTS
+
         if not TELLS_ARGUMENTS and torch.compiler.is_dynamo_compiling():  # else why it stops here
             torch._dynamo.graph_break(msg="; ".join([f"{p.place}: {p.finding}; {p.fix}" for p in problems]))
 
