@@ -277,7 +277,7 @@ def test_what_the_models_own_closures_hold_still_reaches_it():
             torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, pytest.param(nn.GRU, marks=pytest.mark.heavy)])
 def test_more_lengths_than_dynamo_compiles_for(kind):
     torch._dynamo.reset()
     model = nn.Sequential(kind(3, 5)).eval()

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.export import Dim
 
-from tests.cases import Case, flat
+from tests.cases import Case, flat, replace
 from tests.checks import assert_same
 from unroll import Plan, UnrollError, compile, decompositions, trace, unroll
 from unroll.core.torch_version import TORCH
@@ -85,7 +85,7 @@ def test_autocast_that_changes_the_state_is_refused():
 
 
 def test_strict_programs_too():
-    case = Case("LSTM", num_layers=2, bidirectional=True, state=True)
+    case = Case("LSTM", bidirectional=True, state=True)
     model, program = exported(case, strict=True)
     with torch.no_grad():
         for steps in (1, 8):
@@ -105,13 +105,13 @@ def test_the_size_of_a_program_depends_on_the_block_alone():
     assert len(sizes) == 1
 
 
-COMPILED = Case("LSTM", num_layers=2, bidirectional=True)
+COMPILED = Case("LSTM", bidirectional=True)
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.heavy)], ids="num_layers={}".format)
+def compiled(request):
     torch.compiler.reset()
-    model = Loop(COMPILED).eval()
+    model = Loop(replace(COMPILED, num_layers=request.param)).eval()
     yield model, torch.compile(unroll(model, plan=Plan(time=BLOCK)), fullgraph=True, backend="aot_eager", dynamic=True)
     torch.compiler.reset()
 
@@ -125,7 +125,10 @@ def test_compiled_modules_run_at_any_length(compiled, steps, batch):
         assert_same(list(flat(ours(*args))), list(flat(model(*args))))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 6, 7, 8])
+HEAVY = pytest.mark.heavy
+
+
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=HEAVY), 5, 6, 7, pytest.param(8, marks=HEAVY)])
 def test_a_known_number_of_steps_leaves_a_rest(steps):
     torch.compiler.reset()
     case = Case("GRU", bidirectional=True, state=True)

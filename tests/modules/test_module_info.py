@@ -34,7 +34,11 @@ def test_modules(info, training):
         compare(layer, unroll(layer), args, kwargs, gradients=training).check()
 
 
-@pytest.mark.parametrize("info", RECURRENT, ids=lambda info: info.name)
+@pytest.mark.parametrize(
+    "info",
+    [pytest.param(i, marks=pytest.mark.heavy if i.module_cls in (nn.GRU, nn.RNN) else ()) for i in RECURRENT],
+    ids=lambda info: info.name,
+)
 def test_programs(info):
     exported = 0
     for layer, args, kwargs in samples(info, False):

@@ -126,7 +126,7 @@ def test_nothing_is_computed_anew_without_gradients():
     assert len(calls) >= 6 + 6 + 5  # the last step of a block is not needed again
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.heavy)])
 def test_compiled(kind):
     layer, x = getattr(nn, kind)(3, 5, 2, bidirectional=True).double(), torch.randn(7, 2, 3, dtype=F64)
     torch.compiler.reset()

@@ -17,9 +17,9 @@ from tests.export.test_onnx_export import run
 CASES = [
     (Case("LSTM", num_layers=2, bidirectional=True, proj_size=2, state=True), "gates=paired"),
     (Case("LSTM", bidirectional=True, batch_first=True), "directions=stacked"),
-    (Case("GRU", num_layers=3), "layers=wavefront"),
+    pytest.param(Case("GRU", num_layers=3), "layers=wavefront", marks=pytest.mark.heavy),
     (Case("GRU", bias=False), "gates=split,time=3"),
-    (Case("RNN", num_layers=2, bidirectional=True), "default"),
+    pytest.param(Case("RNN", num_layers=2, bidirectional=True), "default", marks=pytest.mark.heavy),
     (Case("LSTM", form="packed"), "gates=paired"),
 ]
 
