@@ -117,7 +117,7 @@ FILES = {
         False,
     ),
     "program in blocks": (
-        lambda: torch.export.export(unroll(Model().eval(), plan=Plan(time=2)), (X,)),
+        torch.no_grad()(lambda: torch.export.export(unroll(Model().eval(), plan=Plan(time=2)), (X,))),
         "program",
         (X,),
         False,
