@@ -1,8 +1,8 @@
 """Which runtimes run which files, and how far from float64: `python benchmarks/runtimes.py openvino tract`.
 
 Writes benchmarks/results/runtimes.json, a row for each runtime, model and file, native and unrolled, keeps the rows of
-other runtimes, and draws the tables of docs/runtimes.md. With `--python`, the runtime is that of another environment,
-which needs NumPy and onnx beside it.
+other runtimes, and with `--models` those of other models, and draws the tables of docs/runtimes.md. With `--python`,
+the runtime is that of another environment, which needs NumPy and onnx beside it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.runtimes_table import RESULTS, ROOT, draw
 from tests.runtimes.runners import RUNTIMES
 from tests.runtimes.runners.runtime import Runtime, difference
+
+if TYPE_CHECKING:
+    from tests.runtimes.models import Model
 
 FOLDER = ROOT / "build" / "runtimes"
 NATIVE = "native"
@@ -36,11 +39,9 @@ LIMIT = 300
 Row = dict[str, Any]
 
 
-def write(plans: tuple[str, ...], suffix: str) -> None:
+def write(models: list[Model], plans: tuple[str, ...], suffix: str) -> None:
     """Write each model's files, and beside each what it is given and the results in float64, unless they are there."""
-    from tests.runtimes.models import MODELS
-
-    for model in MODELS:
+    for model in models:
         folder = FOLDER / model.name
         folder.mkdir(parents=True, exist_ok=True)
         for file in plans:
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=HERE)
     parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--models", nargs="+", metavar="NAME")
     parser.add_argument("--work", metavar="NAME")
     options = parser.parse_args()
     if options.work:
@@ -129,13 +131,15 @@ def main() -> None:
 
     saved = json.loads(RESULTS.read_text())
     saved["machine"] = f"{platform.machine()}, Python {platform.python_version()}, files by torch {version('torch')}"
+    models = [model for model in MODELS if not options.models or model.name in options.models]
     for name in options.names:
         began = time.perf_counter()
         runtime = RUNTIMES[name]
         plans = (NATIVE, runtime.preset, *runtime.plans)
-        write(plans, runtime.suffix)
-        saved["rows"] = [row for row in saved["rows"] if row["runtime"] != name]
-        files = [f"{model.name}/{plan}{runtime.suffix}" for model in MODELS for plan in plans]
+        write(models, plans, runtime.suffix)
+        anew = [model.name for model in models]
+        saved["rows"] = [row for row in saved["rows"] if row["runtime"] != name or row["model"] not in anew]
+        files = [f"{model}/{plan}{runtime.suffix}" for model in anew for plan in plans]
         for row in rows(name, files, options.python):
             model, file = row.pop("file").removesuffix(runtime.suffix).split("/")
             saved["rows"].append({"runtime": name, "model": model, "file": file} | row)
@@ -144,7 +148,10 @@ def main() -> None:
             f"from tests.runtimes.runners import RUNTIMES; r = RUNTIMES[{name!r}]; print(r.installed(r.distribution))"
         )
         saved["versions"][name] = subprocess.check_output([options.python, "-c", command], text=True, cwd=ROOT).strip()
-        saved.setdefault("seconds", {})[name] = round(time.perf_counter() - began)
+        if not options.models:
+            saved.setdefault("seconds", {})[name] = round(time.perf_counter() - began)
+        order = [(runtime, model.name) for runtime in RUNTIMES for model in MODELS]
+        saved["rows"].sort(key=lambda row: order.index((row["runtime"], row["model"])))
         RESULTS.write_text(json.dumps(saved, indent=1) + "\n")
     draw()
 

@@ -87,14 +87,13 @@ def _fails(row: Row, name: str, file: str) -> bool:
 
 
 def summary(saved: dict[str, Any]) -> list[str]:
-    """Return a line for each runtime: how many models are right, native and by its preset, and the seconds it took."""
-    lines = ["| runtime | native | preset | right | s |", "|---" * 5 + "|"]
+    """Return a line for each runtime: how many models are right, native and by its preset."""
+    lines = ["| runtime | native | preset | right |", "|---" * 4 + "|"]
     for name, runtime in RUNTIMES.items():
         mine = [row for row in saved["rows"] if row["runtime"] == name]
         told = [[cell(row, runtime) for row in mine if row["file"] == file] for file in ("native", runtime.preset)]
         native, preset = (sum(c in ("right", "converts") for c in cells) for cells in told)
-        seconds = saved.get("seconds", {}).get(name, "")
-        lines.append(f"| {runtime.name} | {native} | `{runtime.preset}` | {preset} of {len(told[1])} | {seconds} |")
+        lines.append(f"| {runtime.name} | {native} | `{runtime.preset}` | {preset} of {len(told[1])} |")
     return lines
 
 

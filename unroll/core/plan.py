@@ -276,8 +276,9 @@ PRESETS: dict[str, Plan] = {
     "ncnn": Plan(runtime="ncnn"),
     # Programs are converted; what comes of them runs on Apple's machines, and was not run.
     "coreml": Plan(),
-    # By the tables of docs/contracts.md alone, and not run: all is offered by WebNN, and the products by XNNPACK.
-    "webnn": Plan(runtime="webnn"),
+    # Of programs, whose products XNNPACK takes by the table of docs/contracts.md; what was run is in docs/runtimes.md.
     "xnnpack": Plan(products="linear"),
+    # By the table of docs/contracts.md alone, and not run: all is offered.
+    "webnn": Plan(runtime="webnn"),
 }
 """Plans for targets, by the target's name"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tests.runtimes.runners import (
     browser,
     coreml,
-    executorch,
     iree,
     litert,
     mnn,
@@ -44,7 +43,6 @@ RUNTIMES: dict[str, Runtime] = {
     "tvm": tvm.RUNTIME,
     "iree": iree.RUNTIME,
     "litert": litert.RUNTIME,
-    "executorch": executorch.RUNTIME,
     "tinygrad": tinygrad.RUNTIME,
 }
 """By the name of the file"""

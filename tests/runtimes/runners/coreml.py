@@ -49,7 +49,7 @@ RUNTIME = Runtime(
     others={"native": "no recurrent operator of programs is known"},
     missing={
         "open length": Missing(
-            "it knows no `scan` of programs, and in the `prim::Loop` of TorchScript no `chunk`",
+            "it knows no `scan`, the loop of programs, and of TorchScript's own no `chunk`",
             "a program for each length",
         )
     },
