@@ -6,7 +6,7 @@
     python benchmarks/forms.py --drawn    # only print and draw what was found before
 
 Writes benchmarks/results/forms.json after each shape, and prints the table of docs/benchmark.md: milliseconds of the
-fastest tenth of the calls, and of the median. Draws one picture for each batch.
+fastest tenth of the calls, and of the median. Draws the layers with a batch of one.
 """
 
 from __future__ import annotations
@@ -45,10 +45,6 @@ def subjects(*, tiny: bool) -> list[Subject]:
     return found
 
 
-def batch_of(row: Row) -> int:
-    return row.subject.batch or 0
-
-
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
 
@@ -79,12 +75,11 @@ def table(found: Measurements) -> str:
     return "\n".join(lines)
 
 
-def pictures(found: Measurements) -> None:
-    """Draw the latency of each kind against the hidden size, benchmarks/results/forms_b1.png and its kin."""
-    for batch, rows in itertools.groupby(sorted(found.rows, key=batch_of), batch_of):
-        with tempfile.TemporaryDirectory() as folder:
-            latency, *_ = draw(Measurements(tuple(rows)), folder)
-            shutil.copyfile(latency, RESULTS.with_name(f"forms_b{batch}.png"))
+def picture(found: Measurements) -> None:
+    """Draw the latency of each kind against the hidden size at B=1, where other work disturbs medians the least."""
+    with tempfile.TemporaryDirectory() as folder:
+        latency, *_ = draw(Measurements(tuple(row for row in found.rows if row.subject.batch == 1)), folder)
+        shutil.copyfile(latency, RESULTS.with_name("forms.png"))
 
 
 def main() -> None:
@@ -97,7 +92,7 @@ def main() -> None:
     if given.drawn:
         found = Measurements.load(RESULTS)
         print(table(found))
-        pictures(found)
+        picture(found)
         return
     method = Method(3, 0.02, 600) if given.tiny else Method(given.rounds, 0.1, 600)
     entries = [entry for entry in FORMS.values() if entry.contender in given.forms.split(",")]
@@ -110,7 +105,7 @@ def main() -> None:
     found = Measurements(tuple(rows))
     print(table(found))
     if not given.tiny:
-        pictures(found)
+        picture(found)
 
 
 if __name__ == "__main__":
