@@ -132,7 +132,7 @@ def _judge(
 
             layout = target if target in PRESETS and "plan" not in given else plan
             options = asked_options(model, args, options, dynamic, where=where)
-            assert isinstance(made, nn.Module)
+            assert isinstance(made, nn.Module) and not converted
             verdict = judge_model(made, args, target, plan=layout, options=options, build=build)
             if not verdict.ok:
                 part("try plans")
