@@ -261,6 +261,17 @@ def test_inspect(run, source):
     assert run("inspect", "out.onnx")[:2] == (0, "no recurrent layers\n")
 
 
+def test_a_picture_of_the_steps(run, source):
+    pytest.importorskip("matplotlib")
+    for model, steps in ((f"{__name__}:make_pair", 4), (source, None)):
+        code, _, err = run("inspect", model, "--draw", "steps.svg", "--plan", "gates=split")
+        assert code == 0 and not err
+        assert f"{steps or 'any number of'} steps" in Path("steps.svg").read_text()
+    code, _, err = run("inspect", f"{__name__}:make_exported", "--draw", "no.svg")
+    assert code == 1 and "draw(model): got ExportedProgram" in err
+    assert run("inspect", source, "--draw", "no/steps.svg")[0] == 1
+
+
 def test_inspect_says_what_stands_in_the_way(run, source):
     model = onnx.load(source)
     model.graph.node[0].attribute.append(onnx.helper.make_attribute("activations", ["Sigmoid", "Swish"]))

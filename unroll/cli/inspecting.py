@@ -43,6 +43,9 @@ def inspect_command(
     limit: LimitOption = None,
     target: TargetOption = None,
     build: BuildOption = False,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An SVG file for a picture of the steps that unrolling makes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the recurrent layers of a model, what unrolling makes of each, and what stands in the way.
@@ -61,6 +64,7 @@ def inspect_command(
     from unroll.export.inspecting import INSPECTED, inspect
     from unroll.export.inspection import Inspection
 
+    options: dict[str, Any] = {}
     with stdout_for(as_json), show_parts("read", "unroll") as part:
         part("read")
         made, args, given = _read(model)
@@ -79,6 +83,12 @@ def inspect_command(
         raise typer.Exit(1)
     if found.problems:
         raise UnrollError(*found.problems)
+    if draw is not None:
+        from unroll.drawing.pictures import draw as draw_steps
+
+        told = {layer.steps for layer in found.layers if layer.steps}  # those of the example, if it tells one number
+        steps = steps or (told.pop() if len(told) == 1 else None)
+        draw_steps(made, draw, plan=plan, where=options.get("where"), steps=steps)  # pyright: ignore[reportArgumentType]
 
 
 def _read(model: str) -> tuple[Any, Any, dict[str, Any]]:
