@@ -57,6 +57,10 @@ class UnrollWarning(UserWarning):
     """
 
 
+for _kind in (Problem, UnrollError, UnrollWarning):
+    _kind.__module__ = "unroll"  # in tracebacks, the name by which it is caught
+
+
 class Problems(list[Problem]):
     """Collects problems, so that all are told at once.
 
@@ -69,7 +73,7 @@ class Problems(list[Problem]):
         ...     raise UnrollError(Problem("encoder.rnn", "3 gates found", "give 4"))
         >>> problems.check()
         Traceback (most recent call last):
-        unroll.core.errors.UnrollError: 2 problems
+        unroll.UnrollError: 2 problems
         steps: is 0; give 1
         encoder.rnn: 3 gates found; give 4
     """
@@ -118,7 +122,7 @@ def refusing(place: str, finding: str, fix: str) -> Iterator[None]:
         >>> with refusing("model", "cannot be read", "write it again"):
         ...     {}["graph"]
         Traceback (most recent call last):
-        unroll.core.errors.UnrollError: model: cannot be read (KeyError: 'graph'); write it again
+        unroll.UnrollError: model: cannot be read (KeyError: 'graph'); write it again
     """
     try:
         yield

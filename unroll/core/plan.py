@@ -193,7 +193,7 @@ class Plan:
         Example:
             >>> Plan(gradients="joined").refuse_training("model.onnx")
             Traceback (most recent call last):
-            unroll.core.errors.UnrollError: model.onnx: cannot be written with gradients='joined', of the...
+            unroll.UnrollError: model.onnx: cannot be written with gradients='joined', of the...
         """
         for choice in self.of_modules:
             finding = f"cannot be written with {choice}={getattr(self, choice)!r}, of the backward pass of a module"

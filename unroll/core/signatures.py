@@ -25,7 +25,7 @@ def told(function: Callable[P, T]) -> Callable[P, T]:
         ... def export(model, *, dynamic_shapes=None): ...
         >>> export(1, dynamic_axes={})
         Traceback (most recent call last):
-        unroll.core.errors.UnrollError: export(dynamic_axes=...): is no argument; did you mean dynamic_shapes?
+        unroll.UnrollError: export(dynamic_axes=...): is no argument; did you mean dynamic_shapes?
     """
     signature = inspect.signature(function)
 

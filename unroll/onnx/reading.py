@@ -35,7 +35,7 @@ def read_model(source: Any, argument: str = "unroll(model)") -> ir.Model:
     Example:
         >>> read_model(onnx.ModelProto())
         Traceback (most recent call last):
-        unroll.core.errors.UnrollError: model: is not an ONNX file: it names no operator set; write it again
+        unroll.UnrollError: model: is not an ONNX file: it names no operator set; write it again
     """
     if isinstance(source, (str, os.PathLike)):
         place = os.fspath(source)
