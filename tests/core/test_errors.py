@@ -265,6 +265,18 @@ def test_what_autocast_does_not_cast_is_refused_under_it_too(case, dtype):
             "unroll(args=...): was given for a module, which runs at any length; leave args out",
         ),
         (
+            lambda: package.check("m.onnx"),
+            "check(...): missing a required argument: 'target'; the arguments are model, target, build",
+        ),
+        (
+            lambda: package.compile(nn.GRU(6, 5), plans="inductor"),
+            "compile(plans=...): is no argument; did you mean plan?",
+        ),
+        (
+            lambda: package.trace(nn.Sequential(nn.GRU(6, 5)), steps=3),
+            "trace(steps=...): is no argument; the arguments are model, concrete_args",
+        ),
+        (
             lambda: Plan(gates="one"),
             "Plan(gates=...): got 'one'; choose one of 'merged', 'paired', 'split'",
         ),

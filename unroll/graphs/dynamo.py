@@ -19,6 +19,7 @@ from unroll.core.options import FIXED, Where, read_where, unknown_names
 from unroll.core.patching import configured, original, without_gc
 from unroll.core.plan import Plan, Preset
 from unroll.core.recurrence import LAYERS, read_layer
+from unroll.core.signatures import told
 from unroll.graphs.calls import graph_parts, tensor_metadata
 from unroll.graphs.code import recompile_late
 from unroll.graphs.rewrite import find_calls, rewrite
@@ -94,6 +95,7 @@ def __getattr__(name: str) -> Any:
     return unroll_backend
 
 
+@told
 def compile(
     model: Callable[..., Any],
     *,

@@ -14,12 +14,14 @@ from torch.nn.utils.rnn import PackedSequence
 from unroll.core.alone import alone
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import patched
+from unroll.core.signatures import told
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 
 PACKING = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 
 
+@told
 def trace(model: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.GraphModule:
     """Trace a model symbolically, with recurrent layers and (un)packing of sequences as single nodes.
 

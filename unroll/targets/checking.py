@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, Problems, UnrollError
+from unroll.core.signatures import told
 from unroll.extras import require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.building import Engine, build_engine, require_bindings
@@ -110,6 +111,7 @@ def _places(places: list[str]) -> str:
     return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
 
 
+@told
 def check(model: Any, *, target: TargetName | Literal["pt2e"], build: bool = False) -> Verdict:
     """List what a model uses that a target does not offer.
 
