@@ -16,17 +16,24 @@ HERE = Path(__file__).parent
 def pytest_configure(config):
     # Said by the original, where weights are called that are not those of a layer: in programs and copies.
     config.addinivalue_line("filterwarnings", "ignore:RNN module weights are not part of single contiguous chunk")
-
-
-def pytest_runtest_logreport(report):
-    """Write each result to the file `UNROLL_GPU_REPORT` as it comes, a failure with its traceback."""
     path = os.environ.get("UNROLL_GPU_REPORT")
-    if not path or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
-        return
-    told = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
-    told["text"] = str(report.longrepr[2]) if report.skipped and report.longrepr else report.longreprtext
-    with open(path, "a") as file:
-        file.write(json.dumps(told) + "\n")
+    if path and not hasattr(config, "workerinput"):  # xdist's workers have that
+        config.pluginmanager.register(Reports(path))
+
+
+class Reports:
+    """Writes each result to a file as it comes, a failure with its traceback."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        told = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        told["text"] = str(report.longrepr[2]) if report.skipped and report.longrepr else report.longreprtext
+        with open(self.path, "a") as file:
+            file.write(json.dumps(told) + "\n")
 
 
 def pytest_collection_modifyitems(items):
