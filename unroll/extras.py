@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from typing import Any
 
 from unroll.core.errors import Problem, UnrollError
 
@@ -20,3 +22,8 @@ def require(*packages: str, extra: str = "onnx", fix: str | None = None) -> None
     if missing:
         fix = fix or f"pip install 'torch-unroll[{extra}]'"
         raise UnrollError(Problem("unroll", f"needs {', '.join(missing)} for this", fix))
+
+
+def is_onnx(model: Any) -> bool:
+    """Tell whether something is given as an ONNX model, or as a path of one, whether or not `onnx` is installed."""
+    return isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir")

@@ -15,7 +15,7 @@ from unroll.core.limits import limited
 from unroll.core.options import Rules, Steps, Where, read_where
 from unroll.core.plan import Plan, Preset
 from unroll.core.signatures import no_model, told
-from unroll.extras import require
+from unroll.extras import is_onnx, require
 from unroll.graphs import programs
 from unroll.graphs.forwards import functional_calls
 from unroll.graphs.rewrite import unroll_graph
@@ -130,7 +130,7 @@ def _unrolled(
     limit: int | None,
 ) -> Any:
     """Call the frontend for a model; refuse what it has no use for."""
-    if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
+    if is_onnx(model):
         _refuse("an ONNX model, which has no Python classes and needs no example", args=args, rules=rules)
         _refuse_freeze(freeze, "an ONNX model", "leave freeze out: constants are always folded there")
         return _onnx(model, where, plan, steps)

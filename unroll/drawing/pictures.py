@@ -218,9 +218,7 @@ def _draw_blocks(panel: Any, subject: Subject, steps: Sequence[Step]) -> None:
         left, right = min(x for x, _ in corners) - 0.09, max(x for x, _ in corners) + WIDTH + 0.09
         style = "round,pad=0,rounding_size=0.1"
         size = (right - left, HEIGHT + 0.18)
-        frame = FancyBboxPatch(
-            (left, corners[0][1] - 0.09), *size, boxstyle=style, facecolor="none", edgecolor="#b3261e"
-        )
+        frame = FancyBboxPatch((left, corners[0][1] - 0.09), *size, boxstyle=style, facecolor="none", edgecolor=FRAME)
         frame.set(linewidth=1.6 if not block else 0.9, linestyle="-" if not block else (0, (3, 2)))
         panel.add_patch(frame)
 

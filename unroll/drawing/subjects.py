@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence, read_module
 from unroll.core.signatures import no_model
-from unroll.extras import require
+from unroll.extras import is_onnx, require
 from unroll.modules.find import find
 from unroll.modules.layers import Unrolled
 
@@ -44,7 +43,7 @@ def read_subjects(model: Any, where: Where, plan: Plan | None, steps: int | None
         raise UnrollError(Problem(f"draw(steps={steps!r})", "is no number of steps", "give a whole number above zero"))
     if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         found = list(_of_module(model, where, plan, steps))
-    elif isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
+    elif is_onnx(model):
         found = list(_of_file(model, where, plan, steps))
     else:
         raise UnrollError(no_model("draw(model)", model, "an nn.Module, an ONNX model or the path of one"))

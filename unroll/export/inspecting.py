@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from unroll.core.options import Rules, Steps, Where, read_where
 from unroll.core.plan import Plan, Preset
 from unroll.core.signatures import no_model, told
 from unroll.export.inspection import Inspection
-from unroll.extras import require
+from unroll.extras import is_onnx, require
 
 INSPECTED = ("kwargs", "dynamic_shapes", "where", "rules")
 """The keyword arguments of `export_onnx` that `inspect` takes too"""
@@ -71,8 +70,7 @@ def inspect(
                 raise UnrollError(Problem(f"steps={steps}", "was given for a PyTorch model", fix))
             options = {"kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "rules": rules}
             return inspect_module(model, args, options, where=where, plan=plan)
-        kind = type(model).__module__.partition(".")[0]
-        if not (isinstance(model, (str, os.PathLike)) or kind in ("onnx", "onnx_ir")):
+        if not is_onnx(model):
             raise UnrollError(no_model("inspect(model)", model, "an nn.Module, an ExportedProgram or an ONNX model"))
         given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "rules": rules}
         if wrong := [name for name, value in given.items() if value is not None]:

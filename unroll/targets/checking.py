@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.signatures import told
-from unroll.extras import require
+from unroll.extras import is_onnx, require
 from unroll.targets.aten_uses import read_aten
 from unroll.targets.building import Engine, build_engine, require_bindings
 from unroll.targets.products import read_products
@@ -195,7 +194,7 @@ def _rows(uses: list[Use], table: Target) -> Iterator[Row]:
 
 
 def _kind(model: Any) -> str | None:
-    if isinstance(model, (str, os.PathLike)) or type(model).__module__.partition(".")[0] in ("onnx", "onnx_ir"):
+    if is_onnx(model):
         return "onnx"
     return "aten" if isinstance(model, (ExportedProgram, fx.GraphModule)) else None
 
