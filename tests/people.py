@@ -274,16 +274,22 @@ class Person:
     shapes: Any
     """Its sizes that may be open in a file"""
     route: str
-    """The way to a file that `capture="auto"` takes; `none` if it has to be refused"""
+    """The way to a file that `capture="auto"` takes; `none` if there is none"""
     other: Callable[[], tuple[Any, ...]] | None = None
     """Arguments of another batch size"""
+    refused: str = ""
+    """What is said where there is no way to a file"""
+    package: str = ""
+    """The published package that the model is of"""
+    double: bool = True
+    """Whether a copy in float64 can run"""
 
     @property
     def name(self) -> str:
         return self.make.__name__
 
 
-def _floats(*shape: int) -> Tensor:
+def floats(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
 
@@ -291,23 +297,23 @@ def _policy(batch: int, *starts: int) -> tuple[Tensor, ...]:
     flags = torch.zeros(4, batch, dtype=torch.bool)
     for row in starts:
         flags[row, 0] = True
-    return _floats(4, batch, 4), _floats(1, batch, 5), _floats(1, batch, 5), flags
+    return floats(4, batch, 4), floats(1, batch, 5), floats(1, batch, 5), flags
 
 
 BATCH = {0: "batch"}
 
 PEOPLE = [
-    Person(AttentionDecoder, lambda: (_floats(2, 7, 6),), (BATCH,), "export", lambda: (_floats(3, 7, 6),)),
+    Person(AttentionDecoder, lambda: (floats(2, 7, 6),), (BATCH,), "export", lambda: (floats(3, 7, 6),)),
     Person(Policy, lambda: _policy(2, 1), ({1: "batch"},) * 4, "trace", lambda: _policy(3, 0, 2)),
     Person(
         SortedEncoder,
-        lambda: (_floats(3, 6, 3), torch.tensor([2, 6, 4])),
+        lambda: (floats(3, 6, 3), torch.tensor([2, 6, 4])),
         (BATCH, BATCH),
         "trace",
-        lambda: (_floats(2, 6, 3), torch.tensor([5, 1])),
+        lambda: (floats(2, 6, 3), torch.tensor([5, 1])),
     ),
-    Person(Recognizer, lambda: (_floats(2, 1, 8, 16),), (BATCH,), "export", lambda: (_floats(3, 1, 8, 16),)),
-    Person(Separator, lambda: (_floats(2, 11, 4),), (BATCH,), "export", lambda: (_floats(3, 11, 4),)),
+    Person(Recognizer, lambda: (floats(2, 1, 8, 16),), (BATCH,), "export", lambda: (floats(3, 1, 8, 16),)),
+    Person(Separator, lambda: (floats(2, 11, 4),), (BATCH,), "export", lambda: (floats(3, 11, 4),)),
     Person(
         Tagger,
         lambda: (torch.arange(12).reshape(2, 6) % 11, torch.tensor([6, 3])),
@@ -315,24 +321,30 @@ PEOPLE = [
         "export",
         lambda: (torch.arange(18).reshape(3, 6) % 11, torch.tensor([2, 5, 4])),
     ),
-    Person(Sampler, lambda: (_floats(2, 6),), (BATCH,), "trace", lambda: (_floats(3, 6),)),
-    Person(WeightDrop, lambda: (_floats(5, 2, 3),), ({1: "batch"},), "trace", lambda: (_floats(5, 3, 3),)),
-    Person(Vocoder, lambda: (_floats(2, 4, 6),), (BATCH,), "export", lambda: (_floats(3, 4, 6),)),
-    Person(SetReadout, lambda: (_floats(2, 5, 4),), (BATCH,), "export", lambda: (_floats(3, 5, 4),)),
+    Person(Sampler, lambda: (floats(2, 6),), (BATCH,), "trace", lambda: (floats(3, 6),)),
+    Person(WeightDrop, lambda: (floats(5, 2, 3),), ({1: "batch"},), "trace", lambda: (floats(5, 3, 3),)),
+    Person(Vocoder, lambda: (floats(2, 4, 6),), (BATCH,), "export", lambda: (floats(3, 4, 6),)),
+    Person(SetReadout, lambda: (floats(2, 5, 4),), (BATCH,), "export", lambda: (floats(3, 5, 4),)),
     Person(
         Neighbours,
-        lambda: (_floats(6, 4), torch.arange(18).reshape(6, 3) % 6),
+        lambda: (floats(6, 4), torch.arange(18).reshape(6, 3) % 6),
         ({0: "nodes"}, {0: "nodes"}),
         "export",
-        lambda: (_floats(4, 4), torch.arange(12).reshape(4, 3) % 4),
+        lambda: (floats(4, 4), torch.arange(12).reshape(4, 3) % 4),
     ),
     Person(
         Speech,
-        lambda: (_floats(2, 9, 5), torch.tensor([9, 6])),
+        lambda: (floats(2, 9, 5), torch.tensor([9, 6])),
         (BATCH, BATCH),
         "export",
-        lambda: (_floats(3, 9, 5), torch.tensor([3, 9, 1])),
+        lambda: (floats(3, 9, 5), torch.tensor([3, 9, 1])),
     ),
-    Person(Memory, lambda: (_floats(5, 2, 3),), None, "none"),
-    Person(Documents, lambda: (_floats(4, 3), _floats(2, 3)), None, "export"),
+    Person(
+        Memory,
+        lambda: (floats(5, 2, 3),),
+        None,
+        "none",
+        refused="keeps state between calls in h: make it an argument and a result",
+    ),
+    Person(Documents, lambda: (floats(4, 3), floats(2, 3)), None, "export"),
 ]

@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 import unroll
-from tests.people import PEOPLE, Person
+from tests.people import PEOPLE, Memory, Person
+from tests.published import PUBLISHED
 from unroll import UnrollError, UnrollWarning, compare, export_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -23,6 +25,15 @@ from unroll.onnx.runtime import function_of  # noqa: E402
 
 # of a model that keeps state in an attribute, which torch.export drops
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
+
+
+def published(person: Person):
+    needed = pytest.mark.skipif(find_spec(person.package) is None, reason=f"needs {person.package}")
+    # what packages warn of is their own
+    return pytest.param(person, marks=[pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), needed])
+
+
+EVERYBODY = [*PEOPLE, *map(published, PUBLISHED)]
 
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -49,15 +60,15 @@ def exported(person, path, capture):
     return export, "\n".join(str(w.message) for w in told if issubclass(w.category, UnrollWarning))
 
 
-@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+@pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
 def test_modules(person):
     model = made(person)
     for args in filter(None, (person.args, person.other)):
-        compare(model, unroll.unroll(model), args()).check()
+        compare(model, unroll.unroll(model), args(), reference=person.double).check()
     assert row(person)[0] == "yes"
 
 
-@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+@pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
 def test_compiled(person):
     torch._dynamo.reset()
     model, args = made(person), person.args()
@@ -69,14 +80,19 @@ def test_compiled(person):
         torch.testing.assert_close(found, expected)
         result = "yes"
     except Exception:
-        with torch.no_grad():
-            found = unroll.compile(made(person), backend="eager", fullgraph=False)(*args)
-        torch.testing.assert_close(found, expected)
-        result = "`fullgraph=False`"
+        try:
+            with torch.no_grad():
+                found = unroll.compile(made(person), backend="eager", fullgraph=False)(*args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            words = str(error)
+            result = "no: rows stay packed at a graph break" if "packed.data: leaves the model" in words else words
+        else:
+            torch.testing.assert_close(found, expected)
+            result = "`fullgraph=False`"
     assert row(person)[1] == result
 
 
-@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+@pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
 def test_programs(person):
     model, args = made(person), person.args()
     try:
@@ -85,7 +101,7 @@ def test_programs(person):
     except Exception:
         assert row(person)[2] == "no"
         return
-    if person.route == "none":
+    if person.make is Memory:
         assert row(person)[2] == "no: the state is lost"
         return
     with torch.no_grad():
@@ -93,14 +109,15 @@ def test_programs(person):
     assert row(person)[2] == "yes"
 
 
-@pytest.mark.parametrize("person", PEOPLE, ids=lambda p: p.name)
+@pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
 def test_files(person, tmp_path):
     path = tmp_path / "m.onnx"
     if person.route == "none":
-        with pytest.raises(UnrollError, match="keeps state between calls in h: make it an argument and a result"):
+        with pytest.raises(UnrollError, match=person.refused):
             exported(person, path, "auto")
         assert not path.exists()
-        assert row(person)[3:] == ["no: keeps state", ""]
+        assert row(person)[3].startswith("no: ")
+        assert not row(person)[4]
         return
     export, told = exported(person, path, "auto")
     assert not {"LSTM", "GRU", "RNN"} & export.operators.keys()

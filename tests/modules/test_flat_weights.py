@@ -254,6 +254,27 @@ def test_files_have_the_list_or_it_is_named(make, tmp_path):
         export_onnx(model, (input,), tmp_path / "m.onnx")
 
 
+class Dropped(nn.LSTM):
+    """Gives a weight its name at each call alone, so that the list alone has it before the first."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.raw = nn.Parameter(self._parameters.pop("weight_hh_l0"))
+
+    def forward(self, x, hx=None):
+        self.weight_hh_l0 = self.raw * 0.5
+        return super().forward(x, hx)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
+def test_a_name_that_gets_its_weight_in_the_call_is_exported(tmp_path):
+    model, input = nn.Sequential(Dropped(6, 5, dtype=F64)).eval(), x()
+    assert not hasattr(model[0], "weight_hh_l0")
+    export_onnx(model, input, tmp_path / "m.onnx")  # its check compares the file with the model
+    program = torch.export.export(unroll(model), (input,), strict=False)
+    assert_same(program.module()(input), model(input))
+
+
 @each
 def test_graphs_name_the_list(make):
     model = make()

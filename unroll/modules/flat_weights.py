@@ -36,10 +36,11 @@ class FlatWeights:
         """Tell whether the list is run with while these are the weights under their names."""
         return all(old is None or new is None or new is old for old, new in zip(self.named, named))
 
-    def differs(self) -> bool:
-        """Tell whether the list has other weights than the names had."""
+    def differs(self, later: Sequence[Any] = ()) -> bool:
+        """Tell whether the list has other weights than the names had, and than those that they have been given since."""
         return len(self.weights) != len(self.named) or any(
-            weight is not named for weight, named in zip(self.weights, self.named)
+            weight is not old and weight is not new
+            for weight, old, new in zip(self.weights, self.named, later or self.named)
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,7 +93,7 @@ def listed_weights(layer: Any) -> list[Tensor] | None:
     if found is not None and found.holds(named):
         _check(layer, found.weights)
         return found.weights
-    if slot == "traced" and layer.listed is not None and layer.listed.differs():
+    if slot == "traced" and layer.listed is not None and layer.listed.differs(named):
         finding = "runs with a list of other weights, _flat_weights, which torch.export, exchanging all weights, drops"
         raise UnrollError(Problem(layer.place, finding, FIX))
     if found is not None and not torch.compiler.is_compiling():
