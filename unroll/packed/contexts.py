@@ -148,6 +148,6 @@ def packing(*, eager: bool = False) -> Iterator[None]:
         >>> torch.allclose(program.module()(x, other), model(x, other), atol=1e-6)
         True
     """
-    watched = PaddingGuard() if eager else nullcontext()
+    watched = PaddingGuard(graphs=False) if eager else nullcontext()
     with keep_padding(refuse_layer, dynamo=True, eager=eager), guard_dynamo(), guard_export(), watched:
         yield

@@ -57,10 +57,12 @@ def unread() -> tuple[Any, Any]:
 
 
 def _padding() -> bool:
-    """Tell whether this thread packs with padding now: in a graph that is made, or in all that runs."""
+    """Tell whether this thread packs with padding now: in a graph that is made, or in all that runs but TorchScript."""
     if torch.compiler.is_dynamo_compiling():
         return is_padding()
-    return PADDING.value is not None and (bool(CAPTURED.value) or PADDING.value.eager)
+    if PADDING.value is None:
+        return False
+    return bool(CAPTURED.value) or (PADDING.value.eager and not torch.jit.is_tracing())
 
 
 def stop_by_assertion(lengths: Tensor, good: Tensor, message: str) -> Tensor:

@@ -60,11 +60,16 @@ def _leak() -> UnrollError:
 
 
 class PaddingGuard(TorchFunctionMode):
-    """Follows padded rows through what runs as plain Python."""
+    """Follows padded rows through what runs as plain Python: while a graph is made of it, or else while none is."""
+
+    def __init__(self, *, graphs: bool) -> None:
+        super().__init__()
+        self.graphs = graphs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():  # a loop, which torch.export has Dynamo read by itself
+        # a loop, which torch.export has Dynamo read by itself; and what is another guard's, or no one's
+        if torch.compiler.is_dynamo_compiling() or bool(CAPTURED.value) != self.graphs:
             return func(*args, **kwargs)
         if func is torch.as_tensor and isinstance(args[0], (list, tuple)) and _any_symbolic(args[0]):
             return torch.stack([torch.scalar_tensor(value, **kwargs) for value in args[0]])  # lengths.tolist()
@@ -130,7 +135,7 @@ def guard_run(model: nn.Module) -> Iterator[None]:
             raise _leak()
         return results
 
-    with CAPTURED.set(True), patched(model, forward=checked), PaddingGuard():
+    with CAPTURED.set(True), patched(model, forward=checked), PaddingGuard(graphs=True):
         yield
 
 
