@@ -391,6 +391,11 @@ def test_refused_for_programs_and_scripts():
     ]
 
 
+def test_gradients_of_frozen_weights_are_refused():
+    (problem,) = problems(unroll, nn.Sequential(nn.GRU(3, 5)), plan="gradients=joined", freeze=True)
+    assert "0: runs with gradients='joined', and frozen weights have no gradients" in problem
+
+
 def test_a_checkpoint_with_parameters_is_refused_in_words():
     model = nn.Sequential(nn.GRU(3, 5))
     frozen = unroll(model, freeze=True)

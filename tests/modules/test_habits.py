@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tests.cases import LAYER_KINDS, Case
 from tests.checks import assert_equal, assert_same, gradients
-from unroll import Plan, Unrolled, UnrollError, unroll
+from unroll import Plan, Unrolled, UnrollError, compile, export_onnx, packing, unroll
 
 F64 = torch.float64
 TWO_LAYERS = [Case(kind, num_layers=2, bidirectional=True, batch_first=True) for kind in LAYER_KINDS]
@@ -276,12 +277,37 @@ def test_pruned_weights():
     assert_same(ours(x), layer(x))
 
 
+class Packing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 5, batch_first=True)
+
+    def forward(self, x):
+        packed = pack_padded_sequence(x, torch.tensor([3, 5]), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_nested_tensors_are_refused_in_words(layout):
+def test_nested_tensors_are_refused_in_words(layout, tmp_path):
     rows = torch.nested.nested_tensor([torch.randn(3, 3), torch.randn(5, 3)], layout=layout)
-    with pytest.raises(UnrollError, match="is a nested tensor, of rows of several lengths; pad it"):
-        unroll(nn.GRU(3, 5, batch_first=True))(rows)
+    model = nn.Sequential(nn.GRU(3, 5, batch_first=True)).eval()
+    calls = [
+        lambda: unroll(model)(rows),
+        lambda: unroll(nn.GRUCell(3, 5))(rows),
+        lambda: export_onnx(model, rows, tmp_path / "model.onnx"),
+        packing(eager=True)(lambda: unroll(Packing())(rows)),
+    ]
+    if layout is torch.jagged:  # Dynamo takes no others
+        calls += [
+            lambda: torch.compile(unroll(model), backend="eager", fullgraph=True)(rows),
+            lambda: compile(model, backend="eager")(rows),
+        ]
+    for refused in calls:
+        torch.compiler.reset()
+        # from a compiled model it is told by Dynamo's error
+        with pytest.raises((UnrollError, torch._dynamo.exc.Unsupported), match="is a nested tensor, of rows of"):
+            refused()
 
 
 @pytest.mark.parametrize("plan", [Plan(), Plan(products="linear")], ids=str)

@@ -96,10 +96,19 @@ def test_compiles_in_training_with_dropout():
     assert_same(compiled(x), ours(x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("plan", ["default", "quantize", "gates=split"])
-def test_compiles_vmap(plan):
+@WITH_TORCHSCRIPT
+@pytest.mark.parametrize(
+    ("plan", "backend"),
+    [
+        ("default", "aot_eager"),
+        ("quantize", "aot_eager"),
+        ("gates=split", "eager"),
+        pytest.param("default", "inductor", marks=pytest.mark.heavy),
+    ],
+)
+def test_compiles_vmap(plan, backend):
     layer = nn.LSTM(6, 5)
-    compiled = torch.compile(vmap(unroll(layer, plan=plan)), fullgraph=True, backend="eager")
+    compiled = torch.compile(vmap(unroll(layer, plan=plan)), fullgraph=True, backend=backend)
     xs = torch.randn(3, 4, 2, 6)
     assert_same(compiled(xs)[0], torch.stack([layer(x)[0] for x in xs]), rtol=1e-5)
 

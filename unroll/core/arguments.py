@@ -45,7 +45,9 @@ def check_arguments(
     Raises:
         UnrollError: with every mismatch found.
     """
-    _check_kind(place, input)
+    refuse_nested(f"{place}: input", input)
+    if not hasattr(input, "shape"):
+        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
     problems: list[Problem] = []
     shape = tuple(input.shape)
 
@@ -111,13 +113,15 @@ def _arrays(place: str, given: Sequence[tuple[str, Any]]) -> list[Problem]:
     return [Problem(f"{place}: {name}", "is a NumPy array", fix) for name in names]
 
 
-def _check_kind(place: str, input: Any) -> None:
-    """Refuse what has no shape, or not one for all rows."""
-    if getattr(input, "is_nested", False):
+def refuse_nested(place: str, tensor: Any) -> None:
+    """Refuse what has not one shape for all rows.
+
+    Raises:
+        UnrollError: for a nested tensor, jagged or strided.
+    """
+    if getattr(tensor, "is_nested", False):
         fix = "pad it (torch.nested.to_padded_tensor) and pack that with its lengths (pack_padded_sequence)"
-        raise UnrollError(Problem(f"{place}: input", "is a nested tensor, of rows of several lengths", fix))
-    if not hasattr(input, "shape"):
-        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
+        raise UnrollError(Problem(place, "is a nested tensor, of rows of several lengths", fix))
 
 
 def as_args(args: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils import _pytree as pytree
 
 from unroll.core.alone import alone
-from unroll.core.arguments import as_args
+from unroll.core.arguments import as_args, refuse_nested
 from unroll.core.errors import Problem, Problems, UnrollError, innermost
 from unroll.core.options import Rules, Where
 from unroll.export.inputs import in_order
@@ -143,6 +143,8 @@ def prepare(
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         fix = "load them first: model.to_empty(device='cpu'), then load_state_dict"
         raise UnrollError(Problem(type(model).__name__, "has no weights, only their shapes (device meta)", fix))
+    for k, tensor in enumerate(pytree.tree_leaves((args, kwargs))):
+        refuse_nested(f"args[{k}]", tensor)
     every = where is None
     model = _apart(model) if rules is None and every else replace(model, None, where, rules)
     if not every and (problems := _left_out(model)):

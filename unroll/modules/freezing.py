@@ -22,10 +22,13 @@ def freeze_layer(layer: Any) -> None:
     Parametrizations of the weights are computed as they are after `eval()`, and taken away too.
 
     Raises:
-        UnrollError: if something else than the layer holds the weights.
+        UnrollError: if something else than the layer holds the weights, or if the plan is about their gradients.
     """
     if layer.frozen is not None:
         return
+    if layer.plan.gradients == "joined":
+        finding = "runs with gradients='joined', and frozen weights have no gradients"
+        raise UnrollError(Problem(layer.place, finding, "leave gradients or freeze out"))
     if linears.are_held(layer):
         linears.release(layer)
     recurrence = layer.recurrence

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll.core import patching
 from unroll.core.alone import alone
+from unroll.core.arguments import refuse_nested
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import configured, patched
 from unroll.core.recurrence import LAYERS
@@ -51,6 +52,7 @@ def _forward_for(kind: Any, on_layer: OnLayer, on_steps: OnSteps | None) -> Call
         if isinstance(input, PackedSequence) and torch.compiler.is_dynamo_compiling() and is_padding():
             refuse_ragged(type(self).__name__)
         if on_steps is not None and torch.compiler.is_dynamo_compiling() and isinstance(input, torch.Tensor):
+            refuse_nested(f"{type(self).__name__}: input", input)
             on_steps(type(self).__name__, input.shape[1 if self.batch_first and input.dim() == 3 else 0])
         return original(self, input, hx)
 

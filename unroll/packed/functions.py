@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence
 
+from unroll.core.arguments import refuse_nested
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.patching import Local
 from unroll.packed.guard import CAPTURED, mark, unmark
@@ -123,6 +124,7 @@ class PaddedFunctions:
     ) -> PackedSequence:
         if not _padding():
             return self.packs(input, lengths, batch_first, enforce_sorted)
+        refuse_nested(f"{PLACE}: input", input)
         if not enforce_sorted:
             lengths = self._counted(input, lengths, batch_first)
             if isinstance(lengths, Tensor) and not torch.compiler.is_dynamo_compiling() and is_transformed(lengths):

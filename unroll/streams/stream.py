@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from functools import partial
 from typing import Any
@@ -20,8 +21,7 @@ class Stream:
     """Feeds pieces to a streaming model and carries the state from each to the next, in torch or in ONNX Runtime.
 
     Runs without gradients. A stream can be copied and pickled with its state, for actors and workers; one over a file
-    if it was made of the path, and one of an exported program is copied alone, as `pickle` takes no program. For
-    training, call the model itself with `state=`.
+    if it was made of the path. For training, call the model itself with `state=`.
 
     Args:
         model: what `unroll.streaming` returned, what `unroll.unroll` made of that, or the path of a file (or an
@@ -59,12 +59,17 @@ class Stream:
         if isinstance(self._model, fx.GraphModule):
             told = state_metadata(self._model)  # which a pickle of the graph has not
             kept["_told"] = {key: told[key] for key in ("states", "unbatched")}
+        if isinstance(self._model, ExportedProgram):  # of which torch cannot read a pickle
+            torch.export.save(self._model, saved := io.BytesIO())
+            kept["_model"] = saved.getvalue()
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self._model, fx.GraphModule):
             state_metadata(self._model).update(self.__dict__.pop("_told"))
+        if isinstance(self._model, bytes):
+            self._model = torch.export.load(io.BytesIO(self._model))
         self._run, self._initial = _runner(self._model)
 
     def initial_state(self, batch: int | None = None) -> Any:
