@@ -45,9 +45,7 @@ def check_arguments(
     Raises:
         UnrollError: with every mismatch found.
     """
-    refuse_nested(f"{place}: input", input)
-    if not hasattr(input, "shape"):
-        raise UnrollError(Problem(f"{place}: input", f"is {type(input).__name__}", "give a tensor"))
+    _check_kind(f"{place}: input", input)
     problems: list[Problem] = []
     shape = tuple(input.shape)
 
@@ -111,6 +109,13 @@ def _arrays(place: str, given: Sequence[tuple[str, Any]]) -> list[Problem]:
     fix = "give a tensor: torch.from_numpy(array)"
     names = [name for name, tensor in given if hasattr(tensor, "__array_interface__")]
     return [Problem(f"{place}: {name}", "is a NumPy array", fix) for name in names]
+
+
+def _check_kind(place: str, input: Any) -> None:
+    """Refuse what has no shape, or not one for all rows."""
+    refuse_nested(place, input)
+    if not hasattr(input, "shape"):
+        raise UnrollError(Problem(place, f"is {type(input).__name__}", "give a tensor"))
 
 
 def refuse_nested(place: str, tensor: Any) -> None:
