@@ -326,6 +326,35 @@ def test_two_files(tmp_path):
         compare(tmp_path / "a.onnx", tmp_path / "b.onnx", (x,), gradients=True)
 
 
+class Nested(nn.Module):
+    """Takes a state by name, and returns tensors inside of others."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4, **options)
+
+    def forward(self, x, state=None):
+        output, last = self.rnn(x, state)
+        return {"output": output, "state": last}
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(3, 4), Nested()], ids=["layer", "nested"])
+def test_a_model_and_its_file(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx_ir")
+    x, state = torch.randn(5, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    inputs = [((x,), {}), ((x, state), {}), *([((x,), {"state": state})] if type(model) is Nested else [])]
+    for k, (args, kwargs) in enumerate(inputs):
+        path = tmp_path / f"{k}.onnx"
+        export_onnx(model.eval(), args, path, kwargs=kwargs)
+        for report in (compare(model, path, args, kwargs), compare(path, model, args, kwargs)):
+            assert len(report.check().rows) == 3
+        with torch.no_grad():
+            other = copy.deepcopy(model)
+            next(other.parameters()).mul_(1.1)
+        assert [bool(row.finding) for row in compare(other, path, args, kwargs).rows] == [True] * 3
+
+
 class Keeping(nn.Module):
     """Keeps its state: in a buffer that it writes, in one that it replaces, or in an attribute."""
 

@@ -65,7 +65,8 @@ def compare(
     is four in float32 and float64, else one. An original that is no module, or cannot be copied, has no `change`.
 
     Args:
-        original: a module, any callable, an ExportedProgram, or the path of an ONNX file, which ONNX Runtime runs.
+        original: a module, any callable, an ExportedProgram, or the path of an ONNX file, which ONNX Runtime runs;
+            then all tensors that the other takes and returns are the file's, in their order.
         rewritten: what should do the same.
         args: a tuple of positional arguments (or a single tensor), or a list of such tuples for several inputs.
         kwargs: keyword arguments, the same for each input.
@@ -95,7 +96,8 @@ def compare(
         fix = "give a tensor, a tuple of arguments, or for several inputs a list of such tuples"
         raise UnrollError(Problem("compare(args=...)", "is no input, or a list of something else than tuples", fix))
     first, second = _runnable(original), _runnable(rewritten)
-    if any(isinstance(model, (str, os.PathLike)) for model in (original, rewritten)):
+    files = [isinstance(model, (str, os.PathLike)) for model in (original, rewritten)]
+    if any(files):
         rtol = rtol_of(inputs) if rtol is None else rtol
         if gradients:
             raise UnrollError(Problem("compare(gradients=True)", "was given for a file", "leave gradients out"))
@@ -110,6 +112,11 @@ def compare(
             for function in (first, second, exact)
             if function is not None
         ]
+        if any(files) and not all(files):  # a file's results have names, and are not nested
+            from unroll.onnx.runtime import named_as
+
+            names = list(results[files.index(True)][0])
+            results = [(named_as(names, result), found) for result, found in results]
         found = list(_rows(results, rtol))
         if any(row.finding and row.place in results[0][1] for row in found):
             found = list(_rows(results, rtol, _changes(first, given, dict(kwargs or {}), seed)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from unroll.core.errors import Problem, UnrollError
 
@@ -39,7 +40,9 @@ def session(path: str | os.PathLike[str], name: str | os.PathLike[str], *, nodes
 
 
 def function_of(path: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
-    """Return a function that runs a file on tensors, in the order of its inputs: its outputs, by name.
+    """Return a function that runs a file on tensors, in the order of its inputs or by name: its outputs, by name.
+
+    It takes what a model takes too, whose tensors are the inputs, however they are nested.
 
     Args:
         path: where the file lies.
@@ -52,7 +55,9 @@ def function_of(path: str | os.PathLike[str], name: str | os.PathLike[str] | Non
     runner = session(path, place)
     names, outputs = ([value.name for value in values] for values in (runner.get_inputs(), runner.get_outputs()))
 
-    def run(*tensors: Any, **named: Any) -> dict[str, torch.Tensor]:
+    def run(*args: Any, **named: Any) -> dict[str, torch.Tensor]:
+        args, named = (args, named) if named.keys() <= set(names) else ((args, named), {})
+        tensors = tensors_in(args)
         given = dict(zip(names, tensors)) | named
         if len(tensors) + len(named) != len(names) or given.keys() != set(names):
             raise UnrollError(Problem(place, f"takes {', '.join(names)}", "give a tensor for each"))
@@ -64,6 +69,27 @@ def function_of(path: str | os.PathLike[str], name: str | os.PathLike[str] | Non
         return {name: torch.from_numpy(array) for name, array in zip(outputs, found, strict=True)}
 
     return run
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in what a model takes or returns, in the order that a file of it has.
+
+    Example:
+        >>> tensors_in((torch.ones(1), None, {"state": (torch.zeros(2), 3)}))
+        [tensor([1.]), tensor([0., 0.])]
+    """
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def named_as(names: Sequence[str], result: Any) -> Any:
+    """Return a model's result as that of a file of it, with these names for its tensors, if there are as many.
+
+    Example:
+        >>> named_as(["output", "h_n"], (torch.ones(1), [torch.zeros(2)]))
+        {'output': tensor([1.]), 'h_n': tensor([0., 0.])}
+    """
+    tensors = tensors_in(result)
+    return dict(zip(names, tensors, strict=True)) if len(tensors) == len(names) else result
 
 
 # By a part of what ONNX Runtime says: what to do.
