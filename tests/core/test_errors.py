@@ -277,6 +277,10 @@ def test_what_autocast_does_not_cast_is_refused_under_it_too(case, dtype):
             "trace(steps=...): is no argument; the arguments are model, concrete_args",
         ),
         (
+            lambda: package.inspect(nn.GRU(6, 5), target="webnn"),
+            "inspect(target=...): is no argument; the arguments are model, args, ",
+        ),
+        (
             lambda: Plan(gates="one"),
             "Plan(gates=...): got 'one'; choose one of 'merged', 'paired', 'split'",
         ),

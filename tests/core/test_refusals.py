@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from torch import fx, nn
+from torch.export import Dim
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import unroll as library
 from tests.checks import problems
-from unroll import Plan, UnrollError, compare, trace, unroll
+from unroll import Plan, UnrollError, UnrollWarning, compare, trace, unroll
 from unroll.graphs.calls import form_of
 
 X = torch.randn(4, 3, 6, dtype=torch.float64)
@@ -57,6 +59,28 @@ def test_a_predicate_that_picks_no_call_of_a_program_is_told():
     with pytest.raises(UnrollError, match="where: picks none of the program's recurrent calls; it is asked about"):
         unroll(program, where=lambda name, layer: isinstance(layer, nn.GRU))
     assert unroll(program, where=lambda name, node: name == "0" and isinstance(node, fx.Node))
+
+
+def test_an_open_length_that_steps_fix_is_told():
+    model, x = nn.Sequential(nn.GRU(3, 4)), torch.randn(5, 2, 3)
+    with pytest.warns(UnrollWarning, match=r"0: is given an open length, .* plan='time=8'"):
+        torch.export.export(unroll(model), (x,), dynamic_shapes=({0: Dim.AUTO},))
+    torch.export.export(unroll(model), (x,), dynamic_shapes=({1: Dim.DYNAMIC},))  # of the batch nothing is said
+
+
+def test_lengths_above_the_padded_steps_are_told():
+    """Torch packs them, with fewer rows than batch sizes ask for."""
+    packed = pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([6, 3]))
+    (problem,) = problems(unroll(nn.GRU(3, 4)), packed)
+    assert problem == (
+        "GRU: packed.data: has 8 rows, and batch sizes that ask for 9; "
+        "give pack_padded_sequence no length above the number of padded steps"
+    )
+
+
+def test_weights_without_values_are_told():
+    (problem,) = problems(unroll(nn.GRU(3, 4, device="meta")), torch.randn(5, 2, 3))
+    assert problem == "GRU: input: is on cpu, the weights on meta; load the weights first"
 
 
 def test_names_of_steps_are_checked():

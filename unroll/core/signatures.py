@@ -42,7 +42,7 @@ def told(function: Callable[P, T]) -> Callable[P, T]:
 
 def _problem(function: str, known: list[str], given: dict[str, Any], error: TypeError) -> Problem:
     if unknown := [name for name in given if name not in known]:
-        close = difflib.get_close_matches(unknown[0], known, 1)
+        close = difflib.get_close_matches(unknown[0], known, 1, cutoff=0.65)
         fix = f"did you mean {close[0]}?" if close else f"the arguments are {', '.join(known)}"
         return Problem(f"{function}({unknown[0]}=...)", "is no argument", fix)
     return Problem(f"{function}(...)", str(error), f"the arguments are {', '.join(known)}")

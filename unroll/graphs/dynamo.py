@@ -120,7 +120,7 @@ def compile(
 
     The first call takes the longer the more steps are written. For inference on a CPU, with 256 steps or more, give
     `plan=Plan(time=16)`, which compiles a block once: an LSTM of 1024 steps 16 s in place of 178, and calls as fast;
-    with 64 steps it has no advantage (docs/lengths.md). Training so is refused before PyTorch 2.15.
+    with 64 steps it has no advantage. Training so is refused before PyTorch 2.15.
 
     Args:
         model: a module or function, for inference or training.

@@ -6,6 +6,7 @@ which version. Its body is compiled once, whatever the number of steps.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 
 from unroll.core.cells import State
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, UnrollError, UnrollWarning
+from unroll.core.plan import Plan
 from unroll.core.scan import Step, mask_state, scan
 from unroll.core.torch_version import TORCH
 
@@ -43,6 +45,18 @@ is_exporting._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 def is_written(rows: Tensor) -> bool:
     """Tell whether what runs now is written down, step by step, in a graph, also by `make_fx`."""
     return is_captured(rows) or get_proxy_mode() is not None
+
+
+def warn_of_fixed_length(place: str, steps: Any, plan: Plan) -> None:
+    """Warn where steps are written one by one for a length that is open while `torch.export` runs plain Python.
+
+    It then fixes the length: with an error for a named or dynamic one, and for `Dim.AUTO` in silence.
+    """
+    fixed = not has_static_value(steps) and plan.block is None
+    if fixed and is_exporting() and not torch.compiler.is_dynamo_compiling():
+        finding = "is given an open length, which steps that are written one by one fix"
+        fix = "for any length give unroll a plan with a loop, plan='time=8'"
+        warnings.warn(str(Problem(place, finding, fix)), UnrollWarning, stacklevel=2)
 
 
 def is_trained(place: str, tensors: Iterable[Any]) -> bool:

@@ -88,6 +88,7 @@ def run_rows(
         trained = loops.is_trained(layer.place, [rows, *(state or ()), *_trained(layer)])
         loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None)
     is_written = loops.is_written(rows)
+    loops.warn_of_fixed_length(layer.place, steps, plan)
     if loop is not None or (has_static_value(steps) and is_written):
         check_written(layer.place, plan.block if loop is not None else steps, most=layer.limit)
     # At step 0 zeros are left out; but not where their dtype promotes that of the results, where rows join in later

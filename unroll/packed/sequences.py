@@ -98,8 +98,18 @@ def known_sizes(packed: PackedSequence, place: str) -> list[int]:
     if has_static_value(packed.batch_sizes.shape[0]):
         sizes = packed.batch_sizes.tolist()
         if all(has_static_value(size) for size in sizes):
+            _check_rows(packed, sum(sizes), place)
             return sizes
     refuse_ragged(place)
+
+
+def _check_rows(packed: PackedSequence, asked: int, place: str) -> None:
+    """Refuse fewer rows than batch sizes ask for, as torch packs them where a length is above the padded steps."""
+    rows = packed.data.shape[0]
+    if has_static_value(rows) and rows != asked:
+        finding = f"has {rows} rows, and batch sizes that ask for {asked}"
+        fix = "give pack_padded_sequence no length above the number of padded steps"
+        raise UnrollError(Problem(f"{place}: packed.data", finding, fix))
 
 
 def sort_states(packed: PackedSequence, hx: Any) -> tuple[Tensor, ...] | None:
@@ -154,7 +164,8 @@ def pad_rows(packed: PackedSequence, steps: int) -> tuple[Tensor, Tensor]:
     """Pad the rows of a packed sequence to `steps`, `[T * B, F]`; and tell which have a step, `[T * B, 1]`."""
     sizes: Any = packed.batch_sizes
     found = sizes.steps if is_padded(packed) else len(sizes)
-    torch._assert(found <= steps, f"the longest sequence must have at most {steps} time steps, as unrolled for")
+    message = f"the longest sequence must have at most {steps} time steps, as unrolled for; unroll again for more"
+    torch._assert(found <= steps, message)
     if is_padded(packed):
         torch._assert(found == steps, f"sequences must be padded to {steps} time steps, as unrolled for")
         rows = unmark(packed.data)

@@ -114,7 +114,7 @@ def _places(places: list[str]) -> str:
 def check(model: Any, *, target: TargetName | Literal["pt2e"], build: bool = False) -> Verdict:
     """List what a model uses that a target does not offer.
 
-    The targets are tables of facts, published or measured, with their sources and versions: see `docs/contracts.md`.
+    The targets are tables of facts, published or measured, with their sources and versions, in `unroll/targets/facts`.
     Unless `build=True`, nothing is compiled or run, so a model that passes may still be refused by a target's tools,
     and what is outside of a table may run elsewhere.
 
