@@ -53,10 +53,12 @@ def onnx_command(
         )
     if as_json:
         operators = dict(done.operators)
-        print_json({"path": str(done.path), "size": done.size, "replaced": done.replaced, "operators": operators})
+        print_json({**done._asdict(), "path": str(done.path), "operators": operators})
     else:
         text = f"{done.path}: {sum(done.operators.values())} nodes, {done.size / 1e6:.1f} MB"
         text += "" if done.replaced else "; no recurrent node was replaced"
+        if done.difference is not None:
+            text += f"\n  on random numbers: differs by at most {done.difference:.1e}"
         console().print(text, markup=False)
 
 

@@ -28,6 +28,8 @@ class Rewritten(NamedTuple):
     """Recurrent nodes that are gone"""
     operators: Counter[str]
     """How often each operator is written"""
+    difference: float | None
+    """The largest one from the file it was made of, if both were run"""
 
 
 def rewrite_file(
@@ -70,10 +72,12 @@ def rewrite_file(
         unroll_ir(model, where=where, plan=plan, steps=steps)
     replaced = before - sum(1 for _ in recurrent_nodes(model))
     progress("save")
+    difference = None
     with files.write_then_move(model, path) as draft:
         progress("check")
         size = files.size(draft)
         verify.check_file(draft, path, source)
         if check:
-            verify.check_same(source, draft, path, steps if isinstance(steps, int) else None)
-    return Rewritten(path, size, replaced, verify.operators(model))
+            report = verify.check_same(source, draft, path, steps if isinstance(steps, int) else None)
+            difference = max(row.difference for row in report.rows)
+    return Rewritten(path, size, replaced, verify.operators(model), difference)
