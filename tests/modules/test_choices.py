@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,57 +70,10 @@ def exported(model, plan, folder):
 
 
 def fused_file():
-    """A file with the `GRU` operator, as others write them."""
-    from onnx import TensorProto, helper, numpy_helper
+    """A model with the `GRU` operator, as others write it."""
+    from tests.onnx import standard
 
-    layer, weights = nn.GRU(3, 5), []
-    for name, of in (("w", "ih"), ("r", "hh")):
-        weight = torch.cat([getattr(layer, f"weight_{of}_l0")[part] for part in PARTS])
-        weights.append(numpy_helper.from_array(weight[None].detach().numpy(), name))
-    node = helper.make_node("GRU", ["x", "w", "r"], ["y"], "rnn", hidden_size=5, linear_before_reset=1)
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("x", [STEPS, 2, 3]), ("y", [STEPS, 1, 2, 5]))
-    )
-    graph = helper.make_graph([node], "fused", [x], [y], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-PARTS = [slice(5, 10), slice(0, 5), slice(10, 15)]
-"""The gates of the standard's GRU, which has the update first"""
-
-
-def blocks(frontend):
-    """The same frontend, with two steps in a block."""
-    return lambda model, plan, folder: frontend(model, replace(plan, time=2), folder)
-
-
-MADE = {
-    "`unroll(module)`": lambda model, plan, folder: unroll(model, plan=plan),
-    "`torch.compile(unroll(module))`": lambda model, plan, folder: torch.compile(
-        unroll(model, plan=plan), backend="aot_eager", fullgraph=True
-    ),
-    "`unroll.compile(module)`": lambda model, plan, folder: compile(model, plan=plan, backend="aot_eager"),
-    "`streaming(module, x)`": lambda model, plan, folder: streaming(model, X, plan=plan, check=False).model,
-    "`trace(unroll(module))`": lambda model, plan, folder: trace(unroll(model, plan=plan)),
-    "`unroll(trace(module), x)`": lambda model, plan, folder: unroll(trace(model), X, plan=plan),
-    "`unroll(program)`": lambda model, plan, folder: unroll(torch.export.export(model, (X,)), plan=plan).module(),
-    "`torch.export.export(unroll(module), x)`": lambda model, plan, folder: torch.export.export(
-        unroll(model, plan=plan), (X,)
-    ).module(),
-    "`unroll(torch.jit.script(module))`": lambda model, plan, folder: unroll(SCRIPTS[model], plan=plan),
-    "`torch.jit.trace(unroll(module), x)`": lambda model, plan, folder: torch.jit.trace(unroll(model, plan=plan), X),
-    "`torch.jit.script(unroll(module))`": lambda model, plan, folder: torch.jit.script(unroll(model, plan=plan)),
-    "`export_onnx(module, x, path)`": exported,
-    "`unroll(path)`": lambda model, plan, folder: unroll(fused_file(), plan=plan),
-}
-
-LOOPS = ("unroll(module)", "torch.export.export(unroll(module), x)", "export_onnx(module, x, path)")
-
-FRONTENDS = MADE | {f"`{name}`, `time=2`": blocks(MADE[f"`{name}`"]) for name in LOOPS}
-
-NOTHING_TO_PACK = ("`unroll(program)`", "`torch.jit.script(unroll(module))`", "`unroll(path)`")
-"""Of models that pack: torch exports none, and its scripts give unrolled layers padded input alone"""
+    return standard.model("GRU", {}, standard.draw("GRU", {}, dtype=np.float32))
 
 
 def blocks(frontend):
