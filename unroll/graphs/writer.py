@@ -31,7 +31,9 @@ class GraphWriter(Writer):
         name = name or self.name(target.rpartition(".")[2] if isinstance(target, str) else target.__name__)
         node = self.graph.create_node(op, target, name=name.replace(".", "_"))
         # given afterwards: `create_node` walks its arguments by pytree, half of the time that a node takes
-        node.args, node.kwargs = args, kwargs or {}
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta.update(self.meta)
         self.made.append(node)
         return node

@@ -27,7 +27,7 @@ LAYER = "unroll.layer"
 
 def is_layer(node: ir.Node) -> bool:
     """Tell whether a node is an `unroll::Recurrence`."""
-    return node.domain == DOMAIN and node.op_type == "Recurrence"
+    return node.op_type == "Recurrence" and node.domain == DOMAIN
 
 
 class LayerCall(Call):

@@ -65,7 +65,7 @@ def from_torch(name: str, node: Any) -> bool:
 
 def is_recurrent(node: ir.Node) -> bool:
     """Tell whether a node is of an operator that this pass replaces."""
-    return (node.domain == "" and node.op_type in STANDARD) or is_layer(node)
+    return (node.op_type in STANDARD and node.domain == "") or is_layer(node)
 
 
 def unroll_ir(model: ir.Model, *, where: Where = None, plan: Plan | str | None = None, steps: Steps = None) -> ir.Model:
@@ -153,15 +153,16 @@ def write_calls(model: ir.Model, calls: Iterable[Call], plan: Plan) -> None:
             check_written(call.name, call.steps, None if call.recurrence.is_cell else own.block)
     problems.check()
     _check_size(sum(call.recurrence.passes * (call.steps or 1) for call, own in planned if not own.block))
-    taken, opset = set(_names(model)), model.opset_imports[""]
+    graphs, opset = _graphs(model), model.opset_imports[""]
+    taken = set(_names(graphs))
     constants, prepared = Constants(model.graph), dict[Any, Layout]()
     with without_gc():
         for call, own in planned:
             _replace(call, OnnxWriter(call.name, constants, opset, taken, FORMS[own.runtime]), own, prepared)
-        for graph in _graphs(model):
+        for graph in graphs:
             drop_unread_initializers(graph)
-    if not any(node.domain == DOMAIN for node in all_nodes(model)):
-        model.opset_imports.pop(DOMAIN, None)
+    if DOMAIN in model.opset_imports and not any(node.domain == DOMAIN for node in all_nodes(model)):
+        del model.opset_imports[DOMAIN]
     if constants.stored:  # before, a model's initializers had to be inputs of it, too
         model.ir_version = max(model.ir_version, 4)
 
@@ -221,9 +222,9 @@ def recurrent_nodes(model: ir.Model) -> Iterator[ir.Node]:
     return (node for node in all_nodes(model) if is_recurrent(node) and node.op_identifier() not in model.functions)
 
 
-def _names(model: ir.Model) -> Iterator[str]:
-    """Yield the names of everything in the main graph and the graphs in it."""
-    for graph in _graphs(model):
+def _names(graphs: Iterable[ir.Graph]) -> Iterator[str]:
+    """Yield the names of everything in graphs."""
+    for graph in graphs:
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         yield from (item.name for item in (*values, *graph) if item.name)
 

@@ -27,13 +27,20 @@ def without_unread(made: list[ir.Node]) -> list[ir.Node]:
     """Return the nodes that something reads, of nodes in the order in which they were made."""
     kept = []  # from the last to the first: a node that is dropped reads nothing any more
     for node in reversed(made):
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+        if _is_read(node):
             if node.op_type in ("Scan", "Loop"):
                 loops.drop_unread_outputs(node)
             kept.append(node)
         else:
             _detach(node)
     return kept[::-1]
+
+
+def _is_read(node: ir.Node) -> bool:
+    for value in node.outputs:  # `any` takes twice the time
+        if value.uses() or value.is_graph_output():
+            return True
+    return False
 
 
 def _detach(node: ir.Node) -> None:
@@ -53,7 +60,7 @@ def drop_unread(values: Iterable[ir.Value | None]) -> None:
         producer = pending.pop().producer()
         if producer is None or producer.graph is None:
             continue
-        if not any(value.uses() or value.is_graph_output() for value in producer.outputs):
+        if not _is_read(producer):
             pending += [value for value in producer.inputs if value is not None]
             producer.graph.remove(producer, safe=True)
 
