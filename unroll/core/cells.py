@@ -22,7 +22,7 @@ State = tuple[Tensorlike, ...]
 """`(h,)` or `(h, c)`, each `[B, size]`; an entry is None while it is still the zeros it began with."""
 
 Label = Callable[[Tensorlike, str], Tensorlike]
-"""A function that names a value (`label(value, "forget")`) and returns it."""
+"""A function that names a value (`label(value, "forget")`) and returns it, or for a state what it is to be."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
     *x_sigmoid, x_new = torch.split(x[0], [2 * size, size], -1) if len(x) == 1 else x
     *hidden, last = weights.hidden
-    h_new = last(h)  # reset scales this product, its bias included
+    h_new = weights.project(last, h)  # reset scales this product, its bias included
     h_new = h_new if h_new is None else weights.widen(h_new)
     if hidden:
         pre = [weights.onto(xi, w, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]

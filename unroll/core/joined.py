@@ -45,6 +45,7 @@ class Given(NamedTuple):
 
     product: Tensor
     form: str
+    stacked: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.product

@@ -12,7 +12,7 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, scope
 from unroll.core.values import TENSORS, Target, Writer
-from unroll.core.weights import Affine, Precision, StepWeights, Weights, stack
+from unroll.core.weights import Affine, Precision, StepWeights, Weights, stack, stack_layers
 
 
 class Layout(NamedTuple):
@@ -76,8 +76,7 @@ def lay_out(
             stacks.append(stack([p._replace(inputs=()) for p in passes[2 * layer : 2 * layer + 2]]))
     elif plan.layers == "wavefront" and not recurrence.bidirectional and recurrence.num_layers > 1:
         target.enter("stacked")
-        inputs = stack(passes[1:]).inputs  # the first layer has other features, and its input is known before the steps
-        stacks.append(stack([p._replace(inputs=()) for p in passes])._replace(inputs=inputs))
+        stacks.append(stack_layers(passes))
     widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.layout))
     return Layout(passes, stacks, widths)
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unroll.core.cells import State
+from unroll.core.cells import Label, State
 from unroll.core.joined import Joined, run_joined
 from unroll.core.layout import Layout
 from unroll.core.recurrence import Recurrence, scope
 from unroll.core.rows import pad_pieces, split_rows
-from unroll.core.scan import Outputs, Pieces, Rows, Step, mask_state
+from unroll.core.scan import Outputs, Pieces, Rows, Step
 from unroll.core.values import Target
 from unroll.core.weights import StepWeights, Tensorlike
 
@@ -33,10 +33,35 @@ class Run(NamedTuple):
 
         def step(t: Any, x: tuple[Tensorlike, ...], state: State) -> State:
             self.target.enter(f"{scope}.t{t}")
-            new = self.recurrence.cell.step(x, state, weights, self.target)
-            return new if masks is None else mask_state(masks[t], new, state)
+            label = self.target if masks is None else self._keeping(masks[t], state)
+            return self.recurrence.cell.step(x, state, weights, label)
 
         return step
+
+    def _keeping(self, mask: Tensorlike, state: State) -> Label:
+        """Return a label by which rows that have no step keep their state; the new `c` is not read before."""
+        old = dict(zip(self.recurrence.cell.states, state, strict=True))
+
+        def label(value: Tensorlike, name: str) -> Tensorlike:
+            value = self.target(value, name)
+            if name not in old:
+                return value
+            return torch.where(mask, value, 0.0 if old[name] is None else old[name])
+
+        return label
+
+    def shown(self, h: Tensorlike, mask: Tensorlike) -> Tensorlike:
+        """Return what a step with a mask puts out; of rows that have no step nobody reads it.
+
+        On a GPU zeros stand there: what reads the mask of a step is written by Inductor in the kernel of that step,
+        and a mere copy of `h` in that of the next one, which reads `h` too, if it is near.
+        """
+        return torch.where(mask, h, 0.0) if self.target.fuses else h
+
+    def narrowed(self, state: State) -> State:
+        """Return a last state; `c` went over the steps in the wider type, where there is one."""
+        h, *rest = state
+        return h, *map(self.layout.passes[0].narrow, rest)
 
     def joined(
         self, weights: StepWeights, xs: Sequence[Tensorlike], start: State, masks: Any, *, reverse: bool = False
@@ -94,7 +119,7 @@ def run_pass(
     pieces = zip(*(run.pieces(x, sizes) for x in projected), strict=True)
     xs = [tuple(run.target(x, f"t{t}.x") for x in parts) for t, parts in enumerate(pieces)]
     put_out, final = over(step, xs, start, reverse=reverse)
-    return Pieces(put_out), final
+    return Pieces(put_out if run.masks is None else list(map(run.shown, put_out, run.masks))), final
 
 
 def _run_joined(

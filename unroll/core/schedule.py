@@ -19,7 +19,7 @@ from unroll.core.recomputing import run_recomputed
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import join_rows, split_rows
 from unroll.core.scan import Outputs, scan, scan_packed
-from unroll.core.stacked import run_directions, run_wavefront
+from unroll.core.stacked import run_directions, run_masked_waves, run_wavefront, unstack
 from unroll.core.values import TENSORS, Target
 from unroll.core.weights import StepWeights, Tensorlike
 
@@ -31,6 +31,8 @@ class Result(NamedTuple):
     """The outputs of the last layer, for each direction"""
     finals: list[list[Tensorlike]]
     """For `h`, and for an LSTM `c`, the last state of each layer and direction, `[B, size]`"""
+    together: list[Tensorlike] | None = None
+    """The same in one piece, `[passes * B, size]`, if all passes went in one stack"""
 
 
 def run(
@@ -70,8 +72,13 @@ def run(
     masks = None if mask is None or looped else list(target.divide(mask, steps))
     stacks = [] if sizes or looped else layout.stacks
     here = Run(recurrence, layout, steps, masks, target)
+    last = None  # of all passes, `[n, B, size]`, where they go in one stack
     if stacks and not recurrence.bidirectional:
-        outputs, finals = run_wavefront(here, rows, starts, dropout)
+        if target.fuses and isinstance(rows, torch.Tensor):
+            outputs, last = run_masked_waves(here, rows, starts, dropout)
+            finals = unstack(last, recurrence.passes)
+        else:
+            outputs, finals = run_wavefront(here, rows, starts, dropout)
     else:
         outputs, finals = [], []
         over = target.loop if target.loop is not None else partial(scan_packed, sizes=sizes) if sizes else scan
@@ -81,7 +88,8 @@ def run(
                 rows = joined_rows(outputs)
                 rows = dropout(rows) if dropout else rows
             if stacks:
-                outputs, states = run_directions(here, layer, rows, starts[2 * layer : 2 * layer + 2])
+                outputs, last = run_directions(here, layer, rows, starts[2 * layer : 2 * layer + 2])
+                states = unstack(last, 2)
             else:
                 # passes of the layers below have their last states in `finals`
                 passes = range(len(finals), len(finals) + len(recurrence.directions))
@@ -89,11 +97,12 @@ def run(
                     ran = [run_pass(here, k, rows, starts[k], over, sizes) for k in passes]
                 else:
                     ran = [run_recomputed(here, k, rows, starts[k], sizes, recompute) for k in passes]
-                outputs, states = [list(parts) for parts in zip(*ran, strict=True)]
+                outputs, states = [output for output, _ in ran], [here.narrowed(state) for _, state in ran]
             finals += states
-    # c went over the steps in the wider type, where there is one
-    narrowed = [(h, *(layout.passes[0].narrow(c) for c in rest)) for h, *rest in finals]
-    return Result(outputs, [list(parts) for parts in zip(*narrowed, strict=True)])
+    together = None
+    if last is not None and (recurrence.num_layers == 1 or not recurrence.bidirectional):
+        together = [torch.reshape(s, (-1, size)) for s, size in zip(last, recurrence.state_sizes, strict=True)]
+    return Result(outputs, [list(parts) for parts in zip(*finals, strict=True)], together)
 
 
 def _starts(recurrence: Recurrence, passes: Sequence[StepWeights], state: tuple[Tensorlike, ...] | None) -> list[State]:
@@ -138,13 +147,11 @@ def joined_output(recurrence: Recurrence, outputs: Sequence[Outputs], *, batched
     return torch.transpose(output, 0, 1) if recurrence.batch_first else output
 
 
-def joined_states(
-    recurrence: Recurrence, finals: Sequence[Sequence[Tensorlike]], *, batched: bool = True
-) -> list[Tensorlike]:
+def joined_states(recurrence: Recurrence, result: Result, *, batched: bool = True) -> list[Tensorlike]:
     """Return the last `h` (and `c`) as the layer or cell gives them."""
     states = []
-    for parts, size in zip(finals, recurrence.state_sizes, strict=True):
-        rows = join_rows(parts)
+    wholes = map(join_rows, result.finals) if result.together is None else result.together
+    for rows, size in zip(wholes, recurrence.state_sizes, strict=True):
         if recurrence.is_cell:
             states.append(rows if batched else torch.reshape(rows, (size,)))
         else:

@@ -130,9 +130,9 @@ class StepWeights(NamedTuple):
             return torch.add(self.widen(x), self.widen(product(h)))
         return self.widen(product.onto(x, h))
 
-    def project(self, product: Affine, x: Tensorlike) -> Tensorlike:
-        """Return the product with `x`, the input of a step."""
-        if self.fuses and product.stacked and product.bias is not None:
+    def project(self, product: Affine, x: Tensorlike | None) -> Tensorlike | None:
+        """Return a product that is added to nothing else, its bias included."""
+        if self.fuses and product.stacked and product.bias is not None and x is not None:
             return torch.add(product.times(x), product.bias)
         return product(x)
 
@@ -149,10 +149,7 @@ def stack(passes: Sequence[StepWeights]) -> StepWeights:
     """Stack the parameters of passes of one kind, for steps on states `[n, B, size]`."""
 
     def of(maps: Sequence[Affine]) -> Affine:
-        biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
-        weight = torch.stack([m.weight for m in maps])
-        weight = torch.unsqueeze(weight, 1) if maps[0].form == "sums" else weight
-        return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].form)
+        return _stacked(maps, torch.stack([m.weight for m in maps]))
 
     first = passes[0]
     projection, peephole = first.projection, first.peephole
@@ -167,3 +164,27 @@ def stack(passes: Sequence[StepWeights]) -> StepWeights:
         projection=projection,
         peephole=peephole,
     )
+
+
+def stack_layers(layers: Sequence[StepWeights]) -> StepWeights:
+    """Stack the parameters of layers, each above the other, like `stack`.
+
+    The inputs are those of all but the first: its input is known before the steps.
+    """
+    count, above = len(layers), layers[1:]
+    maps = [m for several in (*(p.hidden for p in layers), *(p.inputs for p in above)) for m in several]
+    weights = [m.weight for m in maps]
+    stacked = stack([p._replace(inputs=()) for p in layers])._replace(inputs=stack(above).inputs)
+    alike = all(isinstance(w, torch.Tensor) and w.shape == weights[0].shape for w in weights)
+    if not alike or len(maps) != 2 * count - 1 or maps[0].form != "matrix":
+        return stacked
+    # in one piece, which one kernel of a compiler lays out
+    hidden, inputs = torch.split(torch.stack(weights), [count, count - 1])
+    return stacked._replace(hidden=(_stacked(maps[:count], hidden),), inputs=(_stacked(maps[count:], inputs),))
+
+
+def _stacked(maps: Sequence[Affine], weight: Tensorlike) -> Affine:
+    """Return one map of several, given their weights in one."""
+    biases = [torch.reshape(m.bias, (1, -1)) for m in maps if m.bias is not None]
+    weight = torch.unsqueeze(weight, 1) if maps[0].form == "sums" else weight
+    return Affine(weight, torch.stack(biases) if biases else None, True, maps[0].form)

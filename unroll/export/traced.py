@@ -78,7 +78,7 @@ def _run(
     layout = _layout(recurrence, attributes["plan"], weights, input.dtype)
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     result = schedule.run(recurrence, layout, rows, state, steps=steps, mask=mask)  # pyright: ignore[reportArgumentType]
-    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    states = schedule.joined_states(recurrence, result, batched=batched)
     if recurrence.is_cell:
         return tuple(s.clone() for s in states)
     output = (

@@ -48,7 +48,7 @@ class PackedModuleLowering(ModuleLowering):
         return rows
 
     def returned(self, results: Results) -> tuple[Returned, list[Returned]]:
-        finals = schedule.joined_states(self.recurrence, results.result.finals)
+        finals = schedule.joined_states(self.recurrence, results.result)
         rows: Any = schedule.joined_rows(results.result.outputs)
         # Of rank 0: no index into a PackedSequence reads a part of the output.
         packed = self.writer.value("call_function", unpad_rows, (self.call.input, rows, self.steps))

@@ -159,7 +159,7 @@ def _decomposed(kind: str, form: str, plan: Plan, *args: Any, **kwargs: Any) -> 
         sizes=sizes,
         dropout=partial(functional.dropout, p=given["dropout"]) if given["train"] and given["dropout"] else None,
     )
-    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    states = schedule.joined_states(recurrence, result, batched=batched)
     if recurrence.is_cell:
         return as_result(states)
     rows = schedule.joined_rows(result.outputs)

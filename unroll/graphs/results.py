@@ -50,7 +50,7 @@ class Results:
 
     def states(self) -> list[Returned]:
         """Return the last states."""
-        wholes = schedule.joined_states(self.recurrence, self.result.finals, batched=self.batched)
+        wholes = schedule.joined_states(self.recurrence, self.result, batched=self.batched)
         rank = self.recurrence.rank(batched=self.batched)
         return [Returned(whole, rank, partial(self._read_state, k)) for k, whole in enumerate(wholes)]
 

@@ -274,7 +274,7 @@ def _run_layer(layer: UnrolledLayer, input: Any, hx: Any) -> tuple[Any, Any]:
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     result = run_rows(layer, rows, as_states(hx), steps, batch)
     output = schedule.joined_output(recurrence, result.outputs, batched=batched)
-    states = schedule.joined_states(recurrence, result.finals, batched=batched)
+    states = schedule.joined_states(recurrence, result, batched=batched)
     return own(output, steps), as_result([own(state) for state in states])
 
 
@@ -317,4 +317,4 @@ def _run_cell(cell: UnrolledCell, input: Any, hx: Any) -> Any:
     batched, steps, batch = recurrence.frame(input.shape)
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     result = run_rows(cell, rows, as_states(hx), steps, batch)
-    return as_result(schedule.joined_states(recurrence, result.finals, batched=batched))
+    return as_result(schedule.joined_states(recurrence, result, batched=batched))

@@ -172,7 +172,7 @@ def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequ
     data = unmark(input.data) if padded else input.data
     check_arguments(recurrence, layer.place, data, hx, weight=layer.like, rows=batch)
     result = run_rows(layer, data, sort_states(input, hx), steps, batch, sizes, padded, input.unsorted_indices)
-    states = restore_order(input, schedule.joined_states(recurrence, result.finals))
+    states = restore_order(input, schedule.joined_states(recurrence, result))
     rows = schedule.joined_rows(result.outputs)
     if padded:
         # The input was unmarked for the layer alone: other uses of it are watched again.

@@ -82,7 +82,7 @@ class LayerCall(Call):
         self, writer: OnnxWriter, result: schedule.Result, lead: tuple[Tensorlike, Tensorlike]
     ) -> list[Tensorlike]:
         recurrence = self.recurrence
-        states = schedule.joined_states(recurrence, result.finals, batched=self.batched)
+        states = schedule.joined_states(recurrence, result, batched=self.batched)
         if recurrence.is_cell:
             return states
         if self.padded:

@@ -283,5 +283,5 @@ class StandardCall(Call):
         y = torch.cat(y, 1) if len(y) > 1 else y[0]
         if swap:
             y = writer.op("Transpose", y, attributes={"perm": [2, 0, 1, 3]})
-        states = schedule.joined_states(recurrence, result.finals)
+        states = schedule.joined_states(recurrence, result)
         return [y, *(torch.transpose(s, 0, 1) if swap else s for s in states)]

@@ -128,7 +128,7 @@ def write_recurrence(
         target=writer,
     )
     writer.enter("results")
-    states = schedule.joined_states(recurrence, result.finals)
+    states = schedule.joined_states(recurrence, result)
     if recurrence.is_cell:
         return states
     output: Any = schedule.joined_rows(result.outputs)
