@@ -34,12 +34,12 @@ def scheduled(case: Case, layer, plan):
         result = schedule.run(
             recurrence, prepared, input.data, state or zeros(recurrence, sizes[0]), steps=len(sizes), sizes=sizes
         )
-        return schedule.joined_rows(result.outputs), tuple(schedule.joined_states(recurrence, result.finals))
+        return schedule.joined_rows(result.outputs), tuple(schedule.joined_states(recurrence, result))
     batched = case.form == "batched"
     rows = schedule.flat_rows(recurrence, input, batched=batched)
     steps = 1 if case.is_cell else case.steps
     result = schedule.run(recurrence, prepared, rows, state, steps=steps)
-    states = tuple(schedule.joined_states(recurrence, result.finals, batched=batched))
+    states = tuple(schedule.joined_states(recurrence, result, batched=batched))
     return states if case.is_cell else (schedule.joined_output(recurrence, result.outputs, batched=batched), states)
 
 
@@ -212,6 +212,40 @@ def test_wavefront_is_layer_after_layer(writer_cell, layers, steps, given):
         assert_same(together.outputs[0].at(t), apart.outputs[0].at(t))
     waves = [scope for scope in dict.fromkeys(seen) if scope.startswith("stacked.t")]
     assert len(waves) == max(0, steps - layers + given)  # all others are steps of one layer
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 9, 17])
+@pytest.mark.parametrize("case", [
+    Case("LSTM", num_layers=3), Case("LSTM", num_layers=2, proj_size=2), Case("GRU", num_layers=5, bias=False),
+    Case("RNN", num_layers=2), Case("LSTM", num_layers=2, bidirectional=True), Case("GRU", bidirectional=True),
+], ids=str)  # fmt: skip
+def test_stacks_for_a_gpu_are_layer_after_layer(case, steps, given, masked):
+    layer = case.layer(torch.float64)
+    recurrence = recurrence_of(case, layer)
+    weights = recurrence.weights(list(layer.parameters()))
+    rows = torch.randn(3 * steps, recurrence.input_size, dtype=torch.float64)
+    state = zeros(recurrence, 3) if given or masked else None
+    state = tuple(torch.randn_like(s) for s in state) if state and given else state
+    lengths = torch.tensor([steps, (steps + 1) // 2, 1])
+    mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1) if masked else None
+    results = []
+    for plan, target in (
+        (Plan(), Target()),
+        (Plan(directions="stacked", layers="wavefront"), Target().compile_for("cuda")),
+    ):
+        torch.manual_seed(1)
+        layout, dropout = lay_out(recurrence, weights, plan), torch.nn.Dropout(0.5)
+        results.append(
+            schedule.run(recurrence, layout, rows, state, steps=steps, mask=mask, dropout=dropout, target=target)
+        )
+    apart, together = results
+    assert_same(together.finals, apart.finals)
+    assert_same(schedule.joined_states(recurrence, together), schedule.joined_states(recurrence, apart))
+    put_out, expected = (schedule.joined_rows(result.outputs) for result in (together, apart))
+    # of rows that have no step nobody reads the output
+    assert_same(put_out if mask is None else torch.where(mask, put_out, expected), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

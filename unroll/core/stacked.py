@@ -52,7 +52,7 @@ def run_directions(run: Run, layer: int, rows: Tensorlike, starts: Sequence[Stat
 def run_masked_waves(
     run: Run, rows: torch.Tensor, starts: Sequence[State], dropout: Dropout
 ) -> tuple[list[Outputs], State]:
-    """Run all layers in T + L - 1 waves like `run_wavefront`, each of them a stack: masks tell which layers have a step.
+    """Run all layers in T + L - 1 waves, each of them a stack: masks tell which layers have a step.
 
     This is for Inductor's code on a GPU, where each step of a layer by itself would be a kernel of its own.
 
