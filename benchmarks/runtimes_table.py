@@ -48,13 +48,13 @@ def _told(file: str) -> str:
 
 
 def products(saved: dict[str, Any]) -> list[str]:
-    """Return a line for each quantizer and file: how many of its products are of eight bits."""
+    """Return a line for each file of what takes products, a quantizer or a delegate: how many it has taken."""
     rows = [row for row in saved["rows"] if RUNTIMES[row["runtime"]].products]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [f"| products of eight bits | file | {' | '.join(models)} |", "|---" * (len(models) + 2) + "|"]
+    lines = [f"| products taken | file | {' | '.join(models)} |", "|---" * (len(models) + 2) + "|"]
     for name, file in dict.fromkeys((row["runtime"], row["file"]) for row in rows):
         mine = {row["model"]: row for row in rows if (row["runtime"], row["file"]) == (name, file)}
-        told = [f"{r['int8']} of {r['products']}" if "int8" in (r := mine[model]) else "" for model in models]
+        told = [f"{r['taken']} of {r['products']}" if "taken" in (r := mine[model]) else "" for model in models]
         lines.append(f"| {name} | `{file}` | {' | '.join(told)} |")
     return lines
 

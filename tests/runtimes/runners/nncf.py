@@ -55,9 +55,9 @@ def _quantized(node: object) -> bool:
 
 
 def products(counted: Counter[str]) -> dict[str, int]:
-    int8 = counted[f"MatMul {QUANTIZED}"]
+    taken = counted[f"MatMul {QUANTIZED}"]
     recurrent = sum(counted[kind] for kind in ("LSTM", "GRU", "RNN"))
-    return {"int8": int8, "products": int8 + counted["MatMul"] + recurrent}
+    return {"taken": taken, "products": taken + counted["MatMul"] + recurrent}
 
 
 RUNTIME = Runtime(

@@ -13,8 +13,8 @@ FLOAT = ("Gemm", "MatMul", "LSTM", "GRU", "RNN")
 
 
 def products(counted: Mapping[str, int]) -> dict[str, int]:
-    int8, left = (sum(counted[kind] for kind in kinds if kind in counted) for kinds in (EIGHT, FLOAT))
-    return {"int8": int8, "products": int8 + left}
+    taken, left = (sum(counted[kind] for kind in kinds if kind in counted) for kinds in (EIGHT, FLOAT))
+    return {"taken": taken, "products": taken + left}
 
 
 def prepare(path: Path, kind: str) -> tuple[Path, Path]:
