@@ -383,6 +383,11 @@ def test_open_sizes_where_an_operator_needs_fixed_ones():
         ("aten.log1p.default", "leaves sizes open")
     }
     assert check(program(torch.log1p, torch.ones(3)), target="torch_tensorrt").ok
+    # a size that no tensor among the operands has
+    places = program(lambda x: x + torch.arange(x.shape[0]), torch.ones(3), dynamic_shapes=(({0: Dim("B", min=2)},),))
+    assert ("aten.arange.default", "becomes aten.arange.start_step, which is not in the table") in found(
+        places, "xnnpack"
+    )
 
 
 def test_versions_of_the_standard():

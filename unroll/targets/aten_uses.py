@@ -108,11 +108,10 @@ class _Reader:
         if parts is None:
             yield _use(node, operator, operands, node.name)
             return
-        inner: dict[fx.Node, Operand] = {}  # one placeholder for each operand, in the same order
+        # one placeholder for each operand, in the same order, and then for computed sizes
+        inner = dict(zip((part for part in parts if part.op == "placeholder"), operands.values(), strict=False))
         for part in parts:
-            if part.op == "placeholder":
-                inner[part] = list(operands.values())[len(inner)]
-            elif isinstance(part.target, torch._ops.OpOverload) and _gives_tensors(part):
+            if isinstance(part.target, torch._ops.OpOverload) and _gives_tensors(part):
                 found = {n: inner.get(n) or _operand(n.meta["val"]) for n in _tensors(part)}
                 yield _use(part, part.target, found, node.name, origin=name)
 
@@ -217,15 +216,19 @@ def _resolved(name: str) -> Any:
 
 
 def _decomposed(node: fx.Node, operator: Any, tensors: list[fx.Node], names: tuple[str, ...]) -> list[fx.Node] | None:
-    """Return what decompositions make of a call, one placeholder for each of its tensors; None if nothing."""
+    """Return what decompositions make of a call, one placeholder for each of its tensors, and of its sizes after them.
+
+    None if nothing.
+    """
+    given = [*tensors, *(n for n in node.all_input_nodes if n not in tensors and isinstance(n.meta.get("val"), SIZES))]
 
     def call(*values: Any) -> Any:
-        found = dict(zip(tensors, values, strict=True))
+        found = dict(zip(given, values, strict=True))
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: found.get(n, n.meta.get("val")))
         return operator(*args, **kwargs)
 
     # traced in the fake mode of the values themselves, which knows their symbolic sizes
-    examples = [n.meta["val"] for n in tensors]
+    examples = [n.meta["val"] for n in given]
     mode = next(
         (value.fake_mode for value in _flat([*examples, node.meta["val"]]) if hasattr(value, "fake_mode")), None
     )
