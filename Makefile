@@ -107,12 +107,13 @@ versions:
 # Every runtime, native files too, into benchmarks/results/runtimes.json and docs/runtimes.md. Those below want
 # environments of their own; clang is for tinygrad, node and chromium are for onnxruntime-web.
 MATRIX := .venv-matrix
-APART := tvm tinygrad iree nncf litert
+APART := tvm tinygrad iree nncf litert executorch
 tvm_needs := apache-tvm==0.27.0.post1 onnx==1.23.2 numpy
 tinygrad_needs := tinygrad==0.14.0 onnx==1.23.2 numpy
 iree_needs := iree-base-compiler==3.13.0 iree-base-runtime==3.13.0 onnx==1.19.1 numpy
 nncf_needs := nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 numpy
 litert_needs := -c constraints.txt torch litert-torch==0.10.0
+executorch_needs := -c constraints.txt torch executorch==1.5.1
 RUN_MATRIX = PYTHONPATH=. UNROLL_NODE_MODULES=$(MATRIX)/node_modules $(RUNTIMES)/bin/python benchmarks/runtimes.py
 
 $(APART:%=$(MATRIX)/%/ready): $(MATRIX)/%/ready: Makefile constraints.txt

@@ -276,7 +276,7 @@ PRESETS: dict[str, Plan] = {
     "ncnn": Plan(runtime="ncnn"),
     # Programs are converted; what comes of them runs on Apple's machines, and was not run.
     "coreml": Plan(),
-    # Of programs, whose products XNNPACK takes by the table of docs/contracts.md; what was run is in docs/runtimes.md.
+    # Of programs: XNNPACK takes all products of explicit steps, and of `default` none, see docs/runtimes.md.
     "xnnpack": Plan(products="linear"),
     # By the table of docs/contracts.md alone, and not run: all is offered.
     "webnn": Plan(runtime="webnn"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.runtimes.runners import (
     browser,
     coreml,
+    executorch,
     iree,
     litert,
     mnn,
@@ -42,6 +43,7 @@ RUNTIMES: dict[str, Runtime] = {
     "jsep": browser.JSEP,
     "tvm": tvm.RUNTIME,
     "iree": iree.RUNTIME,
+    "executorch": executorch.RUNTIME,
     "litert": litert.RUNTIME,
     "tinygrad": tinygrad.RUNTIME,
 }

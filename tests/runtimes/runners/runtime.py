@@ -64,7 +64,7 @@ class Runtime:
     count: Callable[[Path], Mapping[str, int]] | None = count
     """Operators in the file that it loads"""
     products: Callable[[Mapping[str, int]], dict[str, int]] | None = None
-    """Of what takes products, a quantizer into eight bits or a delegate: how many there are, and how many are `taken`"""
+    """Of what takes products, into eight bits or to a delegate: how many there are, and how many are `taken`"""
     suffix: str = ".onnx"
     """Of the files that it is given; `.pt2` for exported programs"""
     preset: str = "default"
