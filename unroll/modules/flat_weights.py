@@ -37,7 +37,7 @@ class FlatWeights:
         return all(old is None or new is None or new is old for old, new in zip(self.named, named))
 
     def differs(self, later: Sequence[Any] = ()) -> bool:
-        """Tell whether the list has other weights than the names had, and than those that they have been given since."""
+        """Tell whether the list has other weights than the names had, and than those that they were given since."""
         return len(self.weights) != len(self.named) or any(
             weight is not old and weight is not new
             for weight, old, new in zip(self.weights, self.named, later or self.named)
