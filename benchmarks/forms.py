@@ -1,7 +1,7 @@
 """When not to unroll: layers as PyTorch and ONNX Runtime run them, and unrolled in both, on a CPU with one thread.
 
     python benchmarks/forms.py            # half an hour on a machine that does nothing else
-    python benchmarks/forms.py --forms eager,onnx,onnx-unrolled    # without the one that takes longest to build
+    python benchmarks/forms.py --forms eager,onnx,onnx-unrolled    # without those that take longest to build
     python benchmarks/forms.py --tiny     # everything at toy sizes, to try the script itself
     python benchmarks/forms.py --drawn    # only print and draw what was found before
 
@@ -32,6 +32,7 @@ FORMS = {
     "ONNX Runtime's operator": Entry("onnx"),
     "unrolled in ONNX Runtime": Entry("onnx-unrolled", "onnxruntime", Plan.of("onnxruntime")),
     "unrolled by Inductor": Entry("unrolled-compile", "inductor", Plan.of("inductor")),
+    "unrolled by AOTInductor": Entry("unrolled-aoti", "inductor", Plan.of("inductor")),
 }
 
 

@@ -91,9 +91,10 @@ def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
     swept = len({getattr(row.subject, axis) for row in rows}) > 1
     # The fused layer comes first. A form has the same style in every panel, by its place among all names.
     names = sorted({name for lines in found.values() for name in lines}, key=lambda name: (name != FUSED, name))
-    columns = min(3 if swept else 1, len(found))
+    columns = min(2 if swept else 1, len(found))  # to be read where a page is 800 pixels wide
     lines_of_panels = -(-len(found) // columns)
-    size = (4.6 * columns + 3.4, 3.6 * lines_of_panels) if swept else (8, (0.3 * len(names) + 1.1) * lines_of_panels)
+    height = 3.2 * lines_of_panels + 0.1 * len(names) if swept else (0.3 * len(names) + 1.1) * lines_of_panels
+    size = (4 * max(columns, 1.5) if swept else 8, height)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subplots(lines_of_panels, columns, squeeze=False).flatten()
@@ -117,7 +118,7 @@ def _drawn(picture: Picture, rows: Sequence[Row], folder: Path) -> Path:
     known = {label: handle for part in parts for handle, label in zip(*part.get_legend_handles_labels(), strict=True)}
     order = [name for name in names if name in known]
     if swept:
-        figure.legend([known[name] for name in order], order, loc="outside right upper", fontsize=7)
+        figure.legend([known[name] for name in order], order, loc="outside lower center", ncols=2, fontsize=8)
     path = folder / picture.file
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
