@@ -65,7 +65,7 @@ class Report:
             fix = "the rewritten model is not the original"
             if self.stateful:
                 held = f" in {', '.join(self.kept)}" if self.kept else ""
-                fix = f"the original keeps state between calls{held}: make it an argument and a result, or a buffer"
+                fix = f"the original keeps state between calls{held}: make it an argument and a result"
             raise UnrollError(*(Problem(row.place, finding, fix) for row, finding in _by_input(bad)))
         return self
 

@@ -320,6 +320,31 @@ def test_inspection_shows_layers_beside_what_stands_in_the_way():
     found = inspect_module(Chooses().eval(), torch.randn(4, 3, FEATURES))
     assert [layer.name for layer in found.layers] == ["first", "second"]
     assert len(found.problems) == 1 and found.layers[0].nodes is None
+    assert "or pass capture='trace', which would keep as in the example: " in found.problems[0].fix
+
+
+def test_inspection_tells_of_state_that_a_file_would_lose():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.last = nn.GRU(FEATURES, HIDDEN), None
+
+        def forward(self, x):
+            output, self.last = self.rnn(x, self.last)
+            return output
+
+    class Cached(Memory):
+        def forward(self, x):
+            output, self.last = self.rnn(x)
+            return output
+
+    model, x = Memory().eval(), torch.randn(4, 3, FEATURES)
+    found = unroll.inspect(model, x)
+    assert [str(problem) for problem in found.problems] == [
+        "last: keeps a tensor between calls, which a file would lose; make it an argument and a result"
+    ]
+    assert model.last is None and [layer.name for layer in found.layers] == ["rnn"]
+    assert not unroll.inspect(Cached().eval(), x).problems  # kept, and of no consequence
 
 
 @pytest.mark.parametrize("kind", ["module", "ExportedProgram"])

@@ -183,6 +183,27 @@ class Branching(nn.Module):
         return out
 
 
+class Padded(nn.Module):
+    """Reads a table, and does another thing where one of the numbers marks padding."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.table, self.gru, self.mark = nn.Embedding(9, 3), nn.GRU(3, 4), mark
+
+    def forward(self, ids):
+        x = self.table(ids)
+        if (ids == self.mark).any():
+            x = x * (ids != self.mark).unsqueeze(-1)
+        return self.gru(x)[0]
+
+
+@pytest.mark.parametrize("mark", [0, 1])
+def test_a_trace_of_an_example_without_padding_is_refused(mark, tmp_path):
+    ids = torch.tensor([[3, 5, 7], [4, 6, 8]])
+    with pytest.raises(UnrollError, match="was kept by the trace"):
+        export_onnx(Padded(mark).eval(), ids, tmp_path / "m.onnx", capture="auto")
+
+
 @pytest.mark.parametrize("of", ["flags", "signs", "count", "list"])
 def test_a_trace_that_is_wrong_elsewhere_is_refused(of, tmp_path):
     x = torch.randn(5, 2, 3).abs()

@@ -142,7 +142,7 @@ def test_no_run_and_no_name_are_refused():
     assert "no layer of it was run" in problems(recorded, lambda: None)[0]
     (problem,) = problems(recorded, lambda: model(x), "*.forget")
     assert problem == (
-        "where='*.forget': names no recurrent gate; the recurrent gates are: 0.l0.reset, 0.l0.update, 0.l0.new, 0.l0.h"
+        "gates='*.forget': names no recurrent gate; the recurrent gates are: 0.l0.reset, 0.l0.update, 0.l0.new, 0.l0.h"
     )
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")

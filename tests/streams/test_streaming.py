@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import onnx
 import pytest
@@ -349,17 +350,21 @@ def test_the_state_is_as_the_layer_gave_it_in_onnx(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["module", "graph", "unrolled graph", "program", "file"])
-def test_streams_are_copied_and_pickled_with_their_state(kind, tmp_path):
+def test_streams_are_copied_and_pickled_with_their_state(kind, tmp_path, monkeypatch):
     x, model = torch.randn(6, 2, 3), nn.Sequential(nn.LSTM(3, 5)).eval()
     if kind == "file":
-        export_onnx(streaming(model, x[:2]), x[:2], made := tmp_path / "model.onnx")
+        monkeypatch.chdir(tmp_path)
+        export_onnx(streaming(model, x[:2]), x[:2], made := Path("model.onnx"))
     else:
         source = {"module": model, "program": torch.export.export(model, (x[:2],))}.get(kind, trace(model))
         made = streaming(source, None if kind == "program" else x[:2])
         made = unroll(made, (x[:2],)) if kind == "unrolled graph" else made
     stream = Stream(made, 2)
     stream(x[:2])
-    copies = [copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))]
+    saved = pickle.dumps(stream)
+    if kind == "file":
+        monkeypatch.chdir(tmp_path.parent)  # as an actor may be in another folder
+    copies = [copy.deepcopy(stream), pickle.loads(saved)]
     expected = stream(x[2:4])[0]
     for other in copies:
         assert torch.equal(other(x[2:4])[0], expected)
@@ -370,7 +375,7 @@ def test_streams_are_copied_and_pickled_with_their_state(kind, tmp_path):
     copies[0].reset()
     assert not next(iter(copies[0].state.values())).any()
     if kind == "file":
-        session = pytest.importorskip("onnxruntime").InferenceSession(made)
+        session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / made)
         assert "make it of the path of the file" in problems(copy.deepcopy, Stream(session, 2))[0]
 
 

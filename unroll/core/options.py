@@ -54,13 +54,13 @@ def chooses(where: Where, names: Iterable[str], layer: nn.Module) -> bool:
     return any(_fits(name, pattern) for name in names for pattern in patterns)
 
 
-def unknown_names(where: Where, names: Sequence[str], what: str = "layer") -> Problems:
-    """Return a problem for each pattern in `where` that picks none of these names."""
+def unknown_names(where: Where, names: Sequence[str], what: str = "layer", argument: str = "where") -> Problems:
+    """Return a problem for each pattern in an argument that picks none of these names."""
     if where is None or callable(where):
         return Problems()
     known = ", ".join(names) or "none"
     return Problems(
-        Problem(f"where={pattern!r}", f"names no recurrent {what}", f"the recurrent {what}s are: {known}")
+        Problem(f"{argument}={pattern!r}", f"names no recurrent {what}", f"the recurrent {what}s are: {known}")
         for pattern in ([where] if isinstance(where, str) else where)
         if not any(_fits(name, pattern) for name in names)
     )

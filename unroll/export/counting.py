@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
+from unroll.comparison import kept_state
+from unroll.core.arguments import as_args
 from unroll.core.cells import ONNX_CELLS
-from unroll.core.errors import UnrollError
+from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Steps, Where
+from unroll.core.patching import seeded
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_module
-from unroll.export.capture import capture
+from unroll.export.inputs import in_order
 from unroll.export.inspection import Inspection, Layer
-from unroll.export.translate import named_dims, quiet, translate
+from unroll.export.routes import Wanted, captured
+from unroll.export.translate import quiet
 from unroll.modules.find import find
 from unroll.onnx.calls import Call
 from unroll.onnx.rewrite import PLAN, from_torch, read_calls, write_calls
@@ -29,13 +36,13 @@ def inspect_model(
 ) -> Inspection:
     """Unroll a copy of the model, and count; where something stands in the way, tell what the nodes tell."""
     plan = PLAN if plan is None else Plan.of(plan)
-    copy = model.clone()
+    own = model.clone()
     try:
-        calls, problems = read_calls(copy, where, steps)
+        calls, problems = read_calls(own, where, steps)
         layers = [_read(call) for call in calls]
         if not problems:
-            write_calls(copy, calls, plan)
-            nodes = list(copy.graph.all_nodes())
+            write_calls(own, calls, plan)
+            nodes = list(own.graph.all_nodes())
             layers = [_counted(layer, nodes, [other.name for other in layers]) for layer in layers]
     except UnrollError as error:
         return Inspection((), error.problems)
@@ -59,14 +66,46 @@ def inspect_module(
     rules = given.get("rules")
     if args is None and isinstance(model, nn.Module):
         return Inspection(_told(model, where, rules))
+    wanted = Wanted(
+        as_args(args),
+        in_order(model, given.get("kwargs")),
+        given.get("dynamic_shapes"),
+        where,
+        rules,
+        input_names=None,
+        output_names=None,
+        opset_version=None,
+    )
     try:
         with quiet():
-            shapes = named_dims(given.get("dynamic_shapes"))
-            program = capture(model, args, given.get("kwargs"), dynamic_shapes=shapes, where=where, rules=rules)
-            written = translate(program, None, None, None, None)
+            written = captured(model, wanted, "export").model
+            _refuse_kept(model, wanted)
     except UnrollError as error:
         return Inspection(_told(model, where, rules), error.problems)
     return inspect_model(written, where=None if where is None else from_torch, plan=plan)
+
+
+def _refuse_kept(model: nn.Module | ExportedProgram, wanted: Wanted) -> None:
+    """Refuse a module of which a copy gives another result in its second call, for the tensors that it keeps."""
+    if not isinstance(model, nn.Module):
+        return
+    results: list[list[Any]] = []
+
+    def run() -> None:
+        results.append(pytree.tree_leaves(own(*wanted.args, **wanted.kwargs)))
+
+    try:
+        own = copy.deepcopy(model)
+        with torch.no_grad(), seeded():
+            run()
+            kept = kept_state(own, run)
+    except Exception:  # of weights without values, say: what is wrong with it shows when it is run
+        return
+    first, second = results
+    finding = "keeps a tensor between calls, which a file would lose"
+    fix = "make it an argument and a result"
+    if kept and any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second)):
+        raise UnrollError(*(Problem(name, finding, fix) for name in kept))
 
 
 def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where
 from unroll.export.capture import NotCaptured, capture
-from unroll.export.inputs import fresh_inputs, tensor_leaves, varied_inputs
+from unroll.export.inputs import tensor_leaves
+from unroll.export.samples import fresh_inputs, varied_inputs
 from unroll.export.tracing import trace_model
 from unroll.export.translate import named_dims, translate
 from unroll.streams.modules import Streaming

@@ -25,7 +25,8 @@ from unroll.core.options import Rules, Where
 from unroll.core.patching import collected_warnings, seeded
 from unroll.export.capture import OURS, TORCH, layers_as_nodes, prepare, refuse_changed
 from unroll.export.indices import CountedIndices
-from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves, varied_inputs
+from unroll.export.inputs import Leaf, hides_tensors, is_output, tensor_leaves
+from unroll.export.samples import varied_inputs
 from unroll.export.translate import check_asked, check_given, quiet
 from unroll.onnx.layers import LAYER, is_layer
 

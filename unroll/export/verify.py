@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from unroll.comparison import ACROSS_RUNTIMES, blamed, compare, kept_state, rtol_of
 from unroll.core.errors import Problem, Problems, UnrollError
-from unroll.export.inputs import file_inputs, is_output
+from unroll.export.inputs import is_output
+from unroll.export.samples import file_inputs
 from unroll.onnx.rewrite import all_nodes, is_recurrent
 from unroll.onnx.runtime import first_line, function_of, session
 from unroll.reports import Report, Row

@@ -96,7 +96,7 @@ class Record(Tensors):
         if not self._seen:
             fix = "call the model itself inside: what torch.compile, torch.export and traces made of it records nothing"
             raise UnrollError(Problem("record(model)", "no layer of it was run", fix))
-        unknown_names(self._pattern, list(self._seen), "gate").check()
+        unknown_names(self._pattern, list(self._seen), "gate", "gates").check()
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Stream:
     """
 
     def __init__(self, model: Any, batch: int | None = None) -> None:
-        self._model = model
+        # a path is of this folder, wherever a copy is read
+        self._model = os.path.abspath(model) if isinstance(model, (str, os.PathLike)) else model
         self._run, self._initial = _runner(model)
         self.reset(batch)
 
