@@ -36,7 +36,9 @@ def both(case, **options):
 @pytest.mark.parametrize("case", CHOSEN + PACKED, ids=str)
 def test_result_is_that_of_the_layer_with_parameters(case, plan):
     unfrozen, frozen = both(case, plan=plan)
-    assert_equal(frozen(*case.args(F64)), unfrozen(*case.args(F64)))
+    # an nn.Linear that is called adds its bias after the product, or in it: which, hangs on what it is given
+    assert_as = assert_same if plan.products == "linear" else assert_equal
+    assert_as(frozen(*case.args(F64)), unfrozen(*case.args(F64)))
     assert not list(frozen.parameters())
 
 
