@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 OPERATOR = "operator"
 TYPES = {"float32": 4, "float16": 1, "bfloat16": 1}
@@ -124,12 +125,17 @@ def measure(case: tuple[Any, ...], path: Path) -> dict[str, Any]:
     model, x = (part.cuda() for part in model_of(case))
     exact, wide = (part.cuda() for part in model_of(case, torch.float64))
     engine = Engine(path, x.contiguous())
-    true, theirs, ours = exact(wide)[0], model(x)[0].double(), engine()[0].double().reshape(exact(wide)[0].shape)
-    scale, rounding = true.abs().max().item(), torch.finfo(x.dtype).eps
-    errors = {"error": (ours - true).abs().max().item(), "cudnn_error": (theirs - true).abs().max().item()}
-    allowed = 2 * errors["cudnn_error"] + TYPES[case[4]] * rounding * scale
+    results = (pytree.tree_leaves(exact(wide)), pytree.tree_leaves(model(x)), engine())
+    outputs = [judged(*found, roundings=TYPES[case[4]]) for found in zip(*results, strict=True)]
     times = {"milliseconds": milliseconds(engine), "cudnn_milliseconds": milliseconds(lambda: model(x))}
-    return errors | times | {"allowed": allowed, "ok": errors["error"] <= allowed}
+    return times | {"outputs": outputs, "ok": all(output["ok"] for output in outputs)}
+
+
+def judged(true: Tensor, theirs: Tensor, ours: Tensor, *, roundings: int) -> dict[str, Any]:
+    """Hold an output to the rule, by how far it and cuDNN's are from float64."""
+    error, known = ((found.double().reshape(true.shape) - true).abs().max().item() for found in (ours, theirs))
+    allowed = 2 * known + roundings * torch.finfo(theirs.dtype).eps * true.abs().max().item()
+    return {"error": error, "cudnn_error": known, "allowed": allowed, "ok": error <= allowed}
 
 
 def run(folder: Path) -> int:
@@ -155,6 +161,8 @@ def run(folder: Path) -> int:
             (folder / "results.json").write_text(json.dumps(told, indent=1))
             if "failure" in found and len(rows) == 1:
                 sys.exit("the smallest engine does not run here; the reason stands in results.json")
+    if not rows:
+        sys.exit(f"{folder} has no engines; write them by --build")
     return sum(not row["ok"] for row in rows)
 
 
