@@ -108,6 +108,8 @@ def test_blanks_in_a_plan_mean_nothing():
 @pytest.mark.parametrize("function", [unroll, library.compile, library.decompositions])
 def test_a_plan_is_a_plan(function):
     args = () if function is library.decompositions else (gru(),)
+    with pytest.raises(UnrollError, match=r"plan='webgl': is no plan; did you mean webgpu\? give default"):
+        Plan.of("webgl")
     with pytest.raises(UnrollError, match=r"plan='split': is no plan; give default, .*, or fields and values"):
         function(*args, plan="split")
 

@@ -323,6 +323,29 @@ def test_inspection_shows_layers_beside_what_stands_in_the_way():
     assert "or pass capture='trace', which would keep as in the example: " in found.problems[0].fix
 
 
+def test_what_the_model_itself_refuses_is_told_as_such(tmp_path):
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.rnn = nn.Embedding(5, FEATURES), nn.GRU(FEATURES, HIDDEN)
+
+        def forward(self, ids, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, enforce_sorted=False)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0]
+
+    model, ids, lengths = Read().eval(), torch.zeros(4, 2, dtype=torch.int64), torch.tensor([4, 2])
+    refused = [
+        ((ids, torch.tensor([6, 2])), None, "Read: fails itself on the example arguments"),
+        ((ids.float(), lengths), None, "Read: fails itself on the example arguments"),
+        ((ids,), None, "args, kwargs: do not fit Read"),
+        ((ids, lengths), ({5: "batch"}, {}), "dynamic_shapes: ids: does not fit the arguments"),
+        ((ids, lengths), ({1: "batch"},), "dynamic_shapes: does not fit the arguments"),
+        ((ids, lengths), ({1: "batch"}, {}), "dynamic_shapes: batch: is open, and the model fixes it to 2"),
+    ]
+    for args, shapes, said in refused:
+        assert said in problems(export_onnx, model, args, tmp_path / "m.onnx", dynamic_shapes=shapes)[0]
+
+
 def test_inspection_tells_of_state_that_a_file_would_lose():
     class Memory(nn.Module):
         def __init__(self):
@@ -410,7 +433,7 @@ def test_refusals(tmp_path):
         ({"where": "nothing"}, "names no recurrent layer"),
         ({"output_names": "y"}, "output_names='y': is a single string; give a list of names"),
         ({"plan": "split"}, "plan='split': is no plan; give default, .*, or fields and values"),
-        ({"kwargs": {"other": 1}}, "cannot be captured by torch.export"),
+        ({"kwargs": {"other": 1}}, r"args, kwargs: do not fit Holder \(.*'other'\); give what its forward takes"),
     ]
     for options, message in refused:
         with pytest.raises(UnrollError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -224,7 +225,9 @@ def _read(text: str) -> Plan:
     for part in text.split(","):
         field, equals, value = map(str.strip, part.partition("="))
         if not equals or field not in known or field in given:
-            fix = (
+            close = difflib.get_close_matches(text, PRESETS, 1)
+            fix = f"did you mean {close[0]}? " if close else ""
+            fix += (
                 f"give {', '.join(PRESETS)}, or fields and values, gates=paired,time=8; the fields: {', '.join(known)}"
             )
             raise UnrollError(Problem(f"plan={text!r}", "is no plan", fix))

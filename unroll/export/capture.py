@@ -22,9 +22,9 @@ from torch.utils import _pytree as pytree
 
 from unroll.core.alone import alone
 from unroll.core.arguments import as_args, refuse_nested
-from unroll.core.errors import Problem, Problems, UnrollError, innermost
+from unroll.core.errors import Problem, Problems, UnrollError, innermost, refusing
 from unroll.core.options import Rules, Where
-from unroll.export.inputs import in_order
+from unroll.export.inputs import FAILS, in_order, tensor_leaves
 from unroll.export.nodes import CallsAsNodes, call_node, layer_node, packed_node, refuse_packed
 from unroll.graphs.functions import FUNCTIONS
 from unroll.modules.flat_weights import reaches_lists
@@ -121,6 +121,7 @@ def _captured(
             # with another example the model may be captured
             kind = UnrollError if all(int(size) < 2 for _, size in fixed) else NotCaptured
             raise kind(*(_is_fixed(*found) for found in dict.fromkeys(fixed))) from error
+        _refuse_arguments(model, args, kwargs, dynamic_shapes)
         cause = innermost(error)
         at = "".join(f" at {place}" for place in [origin(cause)] if place)
         first = next(iter(str(cause).splitlines()), "")
@@ -184,11 +185,21 @@ def _within_bounds(dynamic_shapes: Any) -> Any:
     return pytree.tree_map(loosened, dynamic_shapes)
 
 
+def _refuse_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> None:
+    """Refuse open sizes that do not fit the arguments, and arguments that the model itself does not take."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return
+    tensor_leaves(model, args, kwargs, dynamic_shapes)
+    with torch.no_grad(), refusing(type(model).__name__, *FAILS):
+        model(*args, **kwargs)
+
+
 def _is_fixed(name: str, size: str) -> Problem:
     if int(size) < 2:
         finding, fix = f"is open, and {size} in the example, which torch.export fixes", "give an example of 2 or more"
     else:
-        finding, fix = f"is open, and the model fixes it to {size}", "leave it out, or change what fixes it"
+        finding = f"is open, and the model fixes it to {size}"
+        fix = "leave it out, open it in every argument that has it, or change what fixes it"
     return Problem(f"dynamic_shapes: {name}", finding, fix)
 
 

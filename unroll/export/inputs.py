@@ -18,6 +18,9 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.modules.find import walk_all
 from unroll.onnx.layers import DOMAIN
 
+FAILS = ("fails itself on the example arguments", "give arguments that it takes")
+"""The finding and the fix where a model refuses its own example"""
+
 
 class Leaf(NamedTuple):
     """A tensor among the arguments of a model: an input of its file."""

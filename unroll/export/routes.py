@@ -160,8 +160,8 @@ def _refuse_trace(model: Any) -> None:
 
 def _with_trace(found: Found, problem: Problem) -> Problem:
     """Add to a problem of `torch.export` what a trace would do."""
-    kept = "; ".join(found.frozen) or "nothing that was seen"
-    return problem._replace(fix=f"{problem.fix}; or pass capture='trace', which would keep as in the example: {kept}")
+    kept = f"would keep as in the example: {'; '.join(found.frozen)}" if found.frozen else "was seen to keep nothing"
+    return problem._replace(fix=f"{problem.fix}; or pass capture='trace', which {kept}")
 
 
 def _parted(kept: str) -> tuple[str, str]:

@@ -66,6 +66,8 @@ def _loaded(path: str) -> onnx.ModelProto:
         finding, fix = f"is not an ONNX file, or is cut short ({type(error).__name__})", "write it again"
         if zipfile.is_zipfile(path):  # as torch writes its own
             finding, fix = "is a file of PyTorch's", "read it by torch.load, torch.jit.load or torch.export.load first"
+        elif path.endswith(".py"):
+            finding, fix = "is Python code", f"name the function in it that makes the model, {path}:name"
         raise UnrollError(Problem(path, finding, fix)) from error
 
 
