@@ -9,8 +9,10 @@ makes of the program as torch.export writes it, recurrent operators and all, and
 Written from the documentation and sources of Torch-TensorRT 2.9.0 and 2.14.0a0 (pytorch/TensorRT at d7f2062810df,
 `docsrc/user_guide/compilation/dynamo_export.rst` and `py/torch_tensorrt/dynamo/_compiler.py`). Of it `--prepare` has
 been run. Without a GPU, `make test-torch-tensorrt` has converted such programs: all nodes of unrolled ones, none left
-to PyTorch, and of the original ones too, whose layers PyTorch's own decompositions write out in steps before; see
-docs/tensorrt.md. No engine of Torch-TensorRT has been loaded yet, which needs a driver.
+to PyTorch (LSTM in two layers both ways and with projection, GRU, RNN), and of the original ones too (LSTM, LSTM with
+projection, GRU, by hand), whose layers PyTorch's own decompositions write out in steps before. Packed batches cannot
+be exported as they are; unrolled, all of their arithmetic is converted, and what looks at the lengths is left to
+PyTorch; see docs/tensorrt.md. No engine of Torch-TensorRT has been loaded yet, which needs a driver.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def test_a_builder_that_ends_without_an_answer(path, monkeypatch):
         build_engine(path)
 
 
-@pytest.mark.parametrize("plan", [Plan(directions="stacked"), BLOCKS], ids=str)
+@pytest.mark.parametrize("plan", [Plan(), Plan(directions="stacked"), BLOCKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_types(kind, dtype, plan, path):

@@ -12,9 +12,10 @@ pytest.importorskip("tensorrt_rtx_bindings")
 pytestmark = pytest.mark.runtimes
 
 
-@pytest.mark.parametrize(
-    "model", [model for model in MODELS if model.name in ("RNN", "open length")], ids=lambda model: model.name
-)
+TRIED = [model for model in MODELS if model.name in ("LSTM", "RNN", "packed", "open length", "open batch")]
+
+
+@pytest.mark.parametrize("model", TRIED, ids=lambda model: model.name)
 @pytest.mark.parametrize("runtime", [runtime for runtime in FORMS if runtime])
 def test_forms(runtime, model, tmp_path):
     path = model.export(tmp_path / "model.onnx", f"runtime={runtime}")
