@@ -283,6 +283,8 @@ class Person:
     """The published package that the model is of"""
     double: bool = True
     """Whether a copy in float64 can run"""
+    time: tuple[int, int] | None = None
+    """The argument that a stream has in pieces, and its axis of time, where there is one"""
 
     @property
     def name(self) -> str:
@@ -322,7 +324,7 @@ PEOPLE = [
         lambda: (torch.arange(18).reshape(3, 6) % 11, torch.tensor([2, 5, 4])),
     ),
     Person(Sampler, lambda: (floats(2, 6),), (BATCH,), "trace", lambda: (floats(3, 6),)),
-    Person(WeightDrop, lambda: (floats(5, 2, 3),), ({1: "batch"},), "trace", lambda: (floats(5, 3, 3),)),
+    Person(WeightDrop, lambda: (floats(5, 2, 3),), ({1: "batch"},), "trace", lambda: (floats(5, 3, 3),), time=(0, 0)),
     Person(Vocoder, lambda: (floats(2, 4, 6),), (BATCH,), "export", lambda: (floats(3, 4, 6),)),
     Person(SetReadout, lambda: (floats(2, 5, 4),), (BATCH,), "export", lambda: (floats(3, 5, 4),)),
     Person(
@@ -331,6 +333,7 @@ PEOPLE = [
         ({0: "nodes"}, {0: "nodes"}),
         "export",
         lambda: (floats(4, 4), torch.arange(12).reshape(4, 3) % 4),
+        time=(1, 1),
     ),
     Person(
         Speech,

@@ -230,6 +230,7 @@ PUBLISHED = [
         lambda: (floats(5, 3, 3),),
         package="torchnlp",
         double=False,
+        time=(0, 0),
     ),
     Person(
         temporal_fusion,

@@ -45,9 +45,28 @@ def made(person: Person) -> nn.Module:
 
 
 def row(person: Person) -> list[str]:
-    """The cells of a model in the table of docs/models.md: module, compiled, program, file, open batch."""
+    """The cells of a model in the table of docs/models.md: module, compiled, program, file, open batch, streaming."""
     (line,) = (line for line in TABLE.read_text().splitlines() if line.startswith(f"| `{person.name}` "))
     return [cell.strip() for cell in line.strip("|").split("|")][2:]
+
+
+NO_PROGRAM = {
+    "data-dependent expression": "data decides",
+    "as parameter 'weight_hh_l0'": "assigns a weight",
+}
+NO_STREAM = {
+    "is bidirectional: ": "both directions",
+    "runs on a PackedSequence": "packed rows",
+    "calls no recurrent layer without a state": "states of its own",
+    r"looks \d+ steps back \(conv1d\)": "convolutions look back",
+    "nothing was checked: no dimension of the example is that of time": "lags look back",
+}
+
+
+def reason(error: Exception, reasons: dict[str, str]) -> str:
+    """The cell of what is refused, in the words of the table, or else the error's own."""
+    said = str(error)
+    return "no: " + next((short for words, short in reasons.items() if re.search(words, said)), said)
 
 
 def metadata(path):
@@ -99,15 +118,14 @@ def test_programs(person):
     try:
         with unroll.packing():
             program = torch.export.export(unroll.unroll(model), args, strict=False)
-    except Exception:
-        assert row(person)[2] == "no"
-        return
-    if person.make is Memory:
-        assert row(person)[2] == "no: the state is lost"
-        return
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(*args), made(person)(*args))
-    assert row(person)[2] == "yes"
+    except Exception as error:
+        result = reason(error, NO_PROGRAM)
+    else:
+        result = "no: the state is lost" if person.make is Memory else "yes"
+    if result == "yes":
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(*args), made(person)(*args))
+    assert row(person)[2] == result
 
 
 @pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
@@ -136,6 +154,35 @@ def test_files(person, tmp_path):
         for found, wanted in zip(function_of(path)(*args).values(), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert row(person)[4] == ("yes" if person.other is not None else "")
+
+
+@pytest.mark.parametrize("person", EVERYBODY, ids=lambda p: p.name)
+def test_streams(person):
+    """Three pieces, state and all, are the whole; or the model is refused, or warned of as not checked."""
+    model, args = made(person), person.args()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnrollWarning)
+            streamed = unroll.streaming(model, args)
+    except (UnrollError, UnrollWarning) as error:
+        result = reason(error, NO_STREAM)
+    else:
+        result = "yes"
+    assert row(person)[5] == result
+    assert (person.time is not None) == (result == "yes")
+    if person.time is None:
+        return
+    given, axis = person.time
+    state, found = None, []
+    with torch.no_grad():
+        for piece in args[given].tensor_split((1, 2), axis):
+            output, state = streamed(*args[:given], piece, *args[given + 1 :], state=state)
+            found.append(pytree.tree_leaves(output))
+        expected = pytree.tree_leaves(model(*args))
+    for pieces, whole in zip(zip(*found, strict=True), expected, strict=True):
+        joined = torch.cat(pieces, axis)
+        # states, and results without time, are those after the last piece
+        torch.testing.assert_close(joined if joined.shape == whole.shape else pieces[-1], whole)
 
 
 @pytest.mark.parametrize("person", [p for p in PEOPLE if p.route == "trace"], ids=lambda p: p.name)

@@ -5,13 +5,14 @@ import functools
 import threading
 import types
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from tests.checks import assert_same, problems
-from unroll import Plan, Unrolled, UnrollWarning, compare, compile, export_onnx, streaming, unroll
+from unroll import Plan, Unrolled, UnrollWarning, compare, compile, export_onnx, packing, streaming, unroll
 from unroll.modules.find import is_recurrent
 
 F64 = torch.float64
@@ -101,7 +102,8 @@ def test_layers_are_found_where_they_hide(place, monkeypatch):
         model(input)
 
 
-def test_a_forward_wrapped_in_place():
+@pytest.mark.parametrize("within", [nullcontext, packing])
+def test_a_forward_wrapped_in_place(within):
     """As libraries do that move weights or count calls: the old method kept aside, a new one on the instance."""
     model = nn.Sequential(gru())
     layer = model[0]
@@ -112,7 +114,8 @@ def test_a_forward_wrapped_in_place():
         return self.old_forward(*args)
 
     layer.forward = types.MethodType(counting, layer)
-    ours, input = unroll(model), x()
+    with within():
+        ours, input = unroll(model), x()
     assert_same(ours(input), model(input))
     assert (layer.calls, ours[0].calls) == ([1], [1])
     assert ours[0].old_forward.__self__ is ours[0]

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from unroll.core.cells import CELLS
 from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Where, check_rules, chooses, unknown_rules
+from unroll.core.patching import original
 from unroll.core.plan import Plan
 from unroll.core.recurrence import cell_mode
 from unroll.modules.find import LEAVES, find, is_recurrent, walk_all, walk_objects
@@ -211,11 +212,13 @@ def _fill(copied: types.FunctionType, function: types.FunctionType, memo: dict[i
 
 def _rebound(method: types.MethodType, stand_in: Any) -> Any:
     """Return a stored method of a layer as its stand-in has it; None if it is a method of a base class alone."""
-    name, kinds = method.__name__, type(method.__self__).__mro__
-    if getattr(kinds[0], name, None) is method.__func__:
+    name, function = method.__name__, method.__func__
+    holders = [kind for kind in type(method.__self__).__mro__ if name in vars(kind)]
+    # one stored before `packing` is the method of a class that has another meanwhile
+    owners = [kind for kind in holders if function in (vars(kind)[name], original(kind, name))]
+    if owners and owners[0] is holders[0]:
         return getattr(stand_in, name, None)
-    inherited = any(vars(kind).get(name) is method.__func__ for kind in kinds)
-    return None if inherited else types.MethodType(method.__func__, stand_in)
+    return None if owners else types.MethodType(function, stand_in)
 
 
 def _copy_attributes(shell: Any, layer: Any, name: str, plan: Plan, memo: dict[int, Any]) -> None:
