@@ -7,6 +7,7 @@ Both look for products of a weight that the model holds, and reach all of them w
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from unroll import check, export_onnx, unroll
+from unroll.bench.machine import command, machine
 
 
 class Calibration(CalibrationDataReader):
@@ -61,6 +63,7 @@ def by_onnxruntime(model: nn.Module, plan: str, images: Tensor, folder: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=20, help="rounds of training (%(default)s)")
+    parser.add_argument("--save", type=Path, help="a file for the figures, in JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
 
@@ -70,21 +73,31 @@ def main() -> None:
     train(model, images, labels, options.epochs)
     model.eval()
 
-    def right(run: object) -> str:
+    def right(run: object) -> int:
         with torch.no_grad():
-            return f"{(run(test_images).argmax(1) == test_labels).sum().item()} of {len(test_labels)} right"
+            return int((run(test_images).argmax(1) == test_labels).sum())
 
-    print(f"float: {right(model)}")
+    of = f"of {len(test_labels)} right"
+    rows = [{"by": "float", "right": right(model)}]
+    print(f"float: {rows[0]['right']} {of}")
     for plan in ("default", "quantize"):
         converted = by_pt2e(model, plan, images[:256])
-        print(f"PT2E, plan {plan}: {right(converted)}; {str(check(converted, target='pt2e')).splitlines()[0]}")
+        verdict = str(check(converted, target="pt2e")).splitlines()[0]
+        rows.append({"by": "PT2E", "plan": plan, "right": right(converted), "verdict": verdict})
+        print(f"PT2E, plan {plan}: {rows[-1]['right']} {of}; {verdict}")
     with tempfile.TemporaryDirectory() as folder:
         for plan in ("default", "quantize"):
-            file, quantized = by_onnxruntime(model, plan, images[:256], Path(folder))
-            weights = onnx.load(quantized).graph.initializer
-            held = sum(np.prod(w.dims) for w in weights if w.data_type == onnx.TensorProto.INT8)
-            sizes = f"{file.stat().st_size // 1024} to {quantized.stat().st_size // 1024} KB"
-            print(f"ONNX Runtime, plan {plan}: {right(session(quantized))}; {sizes}, {int(held)} weights of int8")
+            files = by_onnxruntime(model, plan, images[:256], Path(folder))
+            weights = onnx.load(files[1]).graph.initializer
+            held = sum(int(np.prod(w.dims)) for w in weights if w.data_type == onnx.TensorProto.INT8)
+            sizes = [file.stat().st_size for file in files]
+            rows.append({"by": "ONNX Runtime", "plan": plan, "right": right(session(files[1]))})
+            rows[-1] |= {"bytes": sizes, "int8_weights": held}
+            kilobytes = " to ".join(str(size // 1024) for size in sizes)
+            print(f"ONNX Runtime, plan {plan}: {rows[-1]['right']} {of}; {kilobytes} KB, {held} weights of int8")
+    if options.save:
+        found = {"command": command(), "machine": machine(), "tested": len(test_labels), "rows": rows}
+        options.save.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

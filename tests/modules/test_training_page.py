@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_flat_weights:UserWarning"),
 ]
 
-PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "training.md"
 F64 = torch.float64
 
 
@@ -98,3 +100,28 @@ def test_the_table_has_no_other_lines():
     assert f"| {' | '.join(['', *KINDS])} |".replace("|  |", "| |") in text
     found = re.findall(r"^\| ([^|]+) \| (?:both|unrolled) \|", text, re.MULTILINE)
     assert found == list(TRANSFORMS)
+
+
+def results(name):
+    """The figures of a file, of the processor and by the command that the page names."""
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert "--save" in found["command"] or f"`{found['command']}`" in PAGE.read_text()
+    return found
+
+
+def test_figures_of_the_ensemble():
+    found = results("ensemble")
+    together, unrolled, fused = (f"{1000 * seconds:.1f} ms" for seconds in found["cpu_seconds"].values())
+    said = (
+        f"takes {together} of CPU time for all, a loop over the unrolled models {unrolled}, one over the fused models"
+    )
+    assert f"{said} {fused}, on one thread of an {found['machine']['cpu']}" in " ".join(PAGE.read_text().split())
+    assert (found["models"], found["threads"]) == (16, 1)
+
+
+def test_figures_of_quantizing():
+    for row in results("quantize")["rows"]:
+        sizes = [f"{size / 1000:.0f}" for size in row.get("bytes", [])] or ["", ""]
+        cells = [row["by"], row.get("plan", ""), row["right"], *sizes, row.get("int8_weights", "")]
+        line = "|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells)
+        assert f"{line}\n" in PAGE.read_text()
