@@ -105,7 +105,8 @@ versions:
 	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
 
 # Every runtime, native files too, into benchmarks/results/runtimes.json and docs/runtimes.md. Those below want
-# environments of their own; clang is for tinygrad, node and chromium are for onnxruntime-web.
+# environments of their own; clang is for tinygrad, node and chromium are for onnxruntime-web. The page of
+# examples/browser is tried last.
 MATRIX := .venv-matrix
 APART := tvm tinygrad iree nncf litert executorch
 tvm_needs := apache-tvm==0.27.0.post1 onnx==1.23.2 numpy
@@ -114,7 +115,8 @@ iree_needs := iree-base-compiler==3.13.0 iree-base-runtime==3.13.0 onnx==1.19.1 
 nncf_needs := nncf==3.4.0 openvino==2026.4.1 onnx==1.23.2 numpy
 litert_needs := -c constraints.txt torch litert-torch==0.10.0
 executorch_needs := -c constraints.txt torch executorch==1.5.1
-RUN_MATRIX = PYTHONPATH=. UNROLL_NODE_MODULES=$(MATRIX)/node_modules $(RUNTIMES)/bin/python benchmarks/runtimes.py
+WITH_NODE := UNROLL_NODE_MODULES=$(MATRIX)/node_modules
+RUN_MATRIX := PYTHONPATH=. $(WITH_NODE) $(RUNTIMES)/bin/python benchmarks/runtimes.py
 
 $(APART:%=$(MATRIX)/%/ready): $(MATRIX)/%/ready: Makefile constraints.txt
 	$(PYTHON) -m venv $(MATRIX)/$*
@@ -129,6 +131,7 @@ $(MATRIX)/node_modules/ready: Makefile
 matrix: $(RUNTIMES)/ready $(APART:%=$(MATRIX)/%/ready) $(MATRIX)/node_modules/ready
 	$(RUN_MATRIX)
 	$(foreach name,$(APART),$(RUN_MATRIX) --python $(MATRIX)/$(name)/bin/python $(name) &&) true
+	$(WITH_NODE) $(RUNTIMES)/bin/python -m pytest -m runtimes -rs tests/runtimes/test_browser.py
 
 # With the system's Python, its PyTorch, which must know the GPU, NumPy and pytest: tests, then times, in so many minutes.
 # `UNROLL_TEST_DEVICE=cpu make gpu` tries it where there is no GPU.
