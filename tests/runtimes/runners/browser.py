@@ -79,6 +79,6 @@ JSEP = _runtime(
     plans=("default",),
     others={
         "native": "a second `LSTM` is wrong",
-        "default": "the same, wrong without a word, as is a `Split` of an open size",
+        "default": "such a `Split` or `Concat` is wrong without a word; where a size is open, the `Gemm` after it fails",
     },
 )
