@@ -79,6 +79,6 @@ JSEP = _runtime(
     plans=("default",),
     others={
         "native": "a second `LSTM` is wrong",
-        "default": "such a `Split` or `Concat` is wrong without a word; where a size is open, the `Gemm` after it fails",
+        "default": "such a `Split` or `Concat` is wrong without a word; of an open size, the `Gemm` after it fails",
     },
 )
