@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,20 +40,16 @@ LIMIT = 300
 Row = dict[str, Any]
 
 
-def write(models: list[Model], plans: tuple[str, ...], suffix: str) -> None:
-    """Write each model's files, and beside each what it is given and the results in float64, unless they are there."""
-    for model in models:
-        folder = FOLDER / model.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in plans:
-            path = folder / f"{file}{suffix}"
-            if _given(path).exists():
-                continue
-            try:
-                found: Any = model.feeds(model.export(path, file))
-            except Exception as error:
-                found = _words(error)
-            _given(path).write_bytes(pickle.dumps(found))
+def write(model: Model, path: Path) -> None:
+    """Write a model, its inputs and results, by the plan that the file is called by, unless they are there already."""
+    if _given(path).exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found: Any = model.feeds(model.export(path, path.stem))
+    except Exception as error:
+        found = _words(error)
+    _given(path).write_bytes(pickle.dumps(found))
 
 
 def _given(path: Path) -> Path:
@@ -136,7 +133,8 @@ def main() -> None:
         began = time.perf_counter()
         runtime = RUNTIMES[name]
         plans = (NATIVE, runtime.preset, *runtime.plans)
-        write(models, plans, runtime.suffix)
+        for model, plan in product(models, plans):
+            write(model, FOLDER / model.name / f"{plan}{runtime.suffix}")
         anew = [model.name for model in models]
         saved["rows"] = [row for row in saved["rows"] if row["runtime"] != name or row["model"] not in anew]
         files = [f"{model}/{plan}{runtime.suffix}" for model in anew for plan in plans]

@@ -1,32 +1,36 @@
-"""Eleven unrolled models in each runtime that is installed, in the form of the preset that it has."""
+"""Eleven models, native and unrolled, in each runtime that is installed: right, or failing, as in docs/runtimes.md."""
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 
 import pytest
 
-from tests.runtimes.models import MODELS
+from benchmarks.runtimes import measure, write
+from benchmarks.runtimes_table import RESULTS, cell
+from tests.runtimes.models import MODELS, NATIVE
 from tests.runtimes.runners import RUNTIMES
-from tests.runtimes.runners.runtime import difference
 
-RECURRENT = {"lstm", "gru", "rnn"}
+SAVED = {(row["runtime"], row["model"], row["file"]): row for row in json.loads(RESULTS.read_text())["rows"]}
 
 pytestmark = [pytest.mark.runtimes, pytest.mark.filterwarnings("ignore")]  # those of the runtimes are theirs
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("native", [False, True], ids=["preset", NATIVE])
 @pytest.mark.parametrize("name", [name for name, runtime in RUNTIMES.items() if not runtime.apart])
-def test_results_are_those_of_torch(name, model, tmp_path, request):
+def test_results_are_those_of_the_table(name, native, model, tmp_path):
     runtime = RUNTIMES[name]
     if find_spec(runtime.package) is None:
         pytest.skip(f"{runtime.package} is not installed")
-    if missing := runtime.missing.get(model.name):
-        request.applymarker(pytest.mark.xfail(reason=missing.why, strict=True))
-    path = model.export(tmp_path / f"model{runtime.suffix}", runtime.preset)
-    feeds = model.feeds(path)
-    converted = runtime.convert(path, [inputs for inputs, _ in feeds])
-    assert not runtime.count or not RECURRENT & {kind.lower() for kind in runtime.count(converted)}
-    run = runtime.load(converted) if runtime.load else None
-    for inputs, expected in feeds if run else ():
-        assert difference(run(inputs), expected) < runtime.tolerance
+    file = NATIVE if native else runtime.preset
+    path = tmp_path / f"{file}{runtime.suffix}"
+    write(model, path)
+    found, saved = measure(runtime, path), SAVED[name, model.name, file]
+    told = [
+        (cell(row, runtime), *(row.get(key) for key in ("stage", "recurrent", "taken", "products")))
+        for row in (found, saved)
+    ]
+    assert told[0] == told[1], found
+    assert native or not found.get("recurrent")
