@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,9 @@ from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import PRESETS
 from unroll.extras import require
 from unroll.targets.tables import NAMES, read_target
+
+if TYPE_CHECKING:
+    from unroll.targets.checking import Verdict
 
 TARGET = f"""Show what the model uses that one of {", ".join(NAMES)} does not offer: a file or an exported program as it
 is, a model and its arguments as they are after unrolling and export, with the plan of the target's name if there is one
@@ -123,7 +127,7 @@ def _judge(
     converted = target == PT2E
     if not converted:
         read_target(target)  # an unknown name is told first
-    keeping: list[str] | None = None
+    plans: dict[str, Any] = {}
     with stdout_for(as_json), show_parts("read", "unroll, export and check", "try plans") as part:
         part("read")
         made, args, options = _read(model)
@@ -138,7 +142,7 @@ def _judge(
         if as_it_is:
             verdict = check(made, target=target, build=build)
         else:
-            from unroll.export.judging import judge_model, keeping_plans
+            from unroll.export.judging import judge_model, try_plans
 
             layout = target if target in PRESETS and "plan" not in given else plan
             options = asked_options(model, args, options, dynamic, where=where)
@@ -146,13 +150,34 @@ def _judge(
             verdict = judge_model(made, args, target, plan=layout, options=options, build=build)
             if not verdict.ok:
                 part("try plans")
-                keeping = keeping_plans(made, args, target, options)
+                plans = _plans(target, try_plans(made, args, target, options))
     if as_json:
-        print_json(verdict.as_dict() | ({} if keeping is None else {"plans": keeping}))
+        print_json(verdict.as_dict() | plans)
     else:
         console(soft_wrap=True).print(str(verdict), markup=False)
-        if keeping is not None:
-            told = " or ".join(f"--plan {name}" for name in keeping) or "none of the plans that were tried"
-            console(soft_wrap=True).print(f"What keeps to {target}: {told}", markup=False)
+        if plans:
+            console(soft_wrap=True).print(f"What keeps to {target}: {_told(plans)}", markup=False)
     if not verdict.ok:
         raise typer.Exit(1)
+
+
+def _plans(target: Any, tried: Mapping[str, Verdict]) -> dict[str, Any]:
+    """Return the plans that keep to a target; if none does, that of which a target for parts of models takes most."""
+    from unroll.export.judging import most_taken
+
+    keeping = [name for name, verdict in tried.items() if verdict.ok]
+    if keeping or not tried or read_target(target).whole:
+        return {"plans": keeping}
+    name, products, findings = most_taken(tried)
+    return {"plans": keeping, "most": {"plan": name, "products_left": products, "findings": findings}}
+
+
+def _told(plans: dict[str, Any]) -> str:
+    if "most" not in plans:
+        return " or ".join(f"--plan {name}" for name in plans["plans"]) or "none of the plans that were tried"
+    most = plans["most"]
+    products = f"all products but {most['products_left']}" if most["products_left"] else "all products"
+    return (
+        f"none as a whole, but it takes parts, and most with --plan {most['plan']}: "
+        f"{products}, and {most['findings']} findings are left to what runs the rest"
+    )

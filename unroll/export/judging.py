@@ -19,6 +19,7 @@ from unroll.export.exporting import export_onnx
 from unroll.export.translate import named_dims, quiet
 from unroll.packed.contexts import packing
 from unroll.targets.checking import Verdict, check
+from unroll.targets.products import is_product
 from unroll.targets.tables import TargetName, read_target
 from unroll.unrolling import unroll
 
@@ -65,10 +66,12 @@ TRIED = (
 """Plans that are tried for a target"""
 
 
-def keeping_plans(
+def try_plans(
     model: nn.Module, args: Any, target: TargetName, options: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Return the plans with which a model keeps to a target, each by the shortest way to ask for it, by trying them.
+) -> dict[str, Verdict]:
+    """Hold a model against a target by one plan after the other, and return what was found of each that can be had.
+
+    Of several names of one plan it is the target's own, or the first.
 
     Args:
         model: a module in evaluation mode.
@@ -77,16 +80,26 @@ def keeping_plans(
         options: keyword arguments of `export_onnx`.
 
     Example:
-        >>> keeping_plans(nn.LSTM(3, 4).eval(), torch.zeros(3, 1, 3), "webnn")
+        >>> tried = try_plans(nn.LSTM(3, 4).eval(), torch.zeros(3, 1, 3), "webnn")
+        >>> [name for name, verdict in tried.items() if verdict.ok]
         ['npu', 'quantize', 'ncnn', 'webnn', 'products=sums']
     """
-    plans = {Plan.of(name): name for name in reversed(TRIED)}  # of several names the first
-    found = []
+    names = sorted(TRIED, key=lambda name: name == target, reverse=True)
+    plans = {Plan.of(name): name for name in reversed(names)}
+    found = {}
     for name in sorted(plans.values(), key=TRIED.index):
         with suppress(UnrollError):
-            if judge_model(model, args, target, plan=name, options=options):
-                found.append(name)
+            found[name] = judge_model(model, args, target, plan=name, options=options)
     return found
+
+
+def most_taken(tried: Mapping[str, Verdict]) -> tuple[str, int, int]:
+    """Return the plan of which a target for programs takes most, with the products that it leaves, and all findings.
+
+    Products come first: a loop has few findings, of which each is run again and again.
+    """
+    left = {name: {row.place for row in found.rows if is_product(row.operator)} for name, found in tried.items()}
+    return min(((name, len(left[name]), len(found.rows)) for name, found in tried.items()), key=lambda plan: plan[1:])
 
 
 def _program(model: nn.Module, args: Any, plan: Plan, options: dict[str, Any]) -> ExportedProgram:

@@ -116,7 +116,8 @@ def check(model: Any, *, target: TargetName | Literal["pt2e"], build: bool = Fal
 
     The targets are tables of facts, published or measured, with their sources and versions, in `unroll/targets/facts`.
     Unless `build=True`, nothing is compiled or run, so a model that passes may still be refused by a target's tools,
-    and what is outside of a table may run elsewhere.
+    and what is outside of a table may run elsewhere. The model is judged as it is; `unroll inspect package.module:name
+    --target NAME`, on the command line, unrolls one first, and tries other plans where something is not offered.
 
     Args:
         model: for `tensorrt`, `tensorrt_rtx` and `webnn` an ONNX model (an `onnx.ModelProto`, an `onnx_ir.Model` or the

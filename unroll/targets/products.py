@@ -36,6 +36,11 @@ MOVES = {
 FIX = "unroll the model with plan='quantize' before it is exported and prepared, and see that the quantizer takes it"
 
 
+def is_product(operator: str) -> bool:
+    """Tell whether an operator is a product; a recurrent one counts as such."""
+    return operator.startswith(RECURRENT) or operator.rpartition(".")[0] in FACTORS
+
+
 class Products(NamedTuple):
     """The products of a model."""
 

@@ -87,6 +87,11 @@ class Target:
     edge: bool = False
     """True if aten operators are called as in ExecuTorch's edge dialect, where views are copies"""
 
+    @property
+    def whole(self) -> bool:
+        """True if it takes whole models, and not parts, beside what runs the rest"""
+        return bool(self.tensors)
+
     def restriction(self, operator: str) -> Restriction | None:
         """Return what it asks of an operator, or None if it does not offer it."""
         if operator in self.refused or (self.domains and domain(operator) not in self.domains):
