@@ -43,7 +43,12 @@ RUNTIME = Runtime(
     load,
     convert,
     count=None,
-    missing={"open length": Missing("`iree-compile` ends in a fault at a `Scan`", "a file for each length")},
+    missing={
+        "open length": Missing(
+            "`iree-compile` ends in a fault at a `Scan`, and refuses a `Loop`, as `mnn` writes it",
+            "a file for each length",
+        )
+    },
     others={"native": "`sequence_lens` is ignored, and a `GRU` of both directions refused"},
     apart=True,
 )

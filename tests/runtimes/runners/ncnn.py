@@ -77,7 +77,7 @@ RUNTIME = Runtime(
     },
     missing={
         "packed": Missing(
-            "pnnx leaves what ncnn has no layers for: comparisons, such as `torch.gt`, and `torch.where`",
+            "pnnx leaves what ncnn has no layers for, by each plan: comparisons, such as `torch.gt`, and `torch.where`",
             "the padded batch without lengths, whose valid steps are the same in layers that run forwards",
         ),
         "open length": Missing(

@@ -28,8 +28,11 @@ RUNTIME = Runtime(
     "tinygrad",
     load,
     missing={
-        "open length": Missing("there is no `Scan`", "a file for each length"),
-        "open batch": Missing("an open size is that of the first run from then on", "loading the file for each size"),
+        "open length": Missing("there is no `Scan`, and no `Loop`, as `mnn` writes it", "a file for each length"),
+        "open batch": Missing(
+            "an open size is that of the first run from then on, in the forms `tract` and `npu` too",
+            "loading the file for each size",
+        ),
     },
     others={"native": "no recurrent operator is known"},
     apart=True,

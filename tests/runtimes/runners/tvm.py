@@ -30,7 +30,7 @@ RUNTIME = Runtime(
     "tvm",
     "apache-tvm",
     load,
-    missing={"open length": Missing("there is no `Scan`", "a file for each length")},
+    missing={"open length": Missing("there is no `Scan`, and no `Loop`, as `mnn` writes it", "a file for each length")},
     others={"native": "no recurrent operator is known"},
     apart=True,
 )
