@@ -109,6 +109,15 @@ def results(name):
     return found
 
 
+def test_figures_of_recomputing():
+    found = results("recompute")
+    assert found["machine"]["cpu"] in PAGE.read_text()
+    for row in found["rows"]:
+        forms = row["forms"].values()
+        figures = [f"{form['peak_mb']:.0f}" for form in forms] + [f"{form['seconds']:.1f}" for form in forms]
+        assert f"| {row['layer']} | {row['steps']:,} | {' | '.join(figures)} |\n" in PAGE.read_text()
+
+
 def test_figures_of_the_ensemble():
     found = results("ensemble")
     together, unrolled, fused = (f"{1000 * seconds:.1f} ms" for seconds in found["cpu_seconds"].values())
