@@ -394,7 +394,7 @@ def test_a_state_in_an_attribute_is_named():
     model(x)  # from here on the two go different ways
     report = compare(model, rewritten, (x,), reference=False)
     (first, *_) = problems(report.check)
-    fix = "the original keeps state between calls in state: make it an argument and a result, or a buffer"
+    fix = "the original keeps state between calls in state: make it an argument and a result"
     assert first.endswith(f"; {fix}")
     other = nn.GRU(3, 4)
     (first, *_) = problems(compare(nn.GRU(3, 4), other, (x,)).check)
