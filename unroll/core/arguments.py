@@ -94,7 +94,9 @@ def check_arguments(
 
     if weight is not None:
         for name, tensor in checked:
-            fix = "load the weights first" if weight.is_meta else f"give {weight.device}, or move the module"
+            fix = f"give {weight.device}, or move the module"
+            if weight.device.type == "meta":
+                fix = "load the weights first"
             expect(tensor.device == weight.device, name, f"is on {tensor.device}, the weights on {weight.device}", fix)
             # dtypes may differ where autocast makes one of both
             cast = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
