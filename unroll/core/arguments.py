@@ -94,13 +94,13 @@ def check_arguments(
 
     if weight is not None:
         on = weight.device  # its is_meta is unknown to weights of Opacus' `ew`
+        casts = autocast_dtype(weight) is not None
         for name, tensor in checked:
             fix = "load the weights first" if on.type == "meta" else f"give {on}, or move the module"
             expect(tensor.device == on, name, f"is on {tensor.device}, the weights on {on}", fix)
             # dtypes may differ where autocast makes one of both
-            good = autocast_dtype(weight) is not None and {tensor.dtype, weight.dtype} <= AUTOCAST
+            good = tensor.dtype == weight.dtype or (casts and {tensor.dtype, weight.dtype} <= AUTOCAST)
             fix = f"convert it with .to({weight.dtype}), or the module with .to({tensor.dtype})"
-            good |= tensor.dtype == weight.dtype
             expect(good, name, f"has dtype {tensor.dtype}, the weights {weight.dtype}", fix)
     if problems:
         raise UnrollError(*_arrays(place, checked) or problems)

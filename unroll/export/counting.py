@@ -66,16 +66,7 @@ def inspect_module(
     rules = given.get("rules")
     if args is None and isinstance(model, nn.Module):
         return Inspection(_told(model, where, rules))
-    wanted = Wanted(
-        as_args(args),
-        in_order(model, given.get("kwargs")),
-        given.get("dynamic_shapes"),
-        where,
-        rules,
-        input_names=None,
-        output_names=None,
-        opset_version=None,
-    )
+    wanted = Wanted(as_args(args), in_order(model, given.get("kwargs")), given.get("dynamic_shapes"), where, rules)
     try:
         with quiet():
             written = captured(model, wanted, "export").model

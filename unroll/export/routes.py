@@ -42,9 +42,9 @@ class Wanted(NamedTuple):
     dynamic_shapes: Any
     where: Where
     rules: Rules | None
-    input_names: Sequence[str] | None
-    output_names: Sequence[str] | None
-    opset_version: int | None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    opset_version: int | None = None
 
 
 @dataclass

@@ -72,9 +72,8 @@ def varied_inputs(
             yield tensor.sort(descending=True).values if falling and tensor.dim() == 1 and _is_whole(tensor) else tensor
 
     yield made(_flipped(leaf.tensor) for leaf in leaves)
-    for mark in (0, 1):
-        if any(map(_is_whole, (leaf.tensor for leaf in leaves))):
-            yield made(_marked(leaf.tensor, mark, generator) for leaf in leaves)
+    for mark in (0, 1) if any(_is_whole(leaf.tensor) for leaf in leaves) else ():
+        yield made(_marked(leaf.tensor, mark, generator) for leaf in leaves)
     sizes = {name: leaf.tensor.shape[axis] for leaf in leaves for axis, name in leaf.open.items()}
     dims = {name: dim for leaf in leaves for name, dim in leaf.dims.items()}
 

@@ -49,7 +49,7 @@ class Stream:
     def __init__(self, model: Any, batch: int | None = None) -> None:
         # a path is of this folder, wherever a copy is read
         self._model = os.path.abspath(model) if isinstance(model, (str, os.PathLike)) else model
-        self._run, self._initial = _runner(model)
+        self._run, self._initial = _runner(self._model)
         self.reset(batch)
 
     def __getstate__(self) -> dict[str, Any]:
