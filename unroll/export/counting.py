@@ -9,17 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from unroll.comparison import kept_state
+from unroll.comparison import compare
 from unroll.core.arguments import as_args
 from unroll.core.cells import ONNX_CELLS
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Rules, Steps, Where
-from unroll.core.patching import seeded
 from unroll.core.plan import Plan
 from unroll.core.recurrence import Recurrence, read_module
 from unroll.export.inputs import in_order
@@ -80,23 +77,13 @@ def _refuse_kept(model: nn.Module | ExportedProgram, wanted: Wanted) -> None:
     """Refuse a module of which a copy gives another result in its second call, for the tensors that it keeps."""
     if not isinstance(model, nn.Module):
         return
-    results: list[list[Any]] = []
-
-    def run() -> None:
-        results.append(pytree.tree_leaves(own(*wanted.args, **wanted.kwargs)))
-
     try:
         own = copy.deepcopy(model)
-        with torch.no_grad(), seeded():
-            run()
-            kept = kept_state(own, run)
+        report = compare(own, own, wanted.args, kwargs=wanted.kwargs, reference=False)
     except Exception:  # of weights without values, say: what is wrong with it shows when it is run
         return
-    first, second = results
-    finding = "keeps a tensor between calls, which a file would lose"
-    fix = "make it an argument and a result"
-    if kept and any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(first, second)):
-        raise UnrollError(*(Problem(name, finding, fix) for name in kept))
+    finding, fix = "keeps a tensor between calls, which a file would lose", "make it an argument and a result"
+    Problems(Problem(name, finding, fix) for name in report.kept).check()
 
 
 def _told(model: nn.Module | ExportedProgram, where: Where, rules: Rules | None) -> tuple[Layer, ...]:
