@@ -100,7 +100,7 @@ $(DIST)/ready: Makefile
 test-dist: $(DIST)/ready
 	$(DIST)/bin/python tests/dist.py
 
-# The whole suite on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
+# What `make test` runs, on each version that pyproject.toml takes, an environment of gigabytes after the other; hours.
 versions:
 	$(PYTHON) tests/versions.py $(ENVIRONMENTS)
 

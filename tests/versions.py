@@ -1,4 +1,4 @@
-"""The whole suite on every version that the project names: environments one after the other, and a page of the results.
+"""What `make test` runs, on every version that the project names: environments one after the other, and a page of the results.
 
     python tests/versions.py [NAME ...] [--keep] [-- arguments of pytest]
 
@@ -24,6 +24,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/versions.json"
 PAGE = ROOT / "docs/versions.md"
+MARKS = "not heavy and not runtimes"
+"""What is left out, as in the Makefile: it wants environments of its own"""
 PACKAGES = ("torch", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -74,7 +76,7 @@ def version_of(python: Path, package: str) -> str:
 def run(python: Path, folder: Path, more: list[str]) -> dict:
     """Run the tests and return the row of the table."""
     report, began = folder / "report.xml", time.monotonic()
-    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *more]
+    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-m", MARKS, f"--junitxml={report}", *more]
     subprocess.run(pytest, cwd=ROOT, check=False)
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     skipped = Counter(case.find("skipped").get("message", "") for case in cases if case.find("skipped") is not None)
@@ -103,9 +105,10 @@ def page(results: dict) -> str:
     head = [
         "# Versions",
         "",
-        "All tests on the versions that `pyproject.toml` takes, or only those named in a row. `make versions` builds",
-        "each environment, runs it and writes this page from [versions.json](../benchmarks/results/versions.json),",
-        "where all versions, each reason to skip and the machine stand. Environments without a row were not run.",
+        "What `make test` runs, on the versions that `pyproject.toml` takes, or only the tests named in a row.",
+        "`make versions` builds each environment, runs it and writes this page from",
+        "[versions.json](../benchmarks/results/versions.json), where all versions, each reason to skip and the machine",
+        "stand. Environments without a row were not run.",
         "",
         "| Python | torch | onnx | onnxscript | ONNX Runtime | passed | failed | skipped | minutes | date |",
         "|---|---|---|---|---|---|---|---|---|---|",

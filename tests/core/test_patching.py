@@ -575,3 +575,38 @@ def test_alone():
         order.append("first")
     thread.join()
     assert order == ["first", "other"]
+
+
+@pytest.fixture
+def geometric(monkeypatch):
+    """PyTorch Geometric has functions of its own for two of torch's, which ask what they get for its dimensions."""
+
+    def asking(function):
+        return lambda input, *args, **kwargs: function(input, *args, **kwargs) if input.dim() else None
+
+    for name in ("select", "index_select"):
+        monkeypatch.setattr(torch, name, asking(getattr(torch, name)))
+
+
+@pytest.mark.parametrize("plan", ["layers=wavefront", "directions=stacked"])
+def test_functions_that_others_replace(plan, geometric, tmp_path):
+    sizes = {"num_layers": 2} if plan == "layers=wavefront" else {"bidirectional": True}
+    model, x = nn.Sequential(nn.GRU(3, 4, **sizes)).double().eval(), torch.randn(5, 2, 3, dtype=torch.float64)
+    assert compare(model, unroll(model, plan=plan), (x,))
+    assert compare(model, unroll(trace(model), (x,), plan=plan), (x,))
+    assert compare(model, unroll(torch.export.export(model, (x,)), plan=plan), (x,))
+    export_onnx(model, (x,), tmp_path / "m.onnx", plan=plan, check=True)
+
+
+def test_functions_that_others_replace_for_packed_rows(geometric):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(3, 4).double()
+
+        def forward(self, rows, batch_sizes, h):
+            return torch.gru(rows, batch_sizes, h, self.gru._flat_weights, True, 1, 0.0, False, False)
+
+    model, packed = Packed(), rnn.pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 3)])
+    args = (packed.data, packed.batch_sizes, torch.zeros(1, 2, 4, dtype=torch.float64))
+    assert compare(model, unroll(fx.symbolic_trace(model), args), args)

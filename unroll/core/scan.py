@@ -51,7 +51,7 @@ class Rows(Outputs):
         self.whole, self.steps, self.size = rows, steps, size
 
     def at(self, t: int) -> Tensorlike:
-        return torch.select(torch.reshape(self.whole, (self.steps, -1, self.size)), 0, t)
+        return torch.reshape(self.whole, (self.steps, -1, self.size)).select(0, t)
 
     def rows(self) -> Tensorlike:
         return self.whole

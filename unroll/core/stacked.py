@@ -205,10 +205,10 @@ class _OfStack(Outputs):
         self.hs, self.whole, self.k, self.size, self.reverse, self.steps = hs, whole, k, size, reverse, len(hs)
 
     def at(self, t: int) -> Tensorlike:
-        return torch.select(self.hs[self.steps - 1 - t if self.reverse else t], 0, self.k)
+        return self.hs[self.steps - 1 - t if self.reverse else t].select(0, self.k)
 
     def rows(self) -> Tensorlike:
-        mine = torch.select(self.whole, 1, self.k)
+        mine = self.whole.select(1, self.k)
         return torch.reshape(torch.flip(mine, [0]) if self.reverse else mine, (-1, self.size))
 
 
@@ -221,14 +221,14 @@ class _LastLayer(Outputs):
 
     def at(self, t: int) -> Tensorlike:
         inside = self.begin <= t < self.end
-        return torch.select(self.stacked[t - self.begin], 0, self.count - 1) if inside else self.alone[t]
+        return self.stacked[t - self.begin].select(0, self.count - 1) if inside else self.alone[t]
 
     def rows(self) -> Tensorlike:
         stacked = torch.reshape(join_rows(self.stacked), (len(self.stacked), self.count, -1, self.size))
-        middle = torch.reshape(torch.select(stacked, 1, self.count - 1), (-1, self.size))
+        middle = torch.reshape(stacked.select(1, self.count - 1), (-1, self.size))
         return torch.cat([*self.alone[: self.begin], middle, *self.alone[self.end :]])
 
 
 def unstack(state: State, count: int) -> list[State]:
     """Return the state of each pass."""
-    return [tuple(torch.select(s, 0, k) for s in state) for k in range(count)]
+    return [tuple(s.select(0, k) for s in state) for k in range(count)]

@@ -85,8 +85,17 @@ class Value:
         value = args[0] if isinstance(args[0], Value) else _first(args)
         return value.writer.call(func, args, kwargs or {})
 
+    # Methods, where the functions of the same names are another's: PyTorch Geometric puts its own, which ask a tensor
+    # for its dimensions first, in the place of `torch.select` and `torch.index_select`.
+
     def to(self, dtype: torch.dtype) -> Value:
         return self.writer.call(torch.Tensor.to, (self, dtype), {})
+
+    def select(self, dim: int, index: int) -> Value:
+        return self.writer.call(torch.Tensor.select, (self, dim, index), {})
+
+    def index_select(self, dim: int, index: Any) -> Value:
+        return self.writer.call(torch.Tensor.index_select, (self, dim, index), {})
 
 
 def _first(args: Any) -> Value:

@@ -90,13 +90,13 @@ class PackedFunctionLowering(FunctionLowering):
         self.ragged = Ragged(sizes, count, self.writer.call(torch.arange, (count,), {}))
         self.mask = self._beside(input, self.ragged.mask())
         # [T * B, F], where a row that has ended is its own first step again.
-        return torch.index_select(input, 0, self._beside(input, self.ragged.padded()))
+        return input.index_select(0, self._beside(input, self.ragged.padded()))
 
     def returned(self, results: Results) -> tuple[Returned, list[Returned]]:
         input: Any = Value(self.writer, node=self.call.input)
         entry = self.writer.call(torch.arange, (self._size(input.node, 0),), {})
         position = self.ragged.unpadded(entry)
-        rows: Any = torch.index_select(schedule.joined_rows(results.result.outputs), 0, self._beside(input, position))
+        rows: Any = schedule.joined_rows(results.result.outputs).index_select(0, self._beside(input, position))
         return undivided(rows, 2), results.states()
 
     def _size(self, node: fx.Node, dim: int) -> Any:

@@ -15,6 +15,9 @@ from unroll.core.values import Value, Writer
 # Metadata that nodes written for a call take over from it.
 KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
 
+# What the recipe calls as a method.
+METHODS = (torch.Tensor.to, torch.Tensor.select, torch.Tensor.index_select)
+
 
 class GraphWriter(Writer):
     """Writes nodes into an FX graph, at its current point of insertion."""
@@ -42,8 +45,8 @@ class GraphWriter(Writer):
         return Value(self, lambda name: self.node(op, target, nodes_of(args), kwargs, name))
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func is torch.Tensor.to:
-            return self.value("call_method", "to", args)
+        if func in METHODS:
+            return self.value("call_method", func.__name__, args)
         if func is torch.chunk and len(args) == 2:
             # Rows of any number, also a symbolic one, which chunk itself would have to know.
             stacked = self.value("call_function", torch.unflatten, (args[0], 0, (args[1], -1)))

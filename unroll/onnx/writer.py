@@ -341,7 +341,7 @@ CALLS: dict[Callable, Callable[..., Any]] = {
     torch.sum: _summed,
     torch.unsqueeze: lambda writer, value, dim: _unsqueezed(writer, value, [dim % (value.rank + 1)]),
     torch.flip: _flipped,
-    torch.select: _selected,
+    torch.Tensor.select: _selected,
     torch.reshape: _reshape,
     torch.transpose: _transpose,
     torch.Tensor.to: _cast,

@@ -156,7 +156,7 @@ class Ragged:
         """Return the places of the rows without padding, of these numbers, among those with padding."""
         # an entry's step is the number of steps that end at or before it
         step = torch.searchsorted(self.ends, entry, right=True)
-        position = torch.sub(entry, torch.index_select(self.begins, 0, step))
+        position = torch.sub(entry, self.begins.index_select(0, step))
         return torch.add(torch.mul(step, self.count), position)
 
 
