@@ -1,4 +1,4 @@
-"""What `make test` runs, on every version that the project names: environments one after the other, and a page of the results.
+"""What `make test` runs, on every version that the project names: one environment after the other, and a page of it.
 
     python tests/versions.py [NAME ...] [--keep] [-- arguments of pytest]
 

@@ -21,7 +21,8 @@ from torch.nn.utils.rnn import pack_sequence
 import unroll
 from unroll import Plan, UnrollError
 from unroll.bench import options
-from unroll.bench.contenders import CONTENDERS, engine_type, obstacle, onnxruntime_run
+from unroll.bench.contenders import CONTENDERS, obstacle, onnxruntime_run
+from unroll.bench.engines import engine_type
 from unroll.bench.measuring import Expected, _expected, error_of
 from unroll.bench.processes import Process
 from unroll.bench.results import COLUMNS, Measurements, Row, advice, as_text, is_wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from unroll.bench.cuda_graphs import captured, checked
+from unroll.bench.engines import engine_run
 from unroll.bench.subjects import Subject, Task, tensors
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.plan import Plan
 from unroll.export.exporting import export_onnx
+from unroll.graphs.dynamo import compile as unroll_compile
 from unroll.unrolling import unroll
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
@@ -127,12 +130,16 @@ def _unrolled(task: Task, plan: Plan) -> Any:
     return unroll(task.model, plan=plan, freeze=not task.subject.backward)
 
 
-def _unrolled_compile(task: Task, plan: Plan, folder: Path) -> Built:
-    return _compiled(task, _unrolled(task, plan), fullgraph=True)
+def _unroll_compile(task: Task, plan: Plan, folder: Path) -> Built:
+    counts = counted_graphs()
+    return Built(task.runner(unroll_compile(task.model, plan=plan)), counts)
 
 
-def _unrolled_cpp(task: Task, plan: Plan, folder: Path) -> Built:
-    return _compiled(task, _unrolled(task, plan), fullgraph=True, options={"cpp_wrapper": True})
+def _unrolled_compile(task: Task, plan: Plan, folder: Path, **options: Any) -> Built:
+    return _compiled(task, _unrolled(task, plan), fullgraph=True, **options)
+
+
+_unrolled_cpp = partial(_unrolled_compile, options={"cpp_wrapper": True})
 
 
 def _unrolled_cudagraphs(task: Task, plan: Plan, folder: Path) -> Built:
@@ -249,59 +256,10 @@ def onnxruntime_run(task: Task, path: Path) -> Built:
     return Built(lambda: session.run_with_iobinding(binding), graphs, files, results)
 
 
-ENGINE_TYPES = {
-    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64, "INT32": torch.int32,
-    "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""TensorRT's names of types whose elements lie in memory as PyTorch's do"""
-
-
-def engine_type(name: str) -> torch.dtype:
-    """Return the type of a tensor that an engine may write to."""
-    if name not in ENGINE_TYPES:
-        finding = f"gives a result of the type {name}"
-        raise UnrollError(Problem("TensorRT", finding, f"let the model return {', '.join(ENGINE_TYPES)}"))
-    return ENGINE_TYPES[name]
-
-
 def _tensorrt(task: Task, plan: Plan, folder: Path) -> Built:
-    import tensorrt as trt  # pyright: ignore[reportMissingImports]
-
     path = _exported(task, plan, folder)
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # in later versions the only way
-    network = builder.create_network(0 if strongly is None else 1 << int(strongly))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(os.fspath(path)):
-        raise UnrollError(Problem("TensorRT", f"refuses the file ({parser.get_error(0)})", "see its list of operators"))
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)
-    engine_bytes = builder.build_serialized_network(network, config)
-    if engine_bytes is None:
-        raise UnrollError(Problem("TensorRT", "builds no engine", "see its log"))
-    written_engine = folder / "model.engine"
-    written_engine.write_bytes(engine_bytes)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(engine_bytes)
-    context = engine.create_execution_context()
-    names = [engine.get_tensor_name(k) for k in range(engine.num_io_tensors)]
-    given = iter(_inputs(task))
-    held: dict[str, Tensor] = {}
-    for name in names:
-        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-            held[name] = next(given).detach().contiguous()
-        else:
-            dtype = engine_type(engine.get_tensor_dtype(name).name)
-            held[name] = torch.empty(tuple(engine.get_tensor_shape(name)), dtype=dtype, device=task.subject.device)
-        context.set_tensor_address(name, held[name].data_ptr())
-    outputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
-
-    def run() -> list[Tensor]:
-        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise UnrollError(Problem("TensorRT", "fails to run its engine", "see its log"))
-        return [held[name] for name in outputs]  # keeps the inputs too, whose addresses the engine has
-
-    return Built(run, written(path)[0], [written_engine])
+    run, engine = engine_run(path, _inputs(task), task.subject.device)
+    return Built(run, written(path)[0], [engine])
 
 
 def first_line(error: BaseException | None) -> str:
@@ -328,6 +286,7 @@ CONTENDERS: dict[str, Contender] = {
     "compile-allow-rnn-cudagraphs": Contender(
         "torch.compile with allow_rnn, CUDA graphs", _allow_rnn_cudagraphs, needs=INDUCTOR, device="cuda", trains=True
     ),
+    "unroll-compile": Contender("unroll.compile", _unroll_compile, ("inductor",), needs=INDUCTOR, trains=True),
     "unrolled-compile": Contender(
         "torch.compile, unrolled", _unrolled_compile, ("default", "products=sums"), needs=INDUCTOR, trains=True
     ),

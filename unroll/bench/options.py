@@ -12,6 +12,7 @@ Form = Literal[
     "compile-allow-rnn",
     "eager-cudagraph",
     "compile-allow-rnn-cudagraphs",
+    "unroll-compile",
     "unrolled-compile",
     "unrolled-cpp",
     "unrolled-cudagraphs",

@@ -57,6 +57,7 @@ def unroll_backend(
         UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
     """
     from torch._dynamo import config, lookup_backend
+    from torch._inductor import config as inductor
 
     given = dict(options or {})
     if unknown := given.keys() - BACKEND_OPTIONS:
@@ -69,10 +70,11 @@ def unroll_backend(
     with limited(given.get("limit")):
         found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
     device = "cuda" if _on_cuda(inputs) else "cpu"
+    in_blocks = not (given.get("options") or {}).get("cpp_wrapper", inductor.cpp_wrapper)  # whose code calls no graph
     with without_gc():
         for part, calls in found:
             for call in calls:
-                call.writer.compile_for(device)
+                call.compile_for(device, in_blocks=in_blocks and part is graph)
             rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
             recompile_late(part)
     following: Any = lookup_backend(given.get("backend", "inductor"))
@@ -118,9 +120,9 @@ def compile(
     `torch.compiler.cudagraph_mark_step_begin()` before a call that is to be a run of its own. With `mode="default"`
     there are none.
 
-    The first call takes the longer the more steps are written. For inference on a CPU, with 256 steps or more, give
-    `plan=Plan(time=16)`, which compiles a block once: an LSTM of 1024 steps 16 s in place of 178, and calls as fast;
-    with 64 steps it has no advantage. Training so is refused before PyTorch 2.15.
+    The first call takes the longer the more steps are written. For inference on a CPU, under `torch.no_grad()`, one
+    block of 16 steps is compiled and called for all others, from 96 steps on. Give `plan=Plan(time=16)` for a loop that
+    takes any length; training so is refused before PyTorch 2.15.
 
     Args:
         model: a module or function, for inference or training.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +26,7 @@ from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
 from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
 from unroll.graphs.effects import is_written, origins, uses
+from unroll.graphs.regions import over_regions
 from unroll.graphs.results import Handover, Results, Returned
 from unroll.graphs.writer import GraphWriter
 from unroll.modules import linears
@@ -46,6 +48,8 @@ class Lowering(Generic[AnyCall]):
     packed = False
     mask: Any = None
     """The rows that have a step, boolean `[T * B, 1]`, where not all have"""
+    block: int | None = None
+    """The steps of a block, where a compiler is to write one block for all"""
     frozen: Frozen | None = None
     """The buffers of weights that were laid out before, named from the graph's module"""
 
@@ -58,7 +62,8 @@ class Lowering(Generic[AnyCall]):
         frame = None if shape is None else self.recurrence.frame(shape)
         self.batched = frame is None or frame.batched
         self.steps = 1 if self.recurrence.is_cell else self.choose_steps(frame and frame.steps, steps)
-        self.plan = self.plan.resolve(self.situation(frame and frame.batch))
+        self.at = self.situation(frame and frame.batch)
+        self.plan = self.plan.resolve(self.at)
         self.key = (self.key, self.plan)
         if self.plan.block and not self.recurrence.is_cell:
             fix = "export or compile unroll(module, plan=...) in place of this graph, or leave time='explicit'"
@@ -71,6 +76,11 @@ class Lowering(Generic[AnyCall]):
         sizes, on = (self.steps, fixed, self.packed), device.type if device else ""
         frozen, trained = self.frozen is not None, torch.is_grad_enabled()
         return Situation(self.recurrence, *sizes, on, "graph", frozen=frozen, trained=trained)
+
+    def compile_for(self, device: str, *, in_blocks: bool) -> None:
+        """Write for Inductor's code on a device of this type, in blocks if the preset has a rule and these may be."""
+        self.writer.compile_for(device)
+        self.block = self.plan.resolve(replace(self.at, kind="compiled")).block if in_blocks else None
 
     def choose_steps(self, known: Any, asked: Any) -> int:
         """Choose the number of steps, from what is known and what was asked for."""
@@ -145,6 +155,8 @@ class Lowering(Generic[AnyCall]):
             if state is not None and self.steps > 1 and not self.packed and all(map(_are_zeros, state)):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
+            if self.block:
+                writer.loop = over_regions(writer, self.steps, self.block)
             state = self.starts(input, state)
             if self.key not in prepared:
                 prepared[self.key] = self.lay_out()
