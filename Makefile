@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 NO_TORCH := "pip knows no CPU build of PyTorch: set PIP_EXTRA_INDEX_URL to the CPU index that pytorch.org names"
 
-.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy docs test-dist matrix versions gpu bench plots format clean
+.PHONY: setup demo test test-runtimes test-torch-tensorrt test-heavy docs test-dist matrix versions gpu bench bench-rewriting plots format clean
 
 setup: .venv/ready
 
@@ -145,6 +145,10 @@ gpu:
 bench: setup
 	$(BIN)/python benchmarks/targets.py
 
+# How rewriting grows with the steps, in seconds and memory, and a picture of it: some minutes.
+bench-rewriting: setup
+	$(BIN)/python benchmarks/rewriting.py
+
 LENGTHS := benchmarks/results/blocks.json
 
 plots: setup $(LENGTHS)
@@ -152,8 +156,8 @@ plots: setup $(LENGTHS)
 
 # About ten minutes.
 $(LENGTHS):
-	$(BIN)/python -m unroll bench --kind lstm --steps 64,256,1024 --contenders eager,unrolled-compile \
-		--plan default --plan time=16 --limit 200 --rounds 6 --save $@
+	$(BIN)/python -m unroll bench --kind lstm --steps 64,256,1024 --contenders eager,unroll-compile \
+		--plan default --plan time=16 --plan inductor --limit 400 --rounds 6 --save $@
 
 format: setup
 	$(BIN)/ruff check --fix .

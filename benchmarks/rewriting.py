@@ -1,22 +1,27 @@
-"""What rewriting costs, and what the rewritten layers cost when nothing compiles them.
+"""What rewriting costs as sequences grow, and what the rewritten layers cost when nothing compiles them.
 
-    python benchmarks/rewriting.py                 # all of it, about ten minutes
-    python benchmarks/rewriting.py --steps 20 80   # only these numbers of time steps
+    python benchmarks/rewriting.py                  # all of it, some minutes
+    python benchmarks/rewriting.py --steps 250 500  # only these numbers of time steps
+    python benchmarks/rewriting.py --tiny           # to try the script itself; writes nothing
+    python benchmarks/rewriting.py --show           # the tables and the picture of what was found
 
-Writes benchmarks/results/rewriting.json: the machine, the versions, the command, and every figure.
+Writes benchmarks/results/rewriting.json, the machine, the versions, the command, and every figure, and growth.png.
+Seconds are of the processor, in one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -26,59 +31,92 @@ from unroll import export_onnx, trace, unroll
 from unroll.bench.machine import command, machine
 
 RESULTS = Path(__file__).parent / "results" / "rewriting.json"
-STOCK_UP_TO = 80  # time steps; torch's own decomposition and exporter take minutes beyond
+STEPS = [250, 500, 1000, 2000, 4000]
+STOCK_STEPS = [20, 80]  # torch's own decomposition and exporter take minutes beyond
 
 
-def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    begin = time.perf_counter()
-    result = function()
-    return time.perf_counter() - begin, result
+def lstm() -> nn.Module:
+    """Make an LSTM of three layers in both directions."""
+    return nn.Sequential(nn.LSTM(64, 128, 3, bidirectional=True)).eval()
 
 
-def rewriting(steps: int) -> dict[str, Any]:
-    """Seconds and nodes of every frontend, for a three-layer bidirectional LSTM of 128 hidden features."""
-    model = nn.Sequential(nn.LSTM(64, 128, 3, bidirectional=True)).eval()
-    x = torch.randn(steps, 4, 64)
-    row: dict[str, Any] = {"steps": steps}
+def graph(steps: int, folder: Path) -> Callable[[], Any]:
+    traced = trace(lstm())
+    return lambda: unroll(traced, steps=steps)
 
-    graph = trace(model)
-    row["graph_module"], found = seconds(lambda: unroll(graph, steps=steps))
-    row["graph_module_nodes"] = len(found.graph.nodes)
 
-    program = torch.export.export(model, (x,))
-    row["exported_program"], found = seconds(lambda: unroll(program))
-    row["exported_program_nodes"] = len(found.graph.nodes)
-    if steps <= STOCK_UP_TO:
-        row["run_decompositions"], found = seconds(program.run_decompositions)
-        row["run_decompositions_nodes"] = len(found.graph.nodes)
+def program(steps: int, folder: Path) -> Callable[[], Any]:
+    exported = torch.export.export(lstm(), (torch.randn(steps, 1, 64),))
+    return lambda: unroll(exported)
 
-    script = torch.jit.trace(model, (x,))
-    row["script_module"], _ = seconds(lambda: unroll(script, steps=steps))
 
+def script(steps: int, folder: Path) -> Callable[[], Any]:
+    traced = torch.jit.trace(lstm(), (torch.randn(steps, 1, 64),))
+    return lambda: unroll(traced, steps=steps)
+
+
+def export(steps: int, folder: Path) -> Callable[[], Any]:
+    model = lstm()
+    return lambda: export_onnx(model, torch.randn(steps, 1, 64), folder / "unrolled.onnx")
+
+
+def file(steps: int, folder: Path) -> Callable[[], Any]:
+    torch.onnx.export(lstm(), (torch.randn(steps, 1, 64),), folder / "model.onnx", dynamo=True, verbose=False)
+    return lambda: unroll(folder / "model.onnx")
+
+
+FRONTENDS: dict[str, Callable[[int, Path], Callable[[], Any]]] = {
+    "FX graph": graph,
+    "exported program": program,
+    "TorchScript": script,
+    "export_onnx with its checks": export,
+    'unroll("model.onnx")': file,
+}
+
+
+def growth(frontend: str, steps: int) -> dict[str, Any]:
+    """Seconds and memory of one frontend, for some steps after a run of a few, in this process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        FRONTENDS[frontend](4, Path(folder))()  # imports and first calls
+        work = FRONTENDS[frontend](steps, Path(folder))
+        before, began = peak(), time.process_time()
+        kept = work()
+        taken = time.process_time() - began
+        del kept
+    return {"frontend": frontend, "steps": steps, "seconds": taken, "memory": peak() - before}
+
+
+def peak() -> int:
+    """Return the most bytes that this process has held so far."""
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stock(steps: int) -> dict[str, Any]:
+    """Seconds of torch's own ways to explicit steps, beside ours."""
+    model, x = lstm(), torch.randn(steps, 1, 64)
+    exported = torch.export.export(model, (x,))
+    row: dict[str, Any] = {"steps": steps, "unroll": seconds(lambda: unroll(exported))}
+    row["run_decompositions"] = seconds(exported.run_decompositions)
+    unrolled = unroll(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        row["export_onnx"], exported = seconds(lambda: export_onnx(model, (x,), path))
-        row["export_onnx_parts"] = {part: round(value, 3) for part, value in exported.seconds.items()}
-        row["export_onnx_bytes"] = exported.size
-        row["export_onnx_nodes"] = sum(exported.operators.values())
-        row["onnxruntime_session"] = seconds(lambda: session(path))[0]
-        if steps <= min(STOCK_UP_TO, 20):
-            unrolled = unroll(model)
-            row["torch_onnx_export"], _ = seconds(
+        row["export_onnx"] = seconds(lambda: export_onnx(model, (x,), path))
+        if steps <= STOCK_STEPS[0]:
+            row["torch_onnx_export"] = seconds(
                 lambda: torch.onnx.export(unrolled, (x,), path, dynamo=True, verbose=False)
             )
     return row
 
 
-def session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def seconds(function: Callable[[], Any]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
 
 
-def eager(kind: str, steps: int, batch: int, hidden: int, runs: int = 30) -> dict[str, Any]:
+def eager(kind: str, steps: int, batch: int, hidden: int, runs: int) -> dict[str, Any]:
     """Milliseconds of the fused and the unrolled layer, run in turn, and their ratio."""
     layer = getattr(nn, kind)(hidden // 2, hidden).eval()
     forms = {"fused": layer, "unrolled": unroll(layer)}
@@ -87,9 +125,10 @@ def eager(kind: str, steps: int, batch: int, hidden: int, runs: int = 30) -> dic
     with torch.no_grad():
         for number in range(runs + 5):
             for name, form in forms.items():
-                taken, _ = seconds(lambda form=form: form(x))
+                began = time.perf_counter()
+                form(x)
                 if number >= 5:
-                    times[name].append(taken * 1e3)
+                    times[name].append((time.perf_counter() - began) * 1e3)
     row: dict[str, Any] = {"kind": kind, "steps": steps, "batch": batch, "hidden": hidden}
     for name, taken in times.items():
         row[name] = {"median_ms": statistics.median(taken), "p10_ms": statistics.quantiles(taken, n=10)[0]}
@@ -97,41 +136,62 @@ def eager(kind: str, steps: int, batch: int, hidden: int, runs: int = 30) -> dic
     return row
 
 
-def compiling(steps: int) -> dict[str, Any]:
-    """Seconds of the first call of a compiled unrolled GRU, in an empty cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        torch._dynamo.reset()
-        compiled = torch.compile(unroll(nn.GRU(64, 128).eval()), fullgraph=True)
-        with torch.no_grad():
-            taken, _ = seconds(lambda: compiled(torch.randn(steps, 4, 64)))
-    return {"steps": steps, "first_call": taken}
+def shown(rows: list[dict[str, Any]]) -> str:
+    """Return a table of seconds and added MB, a line for each number of steps."""
+    cells = {(row["steps"], row["frontend"]): f"{row['seconds']:.1f} / {row['memory'] / 1e6:,.0f}" for row in rows}
+    lines = [f"| steps | {' | '.join(FRONTENDS)} |", "|---" * (len(FRONTENDS) + 1) + "|"]
+    for steps in sorted({steps for steps, _ in cells}):
+        lines.append(f"| {steps:,} | {' | '.join(cells.get((steps, name), '') for name in FRONTENDS)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and added MB over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = (("seconds", 1, "seconds of processor"), ("memory", 1e6, "MB above the model"))
+    ticks = sorted({row["steps"] for row in rows})
+    for axes, (key, scale, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name in FRONTENDS:
+            points = sorted((row["steps"], row[key] / scale) for row in rows if row["frontend"] == name)
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=label, xticks=ticks, xticklabels=ticks)
+        axes.xaxis.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 80, 400, 1000])
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--show", action="store_true")
     given = parser.parse_args()
+    if given.show:
+        found = json.loads(RESULTS.read_text())
+        print(shown(found["growth"]))
+        draw(found["growth"], RESULTS.with_name("growth.png"))
+        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rewriting(4)  # warm-up: imports and first calls
-    found: dict[str, Any] = {"command": command(), "machine": machine(), "threads": 1}
-    found["rewriting"] = []
-    for steps in given.steps:
-        found["rewriting"].append(rewriting(steps))
-        print(json.dumps(found["rewriting"][-1]), flush=True)
-    shapes = [
-        (kind, steps, batch, hidden)
-        for kind in ("LSTM", "GRU", "RNN")
-        for steps in (8, 100)
-        for batch, hidden in ((1, 128), (16, 256))
+    found: dict[str, Any] = {"command": command(), "machine": machine(), "threads": 1, "growth": []}
+    # Each in a process of its own, so that none has the memory that another left.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for steps in [8, 16] if given.tiny else given.steps:
+            for frontend in FRONTENDS:
+                found["growth"].append(pool.apply(growth, (frontend, steps)))
+                print(found["growth"][-1], file=sys.stderr, flush=True)
+    found["stock"] = [stock(steps) for steps in ([2, 3] if given.tiny else STOCK_STEPS)]
+    shapes = [(1, 128), (16, 256)]
+    runs = 2 if given.tiny else 30
+    found["eager"] = [
+        eager(kind, steps, *shape, runs) for kind in ("LSTM", "GRU", "RNN") for steps in (8, 100) for shape in shapes
     ]
-    found["eager"] = [eager(*shape) for shape in shapes]
-    found["compiling"] = [compiling(steps) for steps in (8, 16)]
-    print(json.dumps(found["eager"] + found["compiling"]), flush=True)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(shown(found["growth"]))
+    if not given.tiny:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        draw(found["growth"], RESULTS.with_name("growth.png"))
 
 
 if __name__ == "__main__":
