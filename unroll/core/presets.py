@@ -86,8 +86,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "tensorrt": (Rule({"time": 4}, steps=(64, inf), packed=False, kind="onnx"),),
     "tensorrt_rtx": (Rule({"time": 4}, steps=(64, inf), kind="onnx"),),
     "inductor": (
-        # First call, LSTM 64 to 128, B=1, of 1024 steps 19 s in place of 178, of 64 10 s in place of 11, and calls as
-        # fast; with 32 steps in a block 20 s, with 8 24 s. In training it is 1.5 times as long.
+        # The first call takes as long for any number of steps, and each after it no longer, see docs/lengths.md; of
+        # 96 steps written out it takes as long. PyTorch before 2.15 gets gradients through the loop wrong.
         Rule({"time": 16}, steps=(96, inf), device="cpu", trained=False, kind="compiled"),
         # One kernel a step in place of two: LSTM 512 in bfloat16 3.0, with a product 5.3 (rows copied apart in both);
         # 1024 in float32 7.8 and 9.6, 128 in float32 3.4 and 3.8; GRU 128 in float32 2.7 and 3.8. Larger sizes were

@@ -57,7 +57,6 @@ def unroll_backend(
         UnrollError: for unknown options, for calls that cannot be honoured, and while `allow_rnn` is not set.
     """
     from torch._dynamo import config, lookup_backend
-    from torch._inductor import config as inductor
 
     given = dict(options or {})
     if unknown := given.keys() - BACKEND_OPTIONS:
@@ -70,11 +69,10 @@ def unroll_backend(
     with limited(given.get("limit")):
         found = [(part, find_calls(part, where, plan, tensor_metadata(part), FIXED)) for part in parts]
     device = "cuda" if _on_cuda(inputs) else "cpu"
-    in_blocks = not (given.get("options") or {}).get("cpp_wrapper", inductor.cpp_wrapper)  # whose code calls no graph
     with without_gc():
         for part, calls in found:
             for call in calls:
-                call.compile_for(device, in_blocks=in_blocks and part is graph)
+                call.compile_for(device, in_blocks=part is graph)
             rewrite(part.graph, calls, asserts=False)  # Dynamo guards every shape
             recompile_late(part)
     following: Any = lookup_backend(given.get("backend", "inductor"))
@@ -121,7 +119,7 @@ def compile(
     there are none.
 
     The first call takes the longer the more steps are written. For inference on a CPU, under `torch.no_grad()`, one
-    block of 16 steps is compiled and called for all others, from 96 steps on. Give `plan=Plan(time=16)` for a loop that
+    block of 16 steps is compiled, in a loop, from 96 steps on. Give `plan=Plan(time=16)` for a loop that
     takes any length; training so is refused before PyTorch 2.15.
 
     Args:

@@ -24,9 +24,9 @@ from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
 from unroll.core.values import Value
+from unroll.graphs.blocks import over_blocks
 from unroll.graphs.calls import ZEROS, Call, FunctionCall, Metadata, ModuleCall
 from unroll.graphs.effects import is_written, origins, uses
-from unroll.graphs.regions import over_regions
 from unroll.graphs.results import Handover, Results, Returned
 from unroll.graphs.writer import GraphWriter
 from unroll.modules import linears
@@ -156,7 +156,7 @@ class Lowering(Generic[AnyCall]):
                 writer.made[:0] = state  # dead, unless somebody else reads them
                 state = None
             if self.block:
-                writer.loop = over_regions(writer, self.steps, self.block)
+                writer.loop = over_blocks(writer, self.steps, self.block, batch_is_open=self.at.batch is None)
             state = self.starts(input, state)
             if self.key not in prepared:
                 prepared[self.key] = self.lay_out()

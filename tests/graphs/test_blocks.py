@@ -1,4 +1,4 @@
-"""Long sequences in compiled models: one block of steps is compiled, and called for all."""
+"""Long sequences in compiled models: one block of steps is compiled, in a loop."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ OPTIONS = [
 class Counting:
     """A backend that keeps what it is given, and runs it eagerly."""
 
-    def __call__(self, graph, inputs, options=None):
+    def __call__(self, graph, inputs):
         self.graph = graph
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def calls(self):
-        called = [n for n in self.graph.graph.nodes if n.target is torch.ops.higher_order.invoke_subgraph]
-        return len(called), len({n.args[1] for n in called})
+        called = [n for n in self.graph.graph.nodes if n.target is torch.ops.higher_order.scan]
+        return len(called), len({n.args[0] for n in called})
 
 
 def layer(kind, **options):
@@ -49,8 +49,8 @@ def test_results(kind, options, backend):
     x = torch.randn(2, STEPS, 3) if model.batch_first else torch.randn(STEPS, 2, 3)
     assert_same(library.compile(model, plan="inductor", backend=backend)(x.double()), model(x.double()))
     passes = model.num_layers * (1 + model.bidirectional)
-    # six blocks of 16, and seven steps before them, for each pass; a graph for each
-    assert backend.calls() == (6 * passes, passes)
+    # six blocks of 16, and seven steps before them, for each pass
+    assert backend.calls() == (passes, passes)
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def test_states_and_projection(backend):
     model, x = layer("LSTM", proj_size=4, bidirectional=True), torch.randn(STEPS, 2, 3).double()
     state = torch.randn(2, 2, 4).double(), torch.randn(2, 2, 5).double()
     assert_same(library.compile(model, plan="inductor", backend=backend)(x, state), model(x, state))
-    assert backend.calls() == (12, 2)
+    assert backend.calls() == (2, 2)
 
 
 @torch.no_grad()
@@ -69,13 +69,20 @@ def test_steps_that_fill_no_block(steps, backend):
 
 
 @torch.no_grad()
-def test_an_open_batch(backend):
-    model = layer("GRU", num_layers=2)
-    compiled = library.compile(model, plan="inductor", backend=backend, dynamic=True)
-    for batch in (2, 3, 7):
+def test_without_a_batch(backend):
+    model, x = layer("LSTM"), torch.randn(STEPS, 3).double()
+    assert_same(library.compile(model, plan="inductor", backend=backend)(x), model(x))
+    assert backend.calls() == (1, 1)
+
+
+@torch.no_grad()
+def test_an_open_batch_in_inductor():
+    torch.compiler.reset()
+    model = layer("RNN")
+    compiled = library.compile(model)
+    for batch in (2, 3):
         x = torch.randn(STEPS, batch, 3).double()
         assert_same(compiled(x), model(x))
-    assert backend.calls() == (12, 2)
 
 
 @torch.no_grad()
@@ -112,15 +119,6 @@ def test_not_for_gradients_nor_for_other_plans(plan, backend):
     with torch.no_grad():
         assert_same(compiled(x), model(x))
     assert bool(backend.calls()[0]) is (plan == "inductor")
-
-
-@torch.no_grad()
-def test_not_for_code_that_calls_no_graph(backend):
-    """Inductor's in C++, by `cpp_wrapper`: there blocks are not implemented."""
-    model, x = layer("GRU"), torch.randn(STEPS, 2, 3).double()
-    compiled = library.compile(model, plan="inductor", backend=backend, options={"cpp_wrapper": True})
-    assert_same(compiled(x), model(x))
-    assert backend.calls() == (0, 0)
 
 
 @torch.no_grad()
