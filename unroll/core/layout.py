@@ -30,8 +30,9 @@ class Layout(NamedTuple):
         """Return the same, its products as the target wants them."""
         if not target.fuses:
             return self
-        passes, stacks = ([p._replace(fuses=True) for p in several] for several in (self.passes, self.stacks))
-        return Layout(passes, stacks, self.widths)
+        passes, stacks = ([p.for_one_kernel() for p in several] for several in (self.passes, self.stacks))
+        merged = len(passes[0].inputs) < len(self.widths)
+        return Layout(passes, stacks, (sum(self.widths),) if merged else self.widths)
 
 
 def lay_out(
@@ -68,6 +69,10 @@ def lay_out(
                 if m.bias is not None:
                     target(m.bias, f"bias_{kind}")
         passes.append(prepared)
+    widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.layout))
+    # before they are stacked, so that the weights of a stack can lie in one piece
+    laid = Layout(passes, [], widths).written_for(target)
+    passes = laid.passes
     # a stack has no `inputs` where these go over all steps at once, before the steps of the stack
     stacks = []
     if plan.directions == "stacked" and recurrence.bidirectional:
@@ -77,8 +82,7 @@ def lay_out(
     elif plan.layers == "wavefront" and not recurrence.bidirectional and recurrence.num_layers > 1:
         target.enter("stacked")
         stacks.append(stack_layers(passes))
-    widths = tuple(len(g) * recurrence.hidden_size for g in recurrence.cell.input_products(plan.layout))
-    return Layout(passes, stacks, widths)
+    return laid._replace(stacks=stacks)
 
 
 def precision_of(dtype: torch.dtype | None) -> Precision | None:

@@ -107,6 +107,13 @@ class StepWeights(NamedTuple):
     fuses: bool = False
     """True if what a product is added to is left to the kernel that comes after it; see `Target.fuses`"""
 
+    def for_one_kernel(self) -> StepWeights:
+        """Return the same for steps whose gates are one kernel, which cuts what is read for nothing.
+
+        What is added to a product is left to it, and there is one product with `x` where there is one with `h`.
+        """
+        return self._replace(inputs=_side_by_side(self.inputs) if len(self.hidden) == 1 else self.inputs, fuses=True)
+
     def activations(
         self, *standard: Callable[[Tensorlike], Tensorlike]
     ) -> tuple[Callable[[Tensorlike], Tensorlike], ...]:
@@ -143,6 +150,15 @@ class StepWeights(NamedTuple):
     def narrow(self, value: Tensorlike) -> Tensorlike:
         """Convert a result of gates, for products to work on."""
         return value if self.precision is None else value.to(self.precision.products)
+
+
+def _side_by_side(maps: tuple[Affine, ...]) -> tuple[Affine, ...]:
+    """Return one map in the place of several, of all their outputs; all of them have a bias, or none has."""
+    if len(maps) < 2 or maps[0].form != "matrix":
+        return maps
+    biases = [m.bias for m in maps if m.bias is not None]
+    bias = torch.cat(biases, -1) if biases else None
+    return (maps[0]._replace(weight=torch.cat([m.weight for m in maps], -1), bias=bias),)
 
 
 def stack(passes: Sequence[StepWeights]) -> StepWeights:

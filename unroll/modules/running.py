@@ -104,7 +104,7 @@ def run_rows(
     recording = recorder(layer, split_rows, written=is_written)
     result = schedule.run(
         recurrence,
-        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, None if sizes else batch),
+        lay_out_weights(layer, plan, cast, None if promoting else rows.dtype, None if sizes else batch, target),
         rows,
         state,
         steps=steps,
@@ -148,7 +148,12 @@ def _recomputed(layer: Layer, given: list[Tensor]) -> int | None:
 
 
 def lay_out_weights(
-    layer: Layer, plan: Plan, cast: torch.dtype | None, dtype: torch.dtype | None, batch: Any = None
+    layer: Layer,
+    plan: Plan,
+    cast: torch.dtype | None,
+    dtype: torch.dtype | None,
+    batch: Any,
+    target: Target,
 ) -> Layout:
     """Lay out the weights as the steps want them, for rows of `dtype`, after autocast has made them `cast`.
 
@@ -160,7 +165,7 @@ def lay_out_weights(
         return linears.lay_out_modules(layer, dtype, batch)
     recurrence, weights = layer.recurrence, layer.flat_weights
     cast_weights = [weight.to(cast) for weight in weights] if cast else weights
-    return lay_out(recurrence, recurrence.weights(cast_weights), plan, dtype)
+    return lay_out(recurrence, recurrence.weights(cast_weights), plan, dtype, target)
 
 
 def run_packed(layer: Layer, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
