@@ -230,22 +230,40 @@ def test_stacks_for_a_gpu_are_layer_after_layer(case, steps, given, masked):
     state = tuple(torch.randn_like(s) for s in state) if state and given else state
     lengths = torch.tensor([steps, (steps + 1) // 2, 1])
     mask = (torch.arange(steps)[:, None] < lengths).reshape(-1, 1) if masked else None
-    results = []
-    for plan, target in (
-        (Plan(), Target()),
-        (Plan(directions="stacked", layers="wavefront"), Target().compile_for("cuda")),
-    ):
+    results, on_gpu, stacks = [], Target().compile_for("cuda"), Plan(directions="stacked", layers="wavefront")
+    # frozen weights are laid out for no target, and others for theirs
+    for plan, laid_for, target in ((Plan(), Target(), Target()), (stacks, Target(), on_gpu), (stacks, on_gpu, on_gpu)):
         torch.manual_seed(1)
-        layout, dropout = lay_out(recurrence, weights, plan), torch.nn.Dropout(0.5)
+        layout, dropout = lay_out(recurrence, weights, plan, target=laid_for), torch.nn.Dropout(0.5)
         results.append(
             schedule.run(recurrence, layout, rows, state, steps=steps, mask=mask, dropout=dropout, target=target)
         )
-    apart, together = results
-    assert_same(together.finals, apart.finals)
-    assert_same(schedule.joined_states(recurrence, together), schedule.joined_states(recurrence, apart))
-    put_out, expected = (schedule.joined_rows(result.outputs) for result in (together, apart))
-    # of rows that have no step nobody reads the output
-    assert_same(put_out if mask is None else torch.where(mask, put_out, expected), expected)
+    apart = results[0]
+    expected = schedule.joined_rows(apart.outputs)
+    for together in results[1:]:
+        assert_same(together.finals, apart.finals)
+        assert_same(schedule.joined_states(recurrence, together), schedule.joined_states(recurrence, apart))
+        put_out = schedule.joined_rows(together.outputs)
+        # of rows that have no step nobody reads the output
+        assert_same(put_out if mask is None else torch.where(mask, put_out, expected), expected)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("case", [
+    Case("LSTM", steps=9), Case("LSTM", bias=False), Case("GRU", steps=9), Case("GRU", bias=False),
+    Case("RNN", bias=False),
+], ids=str)  # fmt: skip
+def test_steps_for_a_gpu_are_those_of_others(case, plan):
+    layer = case.layer(torch.float64)
+    recurrence = recurrence_of(case, layer)
+    weights, rows = recurrence.weights(list(layer.parameters())), torch.randn(3 * case.steps, recurrence.input_size)
+    results = []
+    for target in (Target(), Target().compile_for("cuda")):
+        layout = lay_out(recurrence, weights, plan, target=target)
+        results.append(schedule.run(recurrence, layout, rows.double(), None, steps=case.steps, target=target))
+    (expected, finals), (put_out, others) = ((schedule.joined_rows(r.outputs), r.finals) for r in results)
+    assert_same(put_out, expected)
+    assert_same(others, finals)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -214,10 +214,11 @@ def _gru(x: tuple[Tensorlike, ...], state: State, weights: StepWeights, label: L
     sigmoid, tanh = weights.activations(torch.sigmoid, torch.tanh)
     *x_sigmoid, x_new = torch.split(x[0], [2 * size, size], -1) if len(x) == 1 else x
     *hidden, last = weights.hidden
-    h_new = weights.project(last, h)  # reset scales this product, its bias included
+    factor = weights.factor(h)
+    h_new = weights.project(last, factor)  # reset scales this product, its bias included
     h_new = h_new if h_new is None else weights.widen(h_new)
     if hidden:
-        pre = [weights.onto(xi, w, h) for xi, w in zip(x_sigmoid, hidden, strict=True)]
+        pre = [weights.onto(xi, w, factor) for xi, w in zip(x_sigmoid, hidden, strict=True)]
     else:
         pre = [weights.widen(xi) for xi in x_sigmoid]
     # merged: the product with h is one of all gates, [B, 3 * H]

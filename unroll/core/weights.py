@@ -107,12 +107,17 @@ class StepWeights(NamedTuple):
     fuses: bool = False
     """True if what a product is added to is left to the kernel that comes after it; see `Target.fuses`"""
 
-    def for_one_kernel(self) -> StepWeights:
-        """Return the same for steps whose gates are one kernel, which cuts what is read for nothing.
+    apart: bool = False
+    """True if products read a copy of an `h` that gates read too; see `factor`"""
 
-        What is added to a product is left to it, and there is one product with `x` where there is one with `h`.
+    def for_one_kernel(self) -> StepWeights:
+        """Return the same for steps whose gates are one kernel of Inductor's on a GPU; see `Target.fuses`.
+
+        What such a kernel reads it cuts for nothing: there is one product with `x` where there is one with `h`.
         """
-        return self._replace(inputs=_side_by_side(self.inputs) if len(self.hidden) == 1 else self.inputs, fuses=True)
+        inputs = _side_by_side(self.inputs) if len(self.hidden) == 1 else self.inputs
+        into_mm = any(m.bias is None and m.form != "sums" and not m.stacked for m in self.hidden)
+        return self._replace(inputs=inputs, fuses=True, apart=into_mm)
 
     def activations(
         self, *standard: Callable[[Tensorlike], Tensorlike]
@@ -142,6 +147,15 @@ class StepWeights(NamedTuple):
         if self.fuses and product.stacked and product.bias is not None and x is not None:
             return torch.add(product.times(x), product.bias)
         return product(x)
+
+    def factor(self, h: Tensorlike | None) -> Tensorlike | None:
+        """Return what products read in the place of an `h` that gates read too.
+
+        Inductor has what its `mm` reads in memory of its own, and copies it to the outputs: in the kernel of that step
+        or, where it is near, of the next one, which reads `h` too, so that both kinds are compiled. Of a copy for `mm`
+        alone the kernel is that of the step, and `h` lies in the outputs. `-(-h)` is a copy that no pass leaves out.
+        """
+        return torch.neg(torch.neg(h)) if self.apart and h is not None else h
 
     def widen(self, value: Tensorlike) -> Tensorlike:
         """Convert a result of products, for the gates to work on."""
