@@ -51,23 +51,41 @@ FUSED = {"mm": 1, "triton": 1}
 """A product, and one kernel that adds what it is added to and does all the rest"""
 ONE = {"triton": 1}
 
+ONTO_BIAS = {"addmm": 1, "triton": 1}
+"""The addend of a GRU's product is its bias, which cuBLAS adds in the product's own launch"""
+BATCHED = {"bmm": 1, "triton": 1}
+"""A product of all that are stacked; of a wavefront one more, with the input of the layers above"""
+WAVE = BATCHED | {"bmm": 2}
+
+STACKED: dict[str, Any] = {"bidirectional": True, "plan": "directions=stacked"}
+LAYERS: dict[str, Any] = {"num_layers": 3, "plan": "layers=wavefront"}
+ALONE: dict[str, Any] = {"batch": 1, "plan": "inductor"}
+
 FORMS: dict[str, tuple[dict[str, Any], dict[str, float], int, int]] = {
     "LSTM": ({"kind": "LSTM"}, FUSED, 11, 13),
-    # the addend of a GRU's product is its bias, which cuBLAS adds in the product's own launch
-    "GRU": ({"kind": "GRU"}, {"addmm": 1, "triton": 1}, 12, 13),
+    "GRU": ({"kind": "GRU"}, ONTO_BIAS, 12, 13),
     "RNN": ({"kind": "RNN"}, FUSED, 10, 11),
-    "one, LSTM": ({"kind": "LSTM", "batch": 1, "plan": "inductor"}, ONE, 8, 13),
-    "one, GRU": ({"kind": "GRU", "batch": 1, "plan": "inductor"}, ONE, 8, 13),
-    "one, RNN": ({"kind": "RNN", "batch": 1, "plan": "inductor"}, ONE, 9, 12),
+    "LSTM without biases": ({"kind": "LSTM", "bias": False}, FUSED, 10, 12),
+    "GRU without biases": ({"kind": "GRU", "bias": False}, FUSED, 10, 14),
+    "RNN without biases": ({"kind": "RNN", "bias": False}, FUSED, 9, 10),
+    "one, LSTM": ({"kind": "LSTM", **ALONE}, ONE, 8, 13),
+    "one, GRU": ({"kind": "GRU", **ALONE}, ONE, 8, 13),
+    "one, RNN": ({"kind": "RNN", **ALONE}, ONE, 9, 12),
     # steps with a mask: rows that have no step keep their state
     "packed LSTM": ({"kind": "LSTM", "packed": True}, FUSED, 14, 15),
-    "packed GRU": ({"kind": "GRU", "packed": True}, {"addmm": 1, "triton": 1}, 16, 16),
+    "packed GRU": ({"kind": "GRU", "packed": True}, ONTO_BIAS, 16, 16),
     "packed RNN": ({"kind": "RNN", "packed": True}, FUSED, 13, 14),
-    "stacked": ({"kind": "LSTM", "bidirectional": True, "plan": "directions=stacked"}, {"bmm": 1, "triton": 1}, 12, 16),
-    "wavefront": ({"kind": "LSTM", "num_layers": 3, "plan": "layers=wavefront"}, {"bmm": 2, "triton": 1}, 15, 16),
-    "linear": ({"kind": "LSTM", "plan": "quantize"}, {"addmm": 1, "triton": 1}, 9, 11),
-    "paired": ({"kind": "LSTM", "plan": "onnxruntime"}, {"mm": 2, "triton": 1}, 12, 14),
-    "split": ({"kind": "LSTM", "plan": "npu"}, {"mm": 4, "triton": 1}, 10, 12),
+    "stacked LSTM": ({"kind": "LSTM", **STACKED}, BATCHED, 12, 16),
+    "stacked GRU": ({"kind": "GRU", **STACKED}, BATCHED, 13, 16),
+    "stacked RNN": ({"kind": "RNN", **STACKED}, BATCHED, 11, 14),
+    "wavefront LSTM": ({"kind": "LSTM", **LAYERS}, WAVE, 15, 16),
+    "wavefront GRU": ({"kind": "GRU", **LAYERS}, WAVE, 16, 16),
+    "wavefront RNN": ({"kind": "RNN", **LAYERS}, WAVE, 13, 13),
+    "linear LSTM": ({"kind": "LSTM", "plan": "quantize"}, {"addmm": 1, "triton": 1}, 9, 11),
+    "paired LSTM": ({"kind": "LSTM", "plan": "onnxruntime"}, {"mm": 2, "triton": 1}, 12, 14),
+    "paired GRU": ({"kind": "GRU", "plan": "onnxruntime"}, {"mm": 1, "addmm": 1, "triton": 1}, 10, 14),
+    "split LSTM": ({"kind": "LSTM", "plan": "npu"}, {"mm": 4, "triton": 1}, 10, 12),
+    "split GRU": ({"kind": "GRU", "plan": "npu"}, {"mm": 2, "addmm": 1, "triton": 1}, 9, 13),
 }
 """For each form what is asked for, the launches of a step, and the kernels that differ: at 8 steps, and at more"""
 
