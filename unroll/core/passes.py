@@ -30,8 +30,8 @@ class Run(NamedTuple):
 
     def step(self, scope: str, weights: StepWeights, masks: Any) -> Step:
         """Return the step of one pass, or of several stacked, with a mask for each number of a step or None."""
-        if masks is not None:
-            weights = weights._replace(apart=False)  # what is put out is a copy already, see `shown`
+        if weights.apart and (masks is not None or self.steps == 1):
+            weights = weights._replace(apart=False)  # what is put out is a copy already, see `shown`, or not read again
 
         def step(t: Any, x: tuple[Tensorlike, ...], state: State) -> State:
             self.target.enter(f"{scope}.t{t}")
