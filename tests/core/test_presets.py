@@ -246,13 +246,17 @@ def test_files_in_blocks_from_a_number_of_steps_on(steps, loops, tmp_path):
     assert done.operators["Scan"] == loops
 
 
-def test_packed_rows_run_in_blocks_only_where_the_library_takes_them(tmp_path):
+@pytest.mark.parametrize("plan", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("open_length", [False, True])
+def test_packed_rows_run_in_loops_that_the_library_takes(plan, open_length, tmp_path):
+    """Its Scan has no booleans, which rows without a step are marked by."""
     pytest.importorskip("onnx")
-    case = Case("RNN", form="packed", steps=64)
-    for plan, loops in (("tensorrt", 0), ("tensorrt_rtx", 1)):
-        done = unroll.export_onnx(case.model().eval(), case.tensors(), tmp_path / "m.onnx", plan=plan)
-        assert done.operators["Scan"] == loops
-        assert unroll.check(tmp_path / "m.onnx", target=plan).ok
+    case = Case("LSTM", form="packed", steps=7 if open_length else 64)
+    shapes = {"input": {0: "time"}, "rest": (None,)} if open_length else None
+    model, args = case.model().eval(), case.tensors()
+    done = unroll.export_onnx(model, args, tmp_path / "m.onnx", plan=plan, dynamic_shapes=shapes)
+    assert done.operators["Scan"] == 1
+    assert unroll.check(tmp_path / "m.onnx", target=plan).check()
 
 
 def test_frozen_layers_keep_their_preset(tmp_path):

@@ -81,10 +81,11 @@ ON_GPU = {"device": "cuda", "trained": False, "packed": False}
 # Figures of benchmarks/results/tensorrt.json, see docs/tensorrt.md: TensorRT for RTX builds an engine of explicit steps
 # in a time that grows faster than their number, and each step makes it larger; of blocks of four in a loop neither
 # depends on the number of steps. They are of files, and converters of other kinds of model have no loop.
+IN_BLOCKS = Rule({"time": 4}, steps=(64, inf), kind="onnx")
+
 RULES: dict[str, tuple[Rule, ...]] = {
-    # The data-center library, of which no engine was built: its table has no loop over packed rows.
-    "tensorrt": (Rule({"time": 4}, steps=(64, inf), packed=False, kind="onnx"),),
-    "tensorrt_rtx": (Rule({"time": 4}, steps=(64, inf), kind="onnx"),),
+    "tensorrt": (IN_BLOCKS,),
+    "tensorrt_rtx": (IN_BLOCKS,),
     "inductor": (
         # The first call takes as long for any number of steps, and each after it no longer, see docs/lengths.md; of
         # 96 steps written out it takes as long. PyTorch before 2.15 gets gradients through the loop wrong.

@@ -53,8 +53,8 @@ def over_blocks(
     def loop(step: Callable, xs: tuple[Any, ...], state: State, *, reverse: bool) -> tuple[Any, State]:
         here = writer.scope
         rows, sizes = list(xs), list(widths)
-        if mask is not None:
-            rows, sizes = [*rows, mask], [*sizes, 1]
+        if mask is not None:  # as numbers: TensorRT has no Scan of booleans
+            rows, sizes = [*rows, mask.to(rows[0].dtype)], [*sizes, 1]
         blocks = _Blocks.of(writer, lead, block, reverse)
         if filling:
             rows = [blocks.filled(x, size) for x, size in zip(rows, sizes, strict=True)]
@@ -122,6 +122,8 @@ class _Scan:
         before = tuple(self._input(f"before.{name}", start) for name, start in zip(self.states, starts, strict=True))
         read = [self.read(f"x.{k}", entry) for k, entry in enumerate(reads)]
         block, count = self.block, len(reads) - masked
+        if masked:
+            read[-1] = body(read[-1].to(torch.bool), "mask")
         # pieces[k][t]: the rows `[B, width]` that step t reads of sequence k; left[t]: the states after step t.
         pieces = [[body(x, f"t{t}.x") for t, x in enumerate(torch.chunk(x, block))] if block > 1 else [x] for x in read]
         left: list[State] = [()] * block
