@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
 
 from tests.cases import CHOSEN, DROPOUT, PLANS, Case, flat, replace
-from unroll import Plan, UnrollError, compare, decompositions, unroll
+from unroll import Plan, UnrollError, compare, decompositions, streaming, unroll
 from unroll.core.recurrence import CELL_MODES, read_call, read_cell, read_layer
 from unroll.graphs.calls import form_of
 from unroll.graphs.functions import bind
@@ -347,3 +347,24 @@ def test_products_are_found_by_their_source(strict):
         products = each.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
         assert len(products) == 2 * (1 + 3)  # step 0 has no state
         assert [part.output_nodes for part in parts] == [[node] for node in products]
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x, y, mask=None):
+        return self.rnn(x)[0] - self.rnn(y)[0]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_that_reads_one_argument_in_place_of_another(strict):
+    """`torch.export` gives all users of a tensor that is given twice to one of the arguments."""
+    x, y = torch.randn(2, 5, 2, 3).unbind()
+    for take in (unroll, streaming):
+        with pytest.raises(UnrollError, match=r"^x: was exported with the tensor of another argument.* of its own for"):
+            take(export(Pair(), (x, x), strict=strict))
+    unread = torch.zeros(2)
+    for args in ((x, y), (x, x.clone(), unread), (x, y, unread)):
+        assert unroll(export(Pair(), args, strict=strict)).example_inputs

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,6 +26,7 @@ from unroll.core.options import Rules, Where
 from unroll.export.inputs import FAILS, in_order, tensor_leaves
 from unroll.export.nodes import CallsAsNodes, call_node, layer_node, packed_node, refuse_packed
 from unroll.graphs.functions import FUNCTIONS
+from unroll.graphs.programs import refuse_merged
 from unroll.modules.flat_weights import reaches_lists
 from unroll.modules.layers import STAND_IN
 from unroll.modules.replace import replace
@@ -97,7 +97,7 @@ def _captured(
     if isinstance(model, ExportedProgram):
         given = {"args": args, "kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "where": where, "rules": rules}
         _refuse(given, "was given for an ExportedProgram, which has its own")
-        _refuse_twice(model)
+        refuse_merged(model)
         return model.run_decompositions(
             {op: partial(call_node, op) for op in FUNCTIONS if isinstance(op, torch._ops.OpOverload)}
         )
@@ -235,21 +235,6 @@ def _left_out(model: nn.Module) -> list[Problem]:
         for name, module in model.named_modules()
         if isinstance(module, nn.LSTM) and module.proj_size
     ]
-
-
-def _refuse_twice(program: ExportedProgram) -> None:
-    """Refuse a program whose example has one tensor for several arguments, of which it reads one in place of others."""
-    examples = pytree.tree_leaves(program.example_inputs or ((), {}))
-    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    times = Counter(id(example) for example in examples if isinstance(example, torch.Tensor))
-    finding = "was exported with the tensor of another argument, which torch.export read in its place"
-    fix = "export the program with a tensor of its own for each argument"
-    problems = Problems(
-        Problem(str(name), finding, fix)
-        for name, example in zip(program.graph_signature.user_inputs, examples)
-        if times[id(example)] > 1 and not nodes[str(name)].users
-    )
-    problems.check()
 
 
 def _refuse(given: dict[str, Any], finding: str) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram, ModuleCallEntry
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from unroll.core import schedule
 from unroll.core.arguments import as_result, as_states
-from unroll.core.errors import Problem, UnrollError
+from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.layout import lay_out
 from unroll.core.limits import check_written
 from unroll.core.options import TOLD, Where, unknown_names
@@ -36,6 +37,7 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
     Parameters, buffers and constants are those of the original; their names, the dynamic shapes and the
     signature stay.
     """
+    refuse_merged(program)
     signature = copy.deepcopy(program.graph_signature)
     entries = [copied_entry(entry) for entry in program.module_call_graph]
     # made before it is rewritten, as making it writes the graph's code
@@ -65,6 +67,21 @@ def unroll_program(program: ExportedProgram, *, where: Where, plan: Plan) -> Exp
                         entry.signature.replace_all_uses_with(old, new)
         made.validate()
     return made
+
+
+def refuse_merged(program: ExportedProgram) -> None:
+    """Refuse a program whose example has one tensor for several arguments, of which it reads some in place of others.
+
+    Raises:
+        UnrollError: naming each argument that is not read any more.
+    """
+    examples = pytree.tree_leaves(program.example_inputs or ((), {}))
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    given = [(nodes[str(name)], x) for name, x in zip(program.graph_signature.user_inputs, examples)]
+    read = {id(x) for node, x in given if node.users and isinstance(x, torch.Tensor)}
+    finding = "was exported with the tensor of another argument, which torch.export read in its place"
+    fix = "export the program with a tensor of its own for each argument"
+    Problems(Problem(str(node.name), finding, fix) for node, x in given if id(x) in read and not node.users).check()
 
 
 def rebuilt(

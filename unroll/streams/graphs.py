@@ -22,7 +22,7 @@ from unroll.core.errors import Problem, Problems, UnrollError
 from unroll.core.options import Where
 from unroll.graphs.calls import FunctionCall, Metadata, tensor_metadata
 from unroll.graphs.code import recompile_late
-from unroll.graphs.programs import copied_entry, copied_graph, rebuilt
+from unroll.graphs.programs import copied_entry, copied_graph, rebuilt, refuse_merged
 from unroll.streams.chains import Chain, find_chains
 from unroll.streams.states import ARGUMENT, State, call_name, fixed_rows, without_rows, zero_states
 
@@ -74,6 +74,7 @@ def stream_program(program: ExportedProgram, where: Where) -> tuple[ExportedProg
     Returns:
         The copy, and the chains of its calls.
     """
+    refuse_merged(program)
     module = copied_graph(program.graph_module)
     graph, known = module.graph, tensor_metadata(module)
     chains = find_chains(module, where, known)
