@@ -126,13 +126,14 @@ def test_help(run):
     for word in ("onnx", "export", "inspect", "Exit codes: 0 done"):
         assert word in out
     for command, words in {
-        "onnx": ("--where", "--steps", "--plan", "--json", "Scan"),
-        "export": ("package.module:name", "--no-check", "--opset"),
-        "inspect": ("what unrolling makes of each", "--json"),
+        "onnx": ("SOURCE  An ONNX file.", "TARGET  Where", "--where", "--steps", "--plan", "--json", "Scan"),
+        "export": ("FACTORY  package.module:name", "TARGET   The", "--no-check", "--opset"),
+        "inspect": ("MODEL  An ONNX file", "what unrolling makes of each", "--json"),
+        "bench": ("FACTORY  package.module:name", "--contenders FORMS"),
     }.items():
         code, out, _ = run(command, "--help")
         assert code == 0
-        assert all(word in out for word in words), out
+        assert all(word in out for word in words) and "<" not in out, out
 
 
 def test_onnx(run, source):

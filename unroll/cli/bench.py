@@ -36,7 +36,7 @@ def _default(name: str) -> str:
 
 def bench_command(
     context: typer.Context,
-    subject: Annotated[list[str] | None, typer.Argument(help=FACTORY)] = None,
+    subject: Annotated[list[str] | None, typer.Argument(metavar="FACTORY", help=FACTORY)] = None,
     kind: Annotated[str | None, typer.Option(metavar="KIND", help="lstm, gru or rnn. [default: lstm]")] = None,
     input_size: Annotated[int | None, typer.Option(metavar="N", help=_default("input_size"))] = None,
     hidden_size: Annotated[

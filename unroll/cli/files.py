@@ -19,8 +19,10 @@ Capture = Literal["export", "trace", "auto"]
 
 
 def onnx_command(
-    source: Annotated[Path, typer.Argument(help="An ONNX file.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="Where the unrolled model goes.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An ONNX file.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="Where the unrolled model goes.", show_default=False)
+    ],
     where: Where = None,
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",
@@ -63,8 +65,8 @@ def onnx_command(
 
 
 def export_command(
-    factory: Annotated[str, typer.Argument(help=FACTORY, show_default=False)],
-    target: Annotated[Path, typer.Argument(help="The ONNX file to write.", show_default=False)],
+    factory: Annotated[str, typer.Argument(metavar="FACTORY", help=FACTORY, show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The ONNX file to write.", show_default=False)],
     where: Where = None,
     plan: PlanOption = "onnxruntime",
     dynamic: DynamicOption = None,

@@ -39,7 +39,7 @@ UNROLLING = ("where", "plan", "dynamic")
 
 def inspect_command(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help=f"An ONNX file, or {FACTORY}", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"An ONNX file, or {FACTORY}", show_default=False)],
     where: Where = None,
     steps: StepsOption = None,
     plan: PlanOption = "onnxruntime",

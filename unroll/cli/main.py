@@ -37,7 +37,10 @@ class Commands(TyperGroup):
             alone = typer.Typer(add_completion=False, rich_markup_mode=None)
             function = with_verbosity(getattr(import_module(module), f"{name}_command"))
             alone.command(name, short_help=help)(function)
-            self.commands[name] = typer.main.get_command(alone)
+            command = self.commands[name] = typer.main.get_command(alone)
+            for argument in command.params:
+                if argument.param_type_name == "argument":  # its name and help tell more than a `<str>` between them
+                    vars(argument)["display_type_rich"] = lambda ctx: ""
         return super().resolve_command(ctx, args)
 
 
