@@ -718,6 +718,27 @@ def test_results_of_a_layer_are_called_as_in_its_documentation(layer, names, tmp
     assert list(exported.differences) == names
 
 
+class Twice(nn.Module):
+    """Returns a dictionary, of a layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        output, h = self.rnn(x)
+        return {"tags": self.out(self.rnn(output)[0]), "last": h}
+
+
+def test_results_are_called_as_in_the_files_of_torchs_exporter(tmp_path):
+    model, x, path = Twice().eval(), torch.randn(4, 2, 3), tmp_path / "model.onnx"
+    names = []
+    for options in ({"where": []}, {}, {"output_names": ["tags", "last"]}):
+        export_onnx(model, x, path, **options)
+        names.append([value.name for value in onnx.load(path).graph.output])
+    assert names == [["linear", "getitem_1"], ["linear", "getitem_1"], ["tags", "last"]]
+
+
 def test_weights_that_are_not_there(tmp_path):
     with torch.device("meta"):
         model = nn.Sequential(nn.GRU(3, 5)).eval()

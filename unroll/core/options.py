@@ -58,7 +58,7 @@ def unknown_names(where: Where, names: Sequence[str], what: str = "layer", argum
     """Return a problem for each pattern in an argument that picks none of these names."""
     if where is None or callable(where):
         return Problems()
-    known = ", ".join(names) or "none"
+    known = ", ".join(dict.fromkeys(names)) or "none"  # a layer may be called several times
     return Problems(
         Problem(f"{argument}={pattern!r}", f"names no recurrent {what}", f"the recurrent {what}s are: {known}")
         for pattern in ([where] if isinstance(where, str) else where)

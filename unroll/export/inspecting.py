@@ -48,7 +48,8 @@ def inspect(
         limit: the most steps of a layer that are written out, as for `unroll`.
 
     Returns:
-        The layers, one for each call of a cell (`cell`, `cell_2`), and the problems; `print(found)` shows a table.
+        The layers, one for each call (`lstm`, `lstm_2`, where `where="lstm"` picks both), and the problems;
+        `print(found)` shows a table.
 
     Raises:
         UnrollError: for what is no such model, cannot be read, or an argument that means nothing for it.
