@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -24,6 +24,9 @@ from unroll.extras import require
 from unroll.modules.find import is_recurrent
 from unroll.modules.layers import Unrolled
 from unroll.reports import Report
+
+if TYPE_CHECKING:
+    from unroll.export.routes import Found
 
 KINDS = "an nn.Module, a GraphModule or an ExportedProgram; unroll() takes ONNX models"
 
@@ -129,7 +132,9 @@ def export_onnx(
         UnrollError: for everything that cannot be honoured, and if a check fails.
 
     Warns:
-        UnrollWarning: of a model that was traced, with the places, file and line, where the run decided something.
+        UnrollWarning: of a model that was traced, with the places, file and line, where the run decided something; and
+            where the plan has a target's name, as `"npu"` and `"tensorrt"`, of what was written for the layers and that
+            the target does not take, as `unroll.check` has it: a check that files beyond 10,000 nodes are spared.
 
     The file says in its metadata how it was made: `unroll.version`, `unroll.plan`, `unroll.capture`, `unroll.opset` as
     it was asked for, and `unroll.frozen`, what a trace has kept.
@@ -143,16 +148,17 @@ def export_onnx(
     """
     require("onnx", "onnx_ir", "onnxscript", *["onnxruntime"] * check)
     from unroll.core.arguments import as_args
-    from unroll.core.patching import seeded, without_gc
+    from unroll.core.patching import without_gc
     from unroll.export import verify as checks
     from unroll.export.inputs import in_order
     from unroll.export.routes import Wanted, captured
     from unroll.export.states import add_state_inputs, name_states
+    from unroll.export.targets import node_names, warn_of_target
     from unroll.export.translate import quiet
     from unroll.onnx import files
     from unroll.onnx.rewrite import PLAN, from_torch, unroll_ir
 
-    path, plan, where = files.check_path(path), plan if plan is None else Plan.of(plan), read_where(where)
+    path, layout, where = files.check_path(path), None if plan is None else Plan.of(plan), read_where(where)
     if not isinstance(model, (nn.Module, ExportedProgram)):
         raise UnrollError(no_model("export_onnx(model)", model, KINDS))
     args, kwargs, dynamic_shapes = add_state_inputs(model, as_args(args), in_order(model, kwargs), dynamic_shapes)
@@ -165,10 +171,11 @@ def export_onnx(
     if found.program is not None:
         name_states(model, found.program, written, *(given or () for given in names))
     clock("unroll")
+    others = node_names(written)
     with limited(limit), without_gc():
-        unroll_ir(written, where=None if where is None else from_torch, plan=plan)
+        unroll_ir(written, where=None if where is None else from_torch, plan=layout)
         counted = checks.operators(written)
-    files.sign(written, plan=plan or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
+    files.sign(written, plan=layout or PLAN, capture=found.route, opset=opset_version or "default", frozen=found.frozen)
     clock("save")
     # The file is moved to `path` when this block ends without an error.
     with files.write_then_move(written, path) as draft:
@@ -177,14 +184,24 @@ def export_onnx(
             clock("check")
             checks.check_operators(written, recurrent=where is not None)
             checks.check_file(draft, path)
-            original = model.module() if isinstance(model, ExportedProgram) else model
-            with quiet(), seeded(), found.explaining():
-                outputs = [str(value.name) for value in written.graph.outputs]
-                inputs = checks.Inputs(*found.given, found.others(), found.weights)
-                report, compared, refused = checks.check_values(draft, path, original, inputs, outputs, counted.total())
+            report, compared, refused = _compared(model, found, draft, path, counted.total())
+            warn_of_target(written, path, plan, others, stacklevel=3)
     if found.route == "trace":
         warnings.warn(found.told(type(model).__name__, compared), UnrollWarning, stacklevel=3)
     return Export(path, size, counted, written.opset_imports[""], report, refused, clock.done())
+
+
+def _compared(model: Any, found: Found, draft: Path, path: Path, nodes: int) -> tuple[Report, int, int]:
+    """Compare a file with the model that it was made of, as `check_values` does."""
+    from unroll.core.patching import seeded
+    from unroll.export import verify as checks
+    from unroll.export.translate import quiet
+
+    original = model.module() if isinstance(model, ExportedProgram) else model
+    with quiet(), seeded(), found.explaining():
+        outputs = [str(value.name) for value in found.model.graph.outputs]
+        inputs = checks.Inputs(*found.given, found.others(), found.weights)
+        return checks.check_values(draft, path, original, inputs, outputs, nodes)
 
 
 def _results_of(model: Any) -> list[str] | None:

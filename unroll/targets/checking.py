@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -75,13 +75,20 @@ class Verdict:
         Raises:
             UnrollError: naming each operator with what is missing, and where it is used.
         """
-        if self.rows:
-            problems = Problems(
-                Problem(_places(places), f"{operator} {finding}", fix)
-                for (operator, finding, fix), places in self.groups.items()
-            )
-            raise UnrollError(*problems)
+        self.problems.check()
         return self
+
+    @property
+    def problems(self) -> Problems:
+        """Each operator with what is missing, and where it is used."""
+        return Problems(
+            Problem(_places(places), f"{operator} {finding}", fix)
+            for (operator, finding, fix), places in self.groups.items()
+        )
+
+    def only(self, places: Collection[str]) -> Verdict:
+        """Return what was found in some places."""
+        return replace(self, rows=tuple(row for row in self.rows if row.place in places))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -106,6 +113,7 @@ class Verdict:
 
 
 def _places(places: list[str]) -> str:
+    places = [*dict.fromkeys(places)]  # a node of several results may be in it for each
     shown = ", ".join(places[:3])
     return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
 
