@@ -259,23 +259,44 @@ def test_models_run_eagerly_meanwhile():
         assert_same(unroll(model)(model.input(), EXAMPLE), model(model.input(), EXAMPLE))
 
 
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize(
     ("x", "lengths", "message"),
     [
-        ((5, 3, 2), [5, 3], "there are 2 lengths for 3 rows"),
-        ((5, 0, 2), [], "the input is empty"),
-        ((5, 1, 2), [[5]], "lengths are 2-D"),
+        ((5, 3, 2), torch.tensor([5, 3, 3, 1]), "there are 4 lengths for 3 rows"),
+        ((5, 3, 2), [5, 3, 3, 1], "there are 4 lengths for 3 rows"),
+        ((5, 0, 2), torch.zeros(0, dtype=torch.int64), "the input is empty"),
+        ((5, 1, 2), torch.tensor([[5]]), "lengths are 2-D; give lengths.cpu\\(\\), 1-D"),
+        ((5, 1, 2), torch.tensor(5), "lengths are 0-D"),
+        ((5, 1, 2), 5, "lengths are 5; give a length for each row"),
+        ((5, 1, 2), None, "lengths are None; give a length for each row"),
     ],
 )
-def test_shapes_that_torch_refuses(x, lengths, message):
-    def pack(x, lengths):
-        return pad_packed_sequence(pack_padded_sequence(x, lengths), total_length=5)[0]
+def test_shapes_that_torch_refuses(x, lengths, message, ordered):
+    def pack(x):
+        return pad_packed_sequence(pack_padded_sequence(x, lengths, enforce_sorted=ordered), total_length=5)[0]
 
-    x, lengths = torch.zeros(x), torch.tensor(lengths, dtype=torch.int64)
+    x = torch.zeros(x)
     with pytest.raises(UnrollError, match=message):
-        exported(pack, x, lengths)
-    with pytest.raises(RuntimeError):
-        pack(x, lengths)
+        exported(pack, x)
+    with packing(eager=True), pytest.raises(UnrollError, match=message):
+        pack(x)
+    with pytest.raises((RuntimeError, TypeError, IndexError)):
+        pack(x)
+
+
+class Sorted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4)
+
+    def forward(self, x, lengths):
+        return pad_packed_sequence(self.rnn(pack_padded_sequence(x, lengths))[0], total_length=5)[0]
+
+
+def test_a_list_of_lengths_that_the_model_itself_refuses(tmp_path):
+    with pytest.raises(UnrollError, match=r"Sorted: fails itself on the example arguments .*greater than 0"):
+        export_onnx(Sorted().eval(), (torch.randn(5, 3, 3), [5, 4, 0]), tmp_path / "model.onnx")
 
 
 def test_too_few_lengths_leave_no_rows_out(tmp_path):

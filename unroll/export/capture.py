@@ -121,7 +121,7 @@ def _captured(
             # with another example the model may be captured
             kind = UnrollError if all(int(size) < 2 for _, size in fixed) else NotCaptured
             raise kind(*(_is_fixed(*found) for found in dict.fromkeys(fixed))) from error
-        _refuse_arguments(model, args, kwargs, dynamic_shapes)
+        refuse_arguments(model, args, kwargs, dynamic_shapes)
         cause = innermost(error)
         at = "".join(f" at {place}" for place in [origin(cause)] if place)
         first = next(iter(str(cause).splitlines()), "")
@@ -185,7 +185,7 @@ def _within_bounds(dynamic_shapes: Any) -> Any:
     return pytree.tree_map(loosened, dynamic_shapes)
 
 
-def _refuse_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> None:
+def refuse_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> None:
     """Refuse open sizes that do not fit the arguments, and arguments that the model itself does not take."""
     if isinstance(model, torch.jit.ScriptModule):
         return

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from unroll.core.errors import Problem, UnrollError
 from unroll.core.options import Rules, Where
-from unroll.export.capture import NotCaptured, capture
+from unroll.export.capture import NotCaptured, capture, refuse_arguments
 from unroll.export.inputs import tensor_leaves
 from unroll.export.samples import fresh_inputs, varied_inputs
 from unroll.export.tracing import trace_model
@@ -128,7 +128,12 @@ def _export(model: nn.Module | ExportedProgram, wanted: Wanted, progress: Callab
     program = capture(model, wanted.args, wanted.kwargs, dynamic_shapes=shapes, **options)
     progress("translate")
     names = wanted.input_names, wanted.output_names
-    written = translate(program, wanted.dynamic_shapes, *names, wanted.opset_version)
+    try:
+        written = translate(program, wanted.dynamic_shapes, *names, wanted.opset_version)
+    except NotCaptured:
+        if isinstance(model, nn.Module):
+            refuse_arguments(model, wanted.args, wanted.kwargs, shapes)
+        raise
     given: Given = wanted.args, wanted.kwargs
     if isinstance(model, ExportedProgram):
         given = model.example_inputs or (wanted.args, {})

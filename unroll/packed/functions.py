@@ -125,6 +125,10 @@ class PaddedFunctions:
         if not _padding():
             return self.packs(input, lengths, batch_first, enforce_sorted)
         refuse_nested(f"{PLACE}: input", input)
+        if isinstance(lengths, Tensor) and lengths.dim() != 1:
+            raise UnrollError(Problem(PLACE, f"lengths are {lengths.dim()}-D", "give lengths.cpu(), 1-D"))
+        if lengths is None or isinstance(lengths, (int, float)):
+            raise UnrollError(Problem(PLACE, f"lengths are {lengths}", "give a length for each row"))
         if not enforce_sorted:
             lengths = self._counted(input, lengths, batch_first)
             if isinstance(lengths, Tensor) and not torch.compiler.is_dynamo_compiling() and is_transformed(lengths):
@@ -136,8 +140,6 @@ class PaddedFunctions:
 
     def _counted(self, input: Tensor, lengths: Any, batch_first: bool) -> Any:
         """Return the lengths, of which there must be one for each row: with fewer, sorting would leave rows out."""
-        if isinstance(lengths, Tensor) and lengths.dim() != 1:
-            return lengths
         found = lengths.shape[0] if isinstance(lengths, Tensor) else len(lengths)
         count = input.shape[0 if batch_first else 1]
         if found != count:
@@ -155,9 +157,8 @@ class PaddedFunctions:
         input = input.transpose(0, 1) if batch_first else input
         steps, count, *features = input.shape
         problems: list[Problem] = []  # what Dynamo can follow
-        if lengths.dim() != 1 or lengths.device.type != "cpu":
-            finding = f"lengths are {lengths.dim()}-D, on {lengths.device}"
-            problems.append(Problem(PLACE, finding, "give lengths.cpu(), 1-D"))
+        if lengths.device.type != "cpu":
+            problems.append(Problem(PLACE, f"lengths are on {lengths.device}", "give lengths.cpu()"))
         elif lengths.shape[0] != count:
             problems.append(_miscounted(lengths.shape[0], count))
         if steps == 0 or count == 0 or 0 in features:
