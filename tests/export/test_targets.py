@@ -50,6 +50,9 @@ def test_a_file_that_the_target_of_its_plan_does_not_take(tmp_path):
     )
     fix = "compute with numbers instead: leave out masks and lengths"
     assert f"  rnn.l0.t0.less: Less is boolean; {fix}" in lines and all(line.startswith("  rnn.l0.") for line in lines)
+    for line in lines:  # a node of several results is named once
+        places = line.split(": ")[0].split(" and ")[0].split(", ")
+        assert len(set(places)) == len(places)
     head, *lines = told(GRU, "webnn", path, dynamic_shapes=OPEN)
     assert any("Scan is control flow; give a fixed number of time steps" in line for line in lines)
 

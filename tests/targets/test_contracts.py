@@ -420,16 +420,18 @@ def test_decomposed_operators_count_as_what_they_become():
 
 def test_the_verdict_in_every_form():
     model = onnx_model(*[("Det", ["x"], [f"y{k}"], {}) for k in range(5)], inputs={"x": [3, 3]}, outputs=["y0", "y4"])
+    for k, node in enumerate(model.graph.node):
+        node.name = f"det.{k}"
     verdict = check(model, target="tensorrt")
     assert not verdict and not verdict.ok
     assert str(verdict).splitlines() == [
         "tensorrt: 5 nodes, 5 findings",
-        "  Det  is not offered: the_Det, the_Det, the_Det and 2 more",
+        "  Det  is not offered: det.0, det.1, det.2 and 2 more",
     ]
-    assert json.loads(json.dumps(verdict.as_dict()))["rows"][0]["place"] == "the_Det"
+    assert json.loads(json.dumps(verdict.as_dict()))["rows"][0]["place"] == "det.0"
     with pytest.raises(UnrollError) as caught:
         verdict.check()
-    assert [p[:2] for p in caught.value.problems] == [("the_Det, the_Det, the_Det and 2 more", "Det is not offered")]
+    assert [p[:2] for p in caught.value.problems] == [("det.0, det.1, det.2 and 2 more", "Det is not offered")]
     fine = check(
         onnx_model(("TopK", ["x", "k"], ["v", "i"], {}), inputs={"x": [9]}, initializers=[integers("k", 3)]),
         target="tensorrt",
