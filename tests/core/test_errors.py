@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 import unroll as package
 from tests.cases import PROJECTION, Case
 from unroll import Plan, Problem, UnrollError, streaming, unroll
+from unroll.core.errors import refusing
 
 
 def zeros(*shape, **kwargs):
@@ -302,6 +303,18 @@ def test_errors_can_be_sent_between_processes():
     other = pickle.loads(pickle.dumps(error))
     assert (str(other), other.problems) == (str(error), error.problems)
     assert str(error) == "2 problems\na: b; c\nd: e; f"
+
+
+def test_what_was_handled_before_is_not_told_as_the_cause():
+    with pytest.raises(UnrollError, match=r"^model: cannot be read \(ValueError: cut short\); write it again$"):
+        try:
+            {}["another"]
+        except KeyError:
+            with refusing("model", "cannot be read", "write it again"):
+                try:
+                    raise ValueError("cut short")
+                except ValueError:
+                    raise TypeError("no number")  # noqa: B904
 
 
 def test_the_package_is_called_as_its_function():

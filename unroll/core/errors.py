@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -96,8 +97,12 @@ class Problems(list[Problem]):
             raise UnrollError(*dict.fromkeys(self))
 
 
-def innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException, outer: BaseException | None = None) -> BaseException:
     """Return the error that an error was raised for, first of all: what others made of it says less.
+
+    Args:
+        error: any.
+        outer: another that was being handled before, and has nothing to do with it.
 
     Example:
         >>> try:
@@ -109,9 +114,8 @@ def innermost(error: BaseException) -> BaseException:
         ...     print(innermost(error))
         pop from empty list
     """
-    while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
-        error = before
-    return error
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error if before is None or before is outer else innermost(before, outer)
 
 
 @contextmanager
@@ -124,11 +128,12 @@ def refusing(place: str, finding: str, fix: str) -> Iterator[None]:
         Traceback (most recent call last):
         unroll.UnrollError: model: cannot be read (KeyError: 'graph'); write it again
     """
+    outer = sys.exception()
     try:
         yield
     except UnrollError:
         raise
     except Exception as error:
-        cause = innermost(error)
+        cause = innermost(error, outer)
         first = next(iter(str(cause).splitlines()), "")
         raise UnrollError(Problem(place, f"{finding} ({type(cause).__name__}: {first})", fix)) from error
