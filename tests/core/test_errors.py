@@ -305,16 +305,21 @@ def test_errors_can_be_sent_between_processes():
     assert str(error) == "2 problems\na: b; c\nd: e; f"
 
 
+def read_after(handled):
+    """Read what cannot be read, while another error is handled."""
+    try:
+        raise handled
+    except KeyError:
+        with refusing("model", "cannot be read", "write it again"):
+            try:
+                raise ValueError("cut short")
+            except ValueError as error:
+                raise TypeError("no number") from error
+
+
 def test_what_was_handled_before_is_not_told_as_the_cause():
     with pytest.raises(UnrollError, match=r"^model: cannot be read \(ValueError: cut short\); write it again$"):
-        try:
-            {}["another"]
-        except KeyError:
-            with refusing("model", "cannot be read", "write it again"):
-                try:
-                    raise ValueError("cut short")
-                except ValueError:
-                    raise TypeError("no number")  # noqa: B904
+        read_after(KeyError("another"))
 
 
 def test_the_package_is_called_as_its_function():
