@@ -214,14 +214,6 @@ class UnrolledLayer(Unrolled):
             return cast(list, tuple(self.flat_weights))  # others in the list would not be run with
         return reach_list(self)
 
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor]) -> None:
-        self.refuse_if_frozen("cannot be given other _flat_weights")
-        if linears.are_held(self):
-            finding = "holds its weights in nn.Linear modules, and runs with no list, _flat_weights"
-            raise UnrollError(Problem(self.place, finding, "set the weights by their names, layer.weight_hh_l0 = ..."))
-        set_list(self, weights)
-
     def _init_flat_weights(self) -> None:
         make_list(self)
 
@@ -231,9 +223,18 @@ class UnrolledLayer(Unrolled):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_flat_weights":  # not by a setter of the property, which Dynamo passes over before PyTorch 2.13
+            return self._give_list(value)
         if self.listed is not None and name in (names := self.recurrence.flat_names):
             self.listed.weights[names.index(name)] = value
         super().__setattr__(name, value)
+
+    def _give_list(self, weights: list[Tensor]) -> None:
+        self.refuse_if_frozen("cannot be given other _flat_weights")
+        if linears.are_held(self):
+            finding = "holds its weights in nn.Linear modules, and runs with no list, _flat_weights"
+            raise UnrollError(Problem(self.place, finding, "set the weights by their names, layer.weight_hh_l0 = ..."))
+        set_list(self, weights)
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no fused kernel that wants the parameters in one piece of memory."""
