@@ -129,7 +129,7 @@ def refusal(function):
 
 def operators(function):
     """Count torch's operators in a call, by whatever runs them."""
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         function()
     return Counter(event.name.removeprefix("aten::") for event in profile.events())
 

@@ -262,7 +262,7 @@ class Dropped(nn.LSTM):
         self.raw = nn.Parameter(self._parameters.pop("weight_hh_l0"))
 
     def forward(self, x, hx=None):
-        self.weight_hh_l0 = self.raw * 0.5
+        self.weight_hh_l0 = self.raw.sin()
         return super().forward(x, hx)
 
 

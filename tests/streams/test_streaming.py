@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, rnn
 
+from tests.by_version import SHAPES_LSTM_STATES
 from tests.cases import CELL_KINDS, Case
 from tests.checks import assert_equal, assert_same, gradients, problems
 from unroll import Plan, Stream, Streaming, export_onnx, streaming, trace, unroll
@@ -665,6 +666,10 @@ def test_refusals_in_graphs():
     assert "calls no recurrent layer" in problems(streaming, done)[0]
 
 
+shaped = pytest.mark.skipif(not SHAPES_LSTM_STATES, reason="torch.export refuses the model itself")
+
+
+@shaped
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program(strict):
     model, x = Traceable().double(), audio()
@@ -785,6 +790,7 @@ def test_a_dynamic_number_of_steps_in_onnx(kind, tmp_path):
         assert_same(fed(Stream(path, 2), x, sizes), model(x).detach())
 
 
+@shaped
 def test_a_program_to_onnx(tmp_path):
     model, x, path = Traceable().eval(), audio(dtype=torch.float32), tmp_path / "model.onnx"
     piece = x[:, :3].contiguous()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnx-ir", "tensorrt", "torchao", "triton")
+PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "onnx-ir", "tensorrt", "torchao", "triton")
 
 
 def machine() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         >>> sorted(machine())[:3]
         ['cores', 'cpu', 'gpu']
     """
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # which tells the build too
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -7,7 +7,7 @@ which version. Its body is compiled once, whatever the number of steps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from unroll.core.cells import State
 from unroll.core.errors import Problem, UnrollError, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.core.scan import Step, mask_state, scan
-from unroll.core.torch_version import TORCH
+from unroll.core.torch_version import LOOP_TRAINS_COMPILED, LOOP_WANTS_TRAINED_STATE
 
 
 def is_captured(rows: Tensor) -> bool:
@@ -63,18 +63,10 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     """Tell whether gradients would go through a loop that gets them wrong, in silence: compiled, before PyTorch 2.15.
 
     Dynamo then stops with the reason, or without `fullgraph` goes on, and the steps are to be written one by one.
-
-    Raises:
-        UnrollError: before PyTorch 2.13, where an exported program's gradients would be wrong.
     """
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return False
-    if is_exporting():
-        if TORCH < "2.13":
-            finding = f"would be exported in blocks with gradients, which are wrong in PyTorch {TORCH}"
-            raise UnrollError(Problem(place, finding, "export under torch.no_grad() and do not train the program"))
-        return False
-    if TORCH >= "2.15":
+    if is_exporting() or LOOP_TRAINS_COMPILED:
         return False
     finding = f"{place} would be trained in blocks by torch.compile, where PyTorch before 2.15 gets gradients wrong"
     fix = "leave Plan(time='explicit') for training, or call the model under torch.no_grad()"
@@ -82,7 +74,9 @@ def is_trained(place: str, tensors: Iterable[Any]) -> bool:
     return True
 
 
-def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tuple[Tensor, State]]:
+def over_blocks(
+    steps: Any, block: int, mask: Tensor | None, given: Sequence[Tensor]
+) -> Callable[..., tuple[Tensor, State]]:
     """Make the loop of a `Target`, over blocks of steps.
 
     Where the number of steps is known, those that fill no block come after the loop. Where it is symbolic, the last
@@ -93,9 +87,11 @@ def over_blocks(steps: Any, block: int, mask: Tensor | None) -> Callable[..., tu
         steps: T, a number or a `SymInt`.
         block: how many steps are written.
         mask: boolean `[T * B, 1]`: the rows that have a step, the others keep their state; None if all have.
+        given: what gradients may be asked for.
     """
 
     def loop(step: Step, xs: tuple[Tensor, ...], state: State, *, reverse: bool) -> tuple[Tensor, State]:
+        state = _tie(state, given)
         # Each [T, B, n], the mask last.
         pieces = [x.reshape(steps, -1, x.shape[-1]) for x in (*xs, *([] if mask is None else [mask]))]
 
@@ -151,3 +147,14 @@ def _scan(
     state = tuple(s.clone(memory_format=torch.contiguous_format) for s in state)  # without a look at its strides
     state, rows = scan(run, state, xs, reverse=reverse)
     return rows.flatten(0, 1), state
+
+
+def _tie(state: State, given: Sequence[Tensor]) -> State:
+    """Return the state that a loop begins with, computed of all that gradients may be asked for, where a loop wants that.
+
+    Its values stay, whatever those of `given` are, which get a gradient of zero by it.
+    """
+    if not LOOP_WANTS_TRAINED_STATE:
+        return state
+    tie = torch.stack([tensor.sum().to(state[0].dtype) for tensor in given]).sum()
+    return tuple(torch.where(state[0].new_zeros((), dtype=torch.bool), tie, s) for s in state)

@@ -20,6 +20,7 @@ from unroll.core.plan import Plan
 from unroll.core.presets import Situation
 from unroll.core.recurrence import Recurrence
 from unroll.core.rows import split_rows
+from unroll.core.torch_version import PACKED_LSTM_IS_CAST
 from unroll.core.values import Target
 from unroll.modules import linears, loops
 from unroll.modules.recorder import recorder
@@ -69,7 +70,7 @@ def run_rows(
     cast = autocast_dtype(rows) if rows.dtype in AUTOCAST else None
     if cast:
         # If only products are cast, what follows them promotes their type to that of the rest.
-        promoting = not _casts_all(recurrence, rows, ragged=bool(padded or (sizes and sizes[0] != sizes[-1])))
+        promoting = not _casts_all(recurrence, rows, sizes, padded)
         if not promoting:
             rows = rows.to(cast)
             state = state and tuple(s.to(cast) for s in state)
@@ -85,8 +86,8 @@ def run_rows(
         if promoting:
             finding = "runs in blocks under autocast, where the type of its state changes after the first step"
             raise UnrollError(Problem(layer.place, finding, "convert the model, or leave Plan(time='explicit')"))
-        trained = loops.is_trained(layer.place, [rows, *(state or ()), *_trained(layer)])
-        loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None)
+        trained = loops.is_trained(layer.place, given := [rows, *(state or ()), *_trained(layer)])
+        loop = None if trained else loops.over_blocks(steps, plan.block, padded.mask if padded else None, given)
     is_written = loops.is_written(rows)
     loops.warn_of_fixed_length(layer.place, steps, plan)
     if loop is not None or (has_static_value(steps) and is_written):
@@ -220,13 +221,14 @@ def _joins(layer: Layer, rows: Tensor, *, promoting: bool) -> bool:
     return rows.requires_grad or any(weight.requires_grad for weight in layer.flat_weights)
 
 
-def _casts_all(recurrence: Recurrence, rows: Tensor, *, ragged: bool) -> bool:
+def _casts_all(recurrence: Recurrence, rows: Tensor, sizes: list[int] | None, padded: PaddedSizes | None) -> bool:
     """Tell whether torch, under autocast, runs this layer in the lower precision throughout.
 
     So do cuDNN and, for an LSTM without projection on sequences of one length, oneDNN. Elsewhere only the products are
-    cast. In a graph lengths may be any, and count as ragged.
+    cast. In a graph lengths may be any, and count as ragged; before PyTorch 2.13 those of packed sequences always do.
     """
     if rows.device.type == "cpu":
+        ragged = padded or (sizes and (sizes[0] != sizes[-1] or not PACKED_LSTM_IS_CAST))
         plain = not (recurrence.is_cell or recurrence.proj_size or ragged)
         return recurrence.mode == "LSTM" and plain and rows.numel() > 0
     return True
