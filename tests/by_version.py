@@ -11,4 +11,4 @@ SHAPES_LSTM_STATES = TORCH >= "2.13"
 """`torch.export` knows the shapes of an LSTM's last states on a CPU: before, it takes them for `[1, 1, B, H]`"""
 
 PROVES_NAMED_BATCH = TORCH >= "2.13"
-"""`torch.export` keeps a named batch open around `torch.scan`: before, it cannot prove that 7 * B is less than 28 * B"""
+"""`torch.export` keeps a named batch open around `torch.scan`: before, it cannot prove that 7 * B is below 28 * B"""

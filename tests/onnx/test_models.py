@@ -593,7 +593,8 @@ def test_files_of_other_exporters(kind, dynamic, dynamo, tmp_path):
     original = onnx.load(path)
     assert operators(original) & set(KINDS)
     if not SHAPES_LSTM_STATES:
-        del original.graph.value_info[:]  # wrong in the file itself
+        for value in (*original.graph.value_info, *original.graph.output):  # the file itself is refused for them
+            value.type.tensor_type.ClearField("shape")
     result = unrolled(original)
     assert ("Scan" in operators(result)) == dynamic
     for shape in ((2, 6, 3), (1, 9, 3), (4, 1, 3)) if dynamic else ((2, 6, 3),):

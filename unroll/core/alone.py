@@ -17,6 +17,7 @@ from torch._C._dynamo import eval_frame
 from torch.fx import _symbolic_trace, traceback
 
 from unroll.core.patching import original, patched
+from unroll.core.torch_version import TELLS_TRACING_BY_THREAD
 
 _ALONE = threading.RLock()
 
@@ -41,7 +42,8 @@ def alone(*, exports: bool = False) -> Iterator[None]:
         stack.enter_context(_ALONE)
         stack.enter_context(patched(_symbolic_trace._Patcher, patch=_patch, patch_method=_patch_method))
         # code is exchanged, and not the function: what is compiled holds that itself
-        stack.enter_context(patched(_symbolic_trace.is_fx_symbolic_tracing, __code__=_is_tracing_here.__code__))
+        if not TELLS_TRACING_BY_THREAD:
+            stack.enter_context(patched(_symbolic_trace.is_fx_symbolic_tracing, __code__=_is_tracing_here.__code__))
         stack.enter_context(patched(_Alone, thread=threading.get_ident()))
         if exports:
             stack.enter_context(patched(traceback, annotate=_annotate_in(threading.get_ident())))

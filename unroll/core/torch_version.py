@@ -9,6 +9,9 @@ TORCH = TorchVersion(torch.__version__)
 TELLS_ARGUMENTS = TORCH >= "2.13"
 """Dynamo tells the arguments of an exception that is raised while it traces"""
 
+TELLS_TRACING_BY_THREAD = TORCH >= "2.14"
+"""`torch.fx` says that it traces in the thread alone that does"""
+
 LOOP_WANTS_TRAINED_STATE = TORCH < "2.13"
 """`torch.scan` passes gradients from step to step only if the state that it begins with asks for them itself"""
 

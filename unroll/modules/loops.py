@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn import functional
 
 from unroll.core.cells import State
-from unroll.core.errors import Problem, UnrollError, UnrollWarning
+from unroll.core.errors import Problem, UnrollWarning
 from unroll.core.plan import Plan
 from unroll.core.scan import Step, mask_state, scan
 from unroll.core.torch_version import LOOP_TRAINS_COMPILED, LOOP_WANTS_TRAINED_STATE
@@ -150,7 +150,7 @@ def _scan(
 
 
 def _tie(state: State, given: Sequence[Tensor]) -> State:
-    """Return the state that a loop begins with, computed of all that gradients may be asked for, where a loop wants that.
+    """Return the state that a loop begins with, computed of all that gradients may be asked for, where loops want it.
 
     Its values stay, whatever those of `given` are, which get a gradient of zero by it.
     """
