@@ -27,7 +27,12 @@ def test_names_of_presets_are_a_type_too():
 def test_rules_make_plans(name):
     for rule in RULES[name]:
         assert replace(PRESETS[name], preset="", **rule.choices) != PRESETS["default"]
-        assert "time" not in rule.choices or rule.kind in ("onnx", "module", "torchscript")  # a graph has no loops
+        assert "time" not in rule.choices or rule.kind in (
+            "onnx",
+            "module",
+            "torchscript",
+            "compiled",
+        )  # a graph has no loops
         assert rule.choices.get("products") != "linear"  # modules would have to hold weights otherwise
     assert PRESETS[name].preset == name
 
