@@ -12,3 +12,6 @@ SHAPES_LSTM_STATES = TORCH >= "2.13"
 
 PROVES_NAMED_BATCH = TORCH >= "2.13"
 """`torch.export` keeps a named batch open around `torch.scan`: before, it cannot prove that 7 * B is below 28 * B"""
+
+EXPORTS_ASSIGNED_WEIGHTS = TORCH >= "2.14"
+"""Dynamo and `torch.export` take a model that assigns a tensor where a layer had a parameter"""

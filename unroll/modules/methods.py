@@ -126,8 +126,8 @@ def reached(function: types.FunctionType, layer: nn.Module) -> Iterator[Any]:
                 here = function.__globals__.get(name, getattr(builtins, name, _Doubt))
             elif instruction.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_SUPER_ATTR"):
                 here = _SELF if (name,) == first else enclosed.get(name, _UNKNOWN if name in local else _Doubt)
-            elif instruction.opname.startswith("LOAD_FAST"):
-                # several at once have a tuple of names, of which the last one lies on top
+            elif "LOAD_FAST" in instruction.opname:
+                # several at once, STORE_FAST_LOAD_FAST too, have a tuple of names, of which the last one lies on top
                 last = name[-1] if isinstance(name, tuple) else name
                 here = _SELF if (last,) == first and code is function.__code__ else _UNKNOWN
             elif instruction.opname not in ("CACHE", "PUSH_NULL", "EXTENDED_ARG"):
